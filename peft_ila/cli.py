@@ -1,0 +1,302 @@
+"""
+The command line. Settings come from dataclasses as in TRL's scripts, so each works as a flag and from YAML
+(`--config`).
+
+    peft-ila rank --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir OUT --load_in_4bit
+    peft-ila tune --importance OUT/importance.json --top_p 0.3 --model_name_or_path Qwen/Qwen2.5-0.5B \
+        --dataset_name trl-lib/Capybara --output_dir TUNED
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import ILAConfig
+from .files import whole_directory
+from .importance import LayerImportance
+from .training import EpsilonStability, learn_gates
+from .units import Granularity
+
+_TOP_ROWS = 40  # of a longer ranking, the terminal shows these
+
+
+@dataclass
+class RankArguments:
+    """
+    Arguments of `peft-ila rank`.
+
+    Args:
+        granularity (`str`): See [`ILAConfig`].
+        epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`].
+        gate_steps (`int`), gate_learning_rate (`float`): See [`learn_gates`].
+    """
+
+    granularity: Granularity = field(
+        default="layer", metadata={"help": "What one gate stands for: a decoder 'layer' or a 'module'."}
+    )
+    epsilon: float = field(
+        default=0.02, metadata={"help": "Stage 1 is stable when the smoothed loss changes by less than this."}
+    )
+    window: int = field(default=5, metadata={"help": "The number of logged losses to average."})
+    patience: int = field(default=3, metadata={"help": "How many comparisons in a row must be stable."})
+    gate_steps: int = field(default=128, metadata={"help": "Optimiser steps of stage 2."})
+    gate_learning_rate: float = field(default=0.15, metadata={"help": "Learning rate of the scores."})
+
+
+@dataclass
+class SelectionArguments:
+    """What to select: exactly one of these, see [`LayerImportance.select`]."""
+
+    top_p: float | None = field(default=None, metadata={"help": "The share of the units to select, in (0, 1]."})
+    top_k: int | None = field(default=None, metadata={"help": "The number of units to select."})
+    threshold: float | None = field(default=None, metadata={"help": "The least gate of a selected unit, in [0, 1]."})
+
+    def kwargs(self) -> dict[str, Any]:
+        return {"top_p": self.top_p, "top_k": self.top_k, "threshold": self.threshold}
+
+
+@dataclass
+class TuneArguments(SelectionArguments):
+    """Arguments of `peft-ila tune`."""
+
+    importance: str | None = field(default=None, metadata={"help": "The ranking, as `rank` wrote it."})
+
+
+@dataclass
+class ConvertArguments(SelectionArguments):
+    """Arguments of `peft-ila convert`."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write `adapter_config.json`."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
+
+
+@dataclass
+class PlotArguments:
+    """Arguments of `peft-ila plot`."""
+
+    output: str = field(default="importance.png", metadata={"help": "The picture to write."})
+
+
+@dataclass
+class DemoArguments:
+    """Arguments of `peft-ila demo`."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write all results."})
+
+
+def print_table(importance: LayerImportance) -> None:
+    """Print the ranking, most important unit first, with a bar for each gate."""
+    gates = dict(zip(importance.units, importance.gates))
+    scores = dict(zip(importance.units, importance.scores))
+    ranking = importance.ranking()
+    width = max(len(unit) for unit in ranking)
+    print(f"{'rank':>4}  {'unit':<{width}}  {'score':>7}  {'gate':>5}")
+    for rank, unit in enumerate(ranking[:_TOP_ROWS], start=1):
+        print(f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}  {gates[unit]:>5.3f}  {'█' * round(30 * gates[unit])}")
+    if len(ranking) > _TOP_ROWS:
+        print(f"      … and {len(ranking) - _TOP_ROWS} more")
+
+
+def _required(value: str | None, flag: str) -> str:
+    if not value:
+        raise ValueError(f"`--{flag}` is required.")
+    return value
+
+
+def _model_name(model_args: Any) -> str:
+    name = _required(model_args.model_name_or_path, "model_name_or_path")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"There is no model directory {name}.")
+    return name
+
+
+def _lora_config(model_args: Any) -> Any:
+    from trl import get_peft_config
+
+    model_args.use_peft = True
+    return get_peft_config(model_args)
+
+
+def _trainer(script_args: Any, training_args: Any, model_args: Any, peft_config: Any, callbacks: list) -> Any:
+    """An SFTTrainer as TRL's own script makes it."""
+    from trl import SFTTrainer, get_quantization_config
+
+    from .data import load_dataset
+
+    name = _model_name(model_args)
+    dataset = _required(script_args.dataset_name, "dataset_name")
+    train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_test_split)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return SFTTrainer(
+        model=name,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+
+
+def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments) -> None:
+    """Fine-tune until stable, learn the gates, and write OUT/importance.json, OUT/importance.png and OUT/adapter."""
+    model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
+    options = _lora_config(model_args).to_dict()
+    del options["peft_type"]
+    config = ILAConfig(**options, granularity=rank_args.granularity, gate_mode="open")
+    stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
+    trainer = _trainer(script_args, training_args, model_args, config, [stability])
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    importance = learn_gates(trainer, steps=rank_args.gate_steps, learning_rate=rank_args.gate_learning_rate)
+    importance.metadata |= {
+        "dataset": script_args.dataset_name,
+        "stage_1": {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None},
+    }
+    if not trainer.is_world_process_zero():
+        return
+    output_dir = Path(training_args.output_dir)
+    with whole_directory(output_dir / "adapter") as temporary:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+    importance.save(output_dir / "importance.json")
+    importance.plot(output_dir / "importance.png")
+    print_table(importance)
+    print(f"Wrote {output_dir}/importance.json, importance.png and adapter/.")
+
+
+def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> None:
+    """Fine-tune with a plain LoRA on the selected units and write the adapter to TUNED."""
+    from transformers import AutoConfig
+
+    importance = LayerImportance.load(_required(tune_args.importance, "importance"))
+    if model_args.lora_target_modules:
+        raise ValueError("`--lora_target_modules` follows from `--importance` and cannot be passed.")
+    options = _lora_config(model_args).to_dict()
+    for decided in ("peft_type", "target_modules", "layers_to_transform", "layers_pattern", "exclude_modules"):
+        del options[decided]
+    model_config = AutoConfig.from_pretrained(_model_name(model_args), revision=model_args.model_revision)
+    config = importance.to_lora_config(**tune_args.kwargs(), model=model_config, **options)
+    trainer = _trainer(script_args, training_args, model_args, config, [])
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
+        print(f"Wrote a LoRA adapter with {trainable:,} of {total:,} parameters to {training_args.output_dir}.")
+
+
+def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
+    """Write the LoraConfig of the selected units to LORA/adapter_config.json."""
+    importance = LayerImportance.load(paths.importance)
+    output_dir = Path(_required(args.output_dir, "output_dir"))
+    config = importance.to_lora_config(
+        **args.kwargs(),
+        model=_local_config(importance),
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+    )
+    with whole_directory(output_dir / "adapter_config.json.d") as temporary:
+        config.save_pretrained(str(temporary))
+        (temporary / "adapter_config.json").replace(output_dir / "adapter_config.json")
+    print(f"Wrote {output_dir}/adapter_config.json.")
+
+
+def _local_config(importance: LayerImportance) -> Any:
+    """The configuration of the ranked model, to check the conversion by injection, where it is at hand."""
+    from transformers import AutoConfig
+
+    model = importance.metadata.get("model")
+    try:
+        return AutoConfig.from_pretrained(model, local_files_only=True) if model else None
+    except (OSError, ValueError):
+        print(f"The configuration of {model!r} is not at hand; the targets are checked by name only.", file=sys.stderr)
+        return None
+
+
+def compare(paths: argparse.Namespace) -> None:
+    """Print overlap and rank correlation of each pair of rankings."""
+    if len(paths.importance) < 2:
+        raise ValueError("`compare` needs at least two rankings.")
+    rankings = [LayerImportance.load(path) for path in paths.importance]
+    width = max(len(str(path)) for path in paths.importance)
+    print(f"{'A':<{width}}  {'B':<{width}}  overlap@75%  overlap@30%  Spearman")
+    for i, a in enumerate(rankings):
+        for j, b in enumerate(rankings[i + 1 :], start=i + 1):
+            print(
+                f"{paths.importance[i]:<{width}}  {paths.importance[j]:<{width}}  {a.overlap(b, 0.75):>11.2f}  "
+                f"{a.overlap(b, 0.3):>11.2f}  {a.spearman(b):>8.2f}"
+            )
+    print("(by chance: 0.60 and 0.18)")
+
+
+def plot(args: PlotArguments, paths: argparse.Namespace) -> None:
+    """Draw the heatmap of a ranking."""
+    LayerImportance.load(paths.importance).plot(args.output)
+    print(f"Wrote {args.output}.")
+
+
+def demo(args: DemoArguments) -> None:
+    """All of it on the embedded model and data."""
+    from .demo import run
+
+    run(Path(_required(args.output_dir, "output_dir")))
+
+
+def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    try:
+        from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    except ImportError as error:
+        raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
+
+    training = [ScriptArguments, SFTConfig, ModelConfig]
+    commands: dict[str, tuple[Callable[..., None], list[Any], str | None]] = {
+        "rank": (rank, [*training, RankArguments], None),
+        "tune": (tune, [*training, TuneArguments], None),
+        "convert": (convert, [ConvertArguments], "?one"),
+        "compare": (compare, [], "+"),
+        "plot": (plot, [PlotArguments], "?one"),
+        "demo": (demo, [DemoArguments], None),
+    }
+    function, dataclasses, paths = commands[command]
+    parser = TrlParser(dataclasses, prog=f"peft-ila {command}", description=function.__doc__)
+    if paths is not None:
+        parser.add_argument("importance", nargs=paths if paths == "+" else None, help="A ranking, as `rank` wrote it.")
+    if command in ("rank", "tune"):
+        parser.set_defaults(learning_rate=2e-4)  # TRL's advice for LoRA; the default of SFTConfig is for full tuning
+    return function, parser.parse_args_and_config(argv)
+
+
+_COMMANDS = ("rank", "convert", "tune", "compare", "plot", "demo")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; bad input ends it with one line on stderr and exit code 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    top = argparse.ArgumentParser(prog="peft-ila", description="Rank the layers of a model, tune the important ones.")
+    top.add_argument("command", choices=_COMMANDS, help="`peft-ila COMMAND --help` lists its options")
+    command = top.parse_args(argv[:1]).command
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("peft_ila").setLevel(logging.INFO)
+    try:
+        function, arguments = _parse(command, argv[1:])
+        function(*arguments)
+    except (OSError, ValueError, ImportError) as error:
+        message = " ".join(str(error).split())
+        raise SystemExit(f"peft-ila {command}: error: {message}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""From selected units to a plain LoraConfig, and to a freeze plan for full fine-tuning."""
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .units import split_layer
+
+if TYPE_CHECKING:
+    from .importance import LayerImportance
+
+_DECIDED_BY_SELECTION = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
+
+
+def to_lora_config(
+    importance: "LayerImportance",
+    selected: list[str],
+    model: nn.Module | PretrainedConfig | None = None,
+    **kwargs: Any,
+) -> LoraConfig:
+    """See [`LayerImportance.to_lora_config`]; `selected` are the units to target, in any order."""
+    if decided := sorted(set(kwargs) & set(_DECIDED_BY_SELECTION)):
+        raise ValueError(f"{decided} follow from the selected units and cannot be passed.")
+    kwargs.setdefault("task_type", importance.metadata.get("task_type"))
+    kwargs.setdefault("base_model_name_or_path", importance.metadata.get("model"))
+
+    expected = {module for unit in selected for module in importance.modules[unit]}
+    known = {module for modules in importance.modules.values() for module in modules} | set(importance.lookalikes)
+    skeleton = None
+    if model is not None:
+        skeleton = meta_skeleton(model)
+        known = {name for name, _ in skeleton.named_modules() if name}
+        if missing := sorted(expected - known):
+            raise ValueError(
+                f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
+                "missing): the ranking was made on another architecture."
+            )
+    for targets in _target_candidates(importance, selected, expected):
+        config = LoraConfig(**targets, **kwargs)
+        if {name for name in known if check_target_module_exists(config, name)} == expected:
+            break
+    else:  # the last candidate names each module in full, so this is a mistake in this function
+        raise AssertionError(f"No LoraConfig hits exactly {sorted(expected)}.")
+    if skeleton is not None:
+        check_injection(config, skeleton, expected)
+    return config
+
+
+def _target_candidates(
+    importance: "LayerImportance", selected: list[str], expected: set[str]
+) -> Iterator[dict[str, Any]]:
+    """Ways to target the modules, the most readable first. Not all of them hit only those modules."""
+    layers = [split_layer(unit) for unit in selected]
+    # units that are whole layers, not modules in them
+    if all(layer and unit == f"{layer[0]}.{layer[1]}" for unit, layer in zip(selected, layers)):
+        stacks = {layer[0] for layer in layers if layer}
+        indices = sorted({layer[1] for layer in layers if layer})
+        short = sorted({name.rpartition(".")[2] for name in expected})
+        within = sorted({name.removeprefix(f"{unit}.") for unit in selected for name in importance.modules[unit]})
+        patterns: list[str | None] = [None]
+        if len(stacks) == 1:
+            # inserted in a regular expression by PEFT
+            stack = stacks.pop()
+            patterns += [stack.rpartition(".")[2], re.escape(stack)]
+        for pattern in patterns:
+            for names in (short, within):
+                yield {"target_modules": names, "layers_to_transform": indices, "layers_pattern": pattern}
+    yield {"target_modules": sorted(expected)}
+    # the full name of one module can end in that of another
+    yield {"target_modules": "|".join(re.escape(name) for name in sorted(expected))}
+
+
+def check_injection(config: LoraConfig, skeleton: nn.Module, expected: set[str]) -> None:
+    """
+    Inject a configuration and compare the modules that PEFT adapts with the expected ones.
+
+    Args:
+        config: The configuration; it is copied, since PEFT edits what it is given.
+        skeleton: A model on the meta device, which gets the adapter.
+        expected: The names of the modules that must be hit.
+
+    Raises:
+        ValueError: PEFT hits other modules.
+    """
+    config = copy.deepcopy(config)
+    config.init_lora_weights = True  # some other initialisations read the base weights
+    hit = set(LoraModel(skeleton, config, "default", low_cpu_mem_usage=True).targeted_module_names)
+    if hit != expected:
+        raise ValueError(
+            f"PEFT would adapt {len(hit)} modules instead of the {len(expected)} selected: it misses "
+            f"{sorted(expected - hit)[:3]} and adds {sorted(hit - expected)[:3]}."
+        )
+
+
+def meta_skeleton(model: nn.Module | PretrainedConfig) -> nn.Module:
+    """
+    The plain architecture of a model on the meta device, without its weights, its quantisation or its adapters.
+
+    Args:
+        model: A model of transformers, with or without adapters, its configuration, or any other module.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if isinstance(model, PretrainedConfig):
+        architecture = (model.architectures or [""])[0]
+        model_class = getattr(transformers, architecture, None)
+        with torch.device("meta"):
+            if model_class is None:
+                return transformers.AutoModelForCausalLM.from_config(model, trust_remote_code=False)
+            return model_class(copy.deepcopy(model))
+    if isinstance(model, PreTrainedModel):
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(model.config))
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def freeze(model: nn.Module, units: Iterable[str]) -> list[str]:
+    """
+    Set `requires_grad=False` on all parameters of the units.
+
+    Returns:
+        The names of the parameters, in the order of the model.
+
+    Raises:
+        ValueError: The model lacks one of the units; nothing is frozen then.
+    """
+    modules = dict(model.named_modules())
+    units = list(units)
+    if missing := [unit for unit in units if unit not in modules]:
+        raise ValueError(
+            f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units to freeze are missing). Pass the "
+            "plain model that was ranked, not a `PeftModel` or another architecture."
+        )
+    frozen = {id(parameter) for unit in units for parameter in modules[unit].parameters()}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in frozen]
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return names

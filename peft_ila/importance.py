@@ -1,0 +1,263 @@
+"""LayerImportance: the scores of all units, and what is done with them. Knows models only by their modules' names."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from peft import LoraConfig
+    from torch import nn
+    from transformers import PretrainedConfig
+
+_FORMAT = "peft_ila.LayerImportance"
+_VERSION = 1
+
+
+@dataclass
+class LayerImportance:
+    """
+    The importance of the units of a model for one fine-tuning task.
+
+    Args:
+        units (`list[str]`):
+            The units in the order of the model: decoder layers such as `"model.layers.3"`, or modules such as
+            `"model.layers.3.mlp.up_proj"`.
+        scores (`list[float]`): The score of each unit, any finite number; the greater, the more important.
+        metadata (`dict`): Where the scores come from, JSON values only.
+        modules (`dict[str, list[str]]`, *optional*):
+            The target modules of each unit. By default each unit is a module itself.
+        lookalikes (`list[str]`, *optional*):
+            Modules of the model that share the last part of their name with a target module but are none, so that
+            [`to_lora_config`] can tell them apart without the model.
+
+    Raises:
+        ValueError: No units, a repeated unit, scores of another number than units, or a score that is not finite.
+    """
+
+    units: list[str]
+    scores: list[float]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, list[str]] = field(default_factory=dict)
+    lookalikes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ValueError("A ranking needs at least one unit, got none.")
+        if len(set(self.units)) != len(self.units):
+            repeated = next(unit for unit in self.units if self.units.count(unit) > 1)
+            raise ValueError(f"Each unit must appear once, but {repeated!r} is repeated.")
+        if len(self.scores) != len(self.units):
+            raise ValueError(f"Each unit needs one score, got {len(self.scores)} scores for {len(self.units)} units.")
+        for unit, score in zip(self.units, self.scores):
+            if not math.isfinite(score):
+                raise ValueError(f"The score of {unit!r} is {score}; scores must be finite. Did training diverge?")
+        if not self.modules:
+            self.modules = {unit: [unit] for unit in self.units}
+        if self.modules.keys() != set(self.units):
+            raise ValueError("`modules` must list the target modules of exactly the given units.")
+
+    @property
+    def gates(self) -> list[float]:
+        """γ = σ(s) of each unit, in the order of `units`."""
+        return [1 / (1 + math.exp(-score)) if score >= 0 else 1 - 1 / (1 + math.exp(score)) for score in self.scores]
+
+    def ranking(self) -> list[str]:
+        """All units, the most important first; among equals, in the order of the model."""
+        order = sorted(range(len(self.units)), key=lambda i: -self.scores[i])
+        return [self.units[i] for i in order]
+
+    def select(
+        self, top_p: float | None = None, top_k: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """
+        The most important units, most important first. Exactly one argument is needed.
+
+        Args:
+            top_p (`float`, *optional*): The share of the units to select, in (0, 1]; rounded, at least one unit.
+            top_k (`int`, *optional*): The number of units to select.
+            threshold (`float`, *optional*): The least gate γ of a selected unit, in [0, 1].
+
+        Raises:
+            ValueError: Not exactly one argument, one out of range, or no unit that reaches the threshold.
+        """
+        if sum(value is not None for value in (top_p, top_k, threshold)) != 1:
+            raise ValueError(
+                f"Pass exactly one of `top_p`, `top_k` and `threshold`, got {top_p=}, {top_k=}, {threshold=}."
+            )
+        if threshold is not None:
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"`threshold` is compared with gates and must be in [0, 1], got {threshold}.")
+            gates = dict(zip(self.units, self.gates))
+            selected = [unit for unit in self.ranking() if gates[unit] >= threshold]
+            if not selected:
+                raise ValueError(f"No gate reaches `threshold={threshold}`; the greatest is {max(self.gates):.3f}.")
+            return selected
+        if top_p is not None:
+            if not 0 < top_p <= 1:
+                raise ValueError(f"`top_p` is the share of units to select and must be in (0, 1], got {top_p}.")
+            top_k = max(1, round(top_p * len(self.units)))
+        if not isinstance(top_k, int) or not 1 <= top_k <= len(self.units):
+            raise ValueError(f"`top_k` must be a whole number from 1 to {len(self.units)}, got {top_k}.")
+        return self.ranking()[:top_k]
+
+    def overlap(self, other: "LayerImportance", top_p: float = 0.75) -> float:
+        """
+        The Jaccard index |A ∩ B| / |A ∪ B| of the units that both rankings select.
+
+        Args:
+            other (`LayerImportance`): A ranking of the same units.
+            top_p (`float`): The share of the units to select. Two random rankings overlap 0.60 at 0.75.
+
+        Raises:
+            ValueError: The rankings are of different units.
+        """
+        self._check_same_units(other)
+        mine, theirs = set(self.select(top_p=top_p)), set(other.select(top_p=top_p))
+        return len(mine & theirs) / len(mine | theirs)
+
+    def spearman(self, other: "LayerImportance") -> float:
+        """
+        Spearman's rank correlation of the scores, ties ranked by their mean; NaN if either has only one value.
+
+        Args:
+            other (`LayerImportance`): A ranking of the same units.
+
+        Raises:
+            ValueError: The rankings are of different units.
+        """
+        self._check_same_units(other)
+        theirs = dict(zip(other.units, other.scores))
+        x, y = _ranks(self.scores), _ranks([theirs[unit] for unit in self.units])
+        mean = (len(x) - 1) / 2
+        covariance = sum((a - mean) * (b - mean) for a, b in zip(x, y))
+        variance = sum((a - mean) ** 2 for a in x) * sum((b - mean) ** 2 for b in y)
+        return covariance / math.sqrt(variance) if variance else math.nan
+
+    def _check_same_units(self, other: "LayerImportance") -> None:
+        if difference := sorted(set(self.units) ^ set(other.units)):
+            raise ValueError(
+                f"Only rankings of the same units can be compared; {len(difference)} units are in one of them alone, "
+                f"such as {difference[0]!r}."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ranking as JSON, one unit a line, in the order of the model."""
+        rows = [
+            {"unit": unit, "score": score, "modules": self.modules[unit]}
+            for unit, score in zip(self.units, self.scores)
+        ]
+        head = {"format": _FORMAT, "version": _VERSION, "metadata": self.metadata, "lookalikes": self.lookalikes}
+        lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
+        units = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+        with whole_file(path) as temporary:
+            temporary.write_text("{\n" + "\n".join(lines) + '\n "units": [\n' + units + "\n ]\n}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "LayerImportance":
+        """
+        Read a ranking that [`save`] wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a ranking, or was written by a newer version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a ranking: it is not JSON ({error}).") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f'{path} is not a ranking: it lacks `"format": "{_FORMAT}"`.')
+        if content.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} has version {content.get('version')!r} of the file format, but this peft-ila reads version "
+                f"{_VERSION}; upgrade peft-ila."
+            )
+        try:
+            return cls(
+                units=[row["unit"] for row in content["units"]],
+                scores=[row["score"] for row in content["units"]],
+                metadata=content["metadata"],
+                modules={row["unit"]: row["modules"] for row in content["units"]},
+                lookalikes=content["lookalikes"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """
+        Draw the gates as a heatmap: decoder layers along x, for modules the linear names along y.
+
+        Args:
+            path (`str`, *optional*): The picture to write; matplotlib tells the format from its suffix.
+        """
+        from .plotting import heatmap
+
+        return heatmap(self, path)
+
+    def to_lora_config(
+        self,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        model: "nn.Module | PretrainedConfig | None" = None,
+        **kwargs: Any,
+    ) -> "LoraConfig":
+        """
+        A plain [`~peft.LoraConfig`] whose targets are exactly the modules of the selected units.
+
+        Decoder layers become `layers_to_transform` (with `layers_pattern` where PEFT needs it to find the index),
+        modules become `target_modules`. Where that would hit anything else, such as the other stack of an
+        encoder-decoder model, the modules are named one by one.
+
+        Args:
+            top_p, top_k, threshold: What to select, see [`select`].
+            model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
+                The base model or its configuration: the result is then injected into it on the meta device, and
+                returned only if PEFT hits exactly the selected modules. It is not changed.
+            **kwargs: Further options of [`~peft.LoraConfig`], such as `r` and `lora_alpha`.
+
+        Raises:
+            ValueError: A bad selection, an option that the selection decides, or a model without these modules.
+        """
+        from .conversion import to_lora_config
+
+        return to_lora_config(self, self.select(top_p, top_k, threshold), model, **kwargs)
+
+    def freeze_unselected(
+        self,
+        model: "nn.Module",
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+    ) -> list[str]:
+        """
+        Freeze the units that are not selected, for full fine-tuning. What belongs to no unit stays as it is.
+
+        Args:
+            model (`torch.nn.Module`): The plain model that was ranked, without adapters.
+            top_p, top_k, threshold: What to select, see [`select`].
+
+        Returns:
+            `list[str]`: The names of the frozen parameters.
+
+        Raises:
+            ValueError: A bad selection, or a model that lacks a unit.
+        """
+        from .conversion import freeze
+
+        selected = set(self.select(top_p, top_k, threshold))
+        return freeze(model, [unit for unit in self.units if unit not in selected])
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(values)
+    first = {value: position for position, value in reversed(list(enumerate(order)))}
+    last = {value: position for position, value in enumerate(order)}
+    return [(first[value] + last[value]) / 2 for value in values]

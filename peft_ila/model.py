@@ -1,0 +1,298 @@
+"""ILAModel: injection, modes, masks and scores of gated LoRA."""
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import GateMode, ILAConfig
+from .importance import LayerImportance
+from .layer import Gate, add_gate, freeze_by_mode, is_gated
+from .units import unit_of
+
+
+class ILAModel(LoraModel):
+    """
+    LoRA whose weight deltas are multiplied by one learnable gate per unit: W = W₀ + γ·(α/r)·B·A, γ = σ(s).
+
+    The method is described in https://huggingface.co/papers/2410.17875. Created by
+    `get_peft_model(model, ILAConfig(...))`; all methods are reached through the [`~peft.PeftModel`].
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`ILAConfig`]): The configuration of the model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+    """
+
+    # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: by the prefix `lora_`, PEFT and transformers
+    # save, load and merge the scores with the LoRA weights.
+
+    def _create_and_replace(
+        self,
+        lora_config: ILAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        unit = unit_of(current_key, lora_config.granularity)
+        gate = self._find_gate(unit, adapter_name)
+        owner = gate is None
+        if gate is None:
+            gate = Gate(lora_config.gate_init)
+        # `MultiheadAttention` holds a second LoRA layer, its output projection
+        for module in list(getattr(parent, target_name).modules()):
+            if isinstance(module, LoraLayer):
+                add_gate(module, adapter_name, gate, owner)
+                owner = False
+
+    def _find_gate(self, unit: str, adapter_name: str) -> Gate | None:
+        for module in self.model.get_submodule(unit).modules():
+            if is_gated(module) and adapter_name in module.gates:
+                return module.gates[adapter_name]
+        return None
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._apply_mode(adapter_name)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Modes
+    # ------------------------------------------------------------------------------------------------------------
+
+    def set_gate_mode(self, mode: GateMode, adapter_name: str | None = None) -> None:
+        """
+        Set how the gates act and what trains, see [`ILAConfig`]. The mode is saved with the adapter.
+
+        In mode "soft" the scores are held in fp32 (or float64), whatever cast them before, LoRA's dropout is off, and everything
+        else that the adapter trains (`modules_to_save`, biases) is frozen too.
+
+        Args:
+            mode (`str`): `"joint"`, `"open"`, `"soft"` or `"hard"`; the last one restores the last mask.
+            adapter_name (`str`, *optional*): The adapter, by default the active ones.
+
+        Raises:
+            ValueError: The mode is unknown, the adapter does not exist or is merged, or `"hard"` has no mask.
+        """
+        if mode not in get_args(GateMode):
+            raise ValueError(f"`mode` must be one of {get_args(GateMode)}, got {mode!r}.")
+        for name in self._adapter_names(adapter_name):
+            config = self.peft_config[name]
+            if mode == "hard" and not config.gate_mask:
+                raise ValueError(f"Adapter {name!r} has no mask yet; call `apply_mask(units)` instead.")
+            self.check_unmerged(name)
+            config.gate_mode = mode
+            self._apply_mode(name)
+
+    def apply_mask(self, units: Iterable[str], adapter_name: str | None = None) -> None:
+        """
+        Set mode "hard": γ = 1 for these units and 0 for the rest, of which nothing trains any more.
+
+        Args:
+            units (`Iterable[str]`): The units to keep, such as `importance.select(top_p=0.3)`.
+            adapter_name (`str`, *optional*): The adapter, by default the active ones.
+
+        Raises:
+            ValueError: `units` is empty or names a unit that the adapter does not have.
+        """
+        if isinstance(units, str):
+            raise TypeError(f"`units` must be a collection of unit names, got the string {units!r}.")
+        kept = set(units)
+        for name in self._adapter_names(adapter_name):
+            known = self.gates(name)
+            if unknown := sorted(kept - known.keys()):
+                raise ValueError(
+                    f"Adapter {name!r} has no units {unknown[:5]} ({len(unknown)} unknown of {len(kept)}); it has "
+                    f"{len(known)}, such as {next(iter(known))!r}. Was the ranking made on another model or granularity?"
+                )
+            if not kept:
+                raise ValueError("The mask keeps no unit; select at least one.")
+            self.peft_config[name].gate_mask = [unit for unit in known if unit in kept]
+            self.set_gate_mode("hard", name)
+
+    def _apply_mode(self, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        gates = self.gates(adapter_name)
+        kept = config.gate_mask or []
+        if config.gate_mode == "hard" and (unknown := sorted(set(kept) - gates.keys())):
+            raise ValueError(f"`gate_mask` names units that the model does not have: {unknown[:5]}.")
+        for unit, gate in gates.items():
+            gate.mode = config.gate_mode
+            gate.kept = unit in kept
+        for _, layer in self._gated_layers(adapter_name):
+            freeze_by_mode(layer, adapter_name)
+        if adapter_name in self.active_adapters:
+            self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
+            self._mark_only_adapters_as_trainable(self.model)
+        self._settle_dropout_and_dtype(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._freeze_beside_scores()
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        self._freeze_beside_scores()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._freeze_beside_scores()
+
+    def _freeze_beside_scores(self) -> None:
+        # Layers keep A and B frozen by themselves in mode "soft"; this is for biases and `modules_to_save`.
+        if not any(self.peft_config[name].gate_mode == "soft" for name in self.active_adapters):
+            return
+        scores = {id(gate.weight) for name in self.active_adapters for gate in self.gates(name).values()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in scores:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ILAModel":
+        super().train(mode)
+        for name in self.peft_config:
+            self._settle_dropout_and_dtype(name)
+        return self
+
+    def _settle_dropout_and_dtype(self, adapter_name: str) -> None:
+        # At every call of `train()` too, since trainers cast trainable parameters after the mode was set: TRL's
+        # QLoRA path makes them bf16, where one step at s = 4 is 0.03 and an update vanishes.
+        soft = self.peft_config[adapter_name].gate_mode == "soft"
+        for _, layer in self._gated_layers(adapter_name):
+            if adapter_name in layer.lora_dropout:
+                layer.lora_dropout[adapter_name].train(layer.training and not soft)
+        if soft:
+            for gate in self.gates(adapter_name).values():
+                if gate.weight.dtype in (torch.float16, torch.bfloat16):
+                    gate.weight.data = gate.weight.data.float()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Units and scores
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _adapter_names(self, adapter_name: str | None) -> list[str]:
+        if adapter_name is None:
+            return self.active_adapters
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}.")
+        return [adapter_name]
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        names = self._adapter_names(adapter_name)
+        if len(names) != 1:
+            raise ValueError(f"{len(names)} adapters are active, {names}; pass `adapter_name`.")
+        return names[0]
+
+    def _gated_layers(self, adapter_name: str) -> Iterator[tuple[str, Any]]:
+        for name, module in self.model.named_modules():
+            if is_gated(module) and adapter_name in module.gates:
+                yield name.partition(".base_layer.")[0], module  # the output projection inside `MultiheadAttention`
+
+    def gates(self, adapter_name: str | None = None) -> dict[str, Gate]:
+        """
+        The gates of an adapter by unit, in the order of the model.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        granularity = self.peft_config[adapter_name].granularity
+        return {unit_of(name, granularity): layer.gates[adapter_name] for name, layer in self._gated_layers(adapter_name)}
+
+    def layer_importance(self, adapter_name: str | None = None) -> LayerImportance:
+        """
+        The present scores as a ranking that outlives the model.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+
+        Raises:
+            ValueError: A score is not finite.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        config = self.peft_config[adapter_name]
+        gated = dict.fromkeys(name for name, _ in self._gated_layers(adapter_name))
+        modules: dict[str, list[str]] = {}
+        for name in gated:
+            modules.setdefault(unit_of(name, config.granularity), []).append(name)
+        last_components = {name.rpartition(".")[2] for name in gated}
+        return LayerImportance(
+            units=list(modules),
+            scores=[gate.weight.item() for gate in self.gates(adapter_name).values()],
+            metadata={
+                "model": config.base_model_name_or_path,
+                "task_type": config.task_type,
+                "granularity": config.granularity,
+                "r": config.r,
+                "lora_alpha": config.lora_alpha,
+                "versions": {name: importlib.metadata.version(name) for name in ("peft-ila", "peft", "torch", "transformers")},
+            },
+            modules=modules,
+            lookalikes=[
+                name
+                for name, _ in self.model.named_modules()
+                if name.rpartition(".")[2] in last_components and name not in gated
+            ],
+        )
+
+    def check_unmerged(self, adapter_name: str) -> None:
+        """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
+        if any(adapter_name in layer.merged_adapters for _, layer in self._gated_layers(adapter_name)):
+            raise ValueError(f"Adapter {adapter_name!r} is merged with its present gates; call `unmerge_adapter` first.")
+
+    def fold_gates(self, adapter_name: str | None = None) -> None:
+        """
+        Multiply the present gates into B and open them: the outputs stay, the delta is then plain LoRA's.
+
+        The scores keep their values and the mode becomes "open". [`learn_gates`] calls this after a "joint" stage 1.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active ones.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        for name in self._adapter_names(adapter_name):
+            self.check_unmerged(name)
+            self._multiply_gates_into_b(name)
+            self.set_gate_mode("open", name)
+
+    @torch.no_grad()
+    def _multiply_gates_into_b(self, adapter_name: str) -> None:
+        for _, layer in self._gated_layers(adapter_name):
+            weight = _lora_b(layer, adapter_name)
+            weight.copy_(layer.gates[adapter_name](weight))
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+        """
+        As [`~peft.LoraModel.add_weighted_adapter`], on the gated deltas; the gates of the new adapter are open.
+        """
+        if adapter_name in self.peft_config:
+            return
+        saved = []
+        for name in adapters:
+            saved += [(layer, name, _lora_b(layer, name).detach().clone()) for _, layer in self._gated_layers(name)]
+            self._multiply_gates_into_b(name)
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        finally:
+            for layer, name, weight in saved:
+                _lora_b(layer, name).data.copy_(weight)
+        self.set_gate_mode("open", adapter_name)
+
+
+def _lora_b(layer: LoraLayer, adapter_name: str) -> torch.Tensor:
+    if adapter_name in layer.lora_B:
+        return layer.lora_B[adapter_name].weight
+    return layer.lora_embedding_B[adapter_name]

@@ -1,0 +1,45 @@
+"""Registers ILA with PEFT, in memory. The only place that touches PEFT's type enum and tables."""
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+_NAME = "ILA"
+
+
+def add_peft_type() -> None:
+    """Add the member `ILA` to [`~peft.PeftType`]; harmless when it is there.
+
+    `register_peft_method` accepts only members of that enum, and an enum with members cannot be subclassed, so the
+    tables that make a member known are extended: attribute, iteration, by name and by value.
+    """
+    if _NAME in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, _NAME)
+    member._name_ = member._value_ = _NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    type.__setattr__(PeftType, _NAME, member)
+    PeftType._member_names_.append(_NAME)
+    PeftType._member_map_[_NAME] = member
+    PeftType._value2member_map_[_NAME] = member
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Enter ILA's classes into PEFT's tables; calling it again replaces them, as after `importlib.reload`.
+
+    Raises:
+        ImportError: This version of PEFT has a method named ILA of its own.
+    """
+    peft_type = PeftType(_NAME)
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if known is None:
+        register_peft_method(name=_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_")
+    elif known.__module__ == config_cls.__module__:
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    else:
+        raise ImportError(
+            f"The installed PEFT already has a method named ILA ({known.__module__}.{known.__qualname__}); use that "
+            "one, or install an older PEFT to use peft-ila."
+        )

@@ -1,0 +1,350 @@
+"""The two stages in a user's own trainer: EpsilonStability ends the first, learn_gates is the second."""
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    DefaultFlowCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_callback import CallbackHandler, ExportableState
+
+from .importance import LayerImportance
+from .model import ILAModel
+
+if TYPE_CHECKING:
+    from .layer import Gate
+
+logger = logging.getLogger(__name__)
+
+# What `learn_gates` keeps of the trainer's callbacks: logging and progress, not what steers the first stage.
+_LOGGING_CALLBACKS = (
+    DefaultFlowCallback,
+    PrinterCallback,
+    ProgressCallback,
+    *dict.fromkeys(INTEGRATION_TO_CALLBACK.values()),
+)
+
+
+class EpsilonStability(TrainerCallback, ExportableState):
+    """
+    Ends training once it is ε-stable: |E[L(θ_{t+1})] − E[L(θ_t)]| < ε for every later t (section 2 of the paper,
+    https://huggingface.co/papers/2410.17875), with the expectation replaced by a moving average.
+
+    At every logged loss, the mean of the last `window` logged losses is compared with the mean of the `window` before
+    them. When they differ by less than `epsilon` at `patience` logged losses in a row, training stops. Evaluation
+    data are not needed. All processes see the same logged loss and so decide alike. The state is saved in the
+    trainer's checkpoints.
+
+    Args:
+        epsilon (`float`): The greatest change of the smoothed loss that counts as stable, in the unit of the loss.
+            The paper gives no figure; 0.02 is an assumed default.
+        window (`int`): The number of logged losses to average, each the mean over `logging_steps` steps. Assumed
+            default.
+        patience (`int`): How many comparisons in a row must be stable. Assumed default.
+
+    Attributes:
+        change (`float`): The last difference of the two means; NaN before there were enough losses.
+        stopped_at (`int`): The step at which training was stopped; `None` before.
+
+    Raises:
+        ValueError: A setting is out of range; on the start of training, logging is off; during training, the loss is
+            NaN or infinite (for that, `logging_nan_inf_filter` of the training arguments is switched off).
+    """
+
+    def __init__(self, epsilon: float = 0.02, window: int = 5, patience: int = 3) -> None:
+        if not epsilon > 0:
+            raise ValueError(f"`epsilon` must be greater than 0, got {epsilon}.")
+        for name, value in (("window", window), ("patience", patience)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+        self.epsilon = epsilon
+        self.window = window
+        self.patience = patience
+        self.change = math.nan
+        self.stopped_at: int | None = None
+        self._losses: list[float] = []
+        self._stable = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {"epsilon": self.epsilon, "window": self.window, "patience": self.patience},
+            "attributes": {
+                "change": self.change,
+                "stopped_at": self.stopped_at,
+                "_losses": self._losses,
+                "_stable": self._stable,
+            },
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.logging_strategy == "no":
+            raise ValueError('EpsilonStability reads the logged loss; `logging_strategy` must not be "no".')
+        # The filter replaces a NaN by the mean of the losses before it, which would look stable.
+        args.logging_nan_inf_filter = False
+        needed = math.ceil((2 * self.window + self.patience - 1) * state.logging_steps)
+        if args.logging_strategy == "steps" and needed > state.max_steps:
+            logger.warning(
+                f"EpsilonStability needs {needed} steps to decide (window {self.window}, patience {self.patience}, "
+                f"logging_steps {state.logging_steps}), but training ends after {state.max_steps}."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The training loss is {loss} at step {state.global_step}; training has diverged. Lower the learning "
+                "rate or check the data."
+            )
+        self._losses = [*self._losses, loss][-2 * self.window :]
+        if len(self._losses) < 2 * self.window:
+            return
+        earlier, later = self._losses[: self.window], self._losses[self.window :]
+        self.change = (sum(later) - sum(earlier)) / self.window
+        self._stable = self._stable + 1 if abs(self.change) < self.epsilon else 0
+        logger.info(
+            f"step {state.global_step}: the smoothed loss changed by {self.change:+.4f} over {self.window} logs, "
+            f"stable for {self._stable} of {self.patience} (epsilon {self.epsilon})"
+        )
+        if self._stable >= self.patience:
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        figures = f"smoothed loss changed by {self.change:+.4f}, epsilon {self.epsilon}"
+        if self.stopped_at is not None:
+            logger.info(f"Training is stable at step {self.stopped_at} ({figures}).")
+        else:
+            logger.warning(
+                f"Training ended at step {state.global_step} before it was stable ({figures}): a ranking made now may "
+                "change with more training."
+            )
+
+
+class _BudgetPressure(TrainerCallback):
+    """Adds λ·mean(γ) to the objective, by its gradient: whatever loss the trainer computes, and once per step."""
+
+    def __init__(self, gates: list["Gate"], penalty: float) -> None:
+        self.gates = gates
+        self.penalty = penalty
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for gate in self.gates:
+            if gate.weight.grad is None:  # no batch reached the unit
+                gate.weight.grad = torch.zeros_like(gate.weight)
+            gamma = torch.sigmoid(gate.weight)
+            gate.weight.grad += self.penalty / len(self.gates) * gamma * (1 - gamma)
+
+
+def learn_gates(
+    trainer: Trainer,
+    steps: int = 128,
+    learning_rate: float = 0.15,
+    initial_score: float = 2.0,
+    penalty: float | None = None,
+    penalty_batches: int = 8,
+    seed: int | None = None,
+) -> LayerImportance:
+    """
+    Learn the gates of a fine-tuned ILA model and rank its units (stage 2).
+
+    The weight deltas are frozen and only the scores are trained, all from one initial value, on the trainer's own
+    data and loss. The objective is L(γ) + λ·mean(γ): the paper limits the number of units (‖γ‖ ≤ H), and without the
+    pressure of that budget the loss is flat in every gate and the ranking is noise. All gates are pushed down, and
+    the units that the loss needs resist.
+
+    The trainer's training arguments hold here too (batch size, gradient accumulation, precision, logging), except
+    for those of the optimiser: Adam with a constant learning rate, no weight decay, no clipping. Of its callbacks,
+    those for logging and progress are called. Nothing is evaluated or saved, and the trainer's own state stays.
+
+    Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
+    stage 1 was trained in mode "joint", its gates are first folded into B, so that Δθ is what was trained.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            The trainer of stage 1, such as TRL's `SFTTrainer`, whose model is a `PeftModel` with one active ILA
+            adapter.
+        steps (`int`): The number of optimiser steps. The paper's figure is about 128 batches, recalled, not checked.
+        learning_rate (`float`): Of the scores. Assumed default, measured in `benchmarks/`.
+        initial_score (`float`): The score from which all units start, σ(2) = 0.88. Assumed default.
+        penalty (`float`, *optional*):
+            λ, in the unit of the loss. By default L(0) − L(1), what all deltas together are worth, measured on
+            training batches with all gates closed and all open. 0 means plain descent.
+        penalty_batches (`int`): The number of batches to measure λ on.
+        seed (`int`, *optional*): For the order of the data, by default the trainer's. The same seed gives the same
+            scores.
+
+    Returns:
+        [`LayerImportance`]: The ranking. Its metadata holds the settings and the losses that λ was measured from.
+
+    Raises:
+        TypeError: The trainer's model is not an ILA model.
+        ValueError: A setting is out of range, the adapter is masked or merged, or the deltas do not lower the loss.
+    """
+    ila = _ila_model(trainer)
+    for name, value in (("steps", steps), ("penalty_batches", penalty_batches)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+    if not learning_rate > 0:
+        raise ValueError(f"`learning_rate` must be greater than 0, got {learning_rate}.")
+    if penalty is not None and not 0 <= penalty < math.inf:
+        raise ValueError(f"`penalty` must be a finite number of at least 0, got {penalty}.")
+    (adapter_name,) = ila.active_adapters
+    config = ila.peft_config[adapter_name]
+    if config.gate_mode == "hard":
+        raise ValueError('The adapter is masked (mode "hard"); call `set_gate_mode("open")` to rank all its units.')
+    ila.check_unmerged(adapter_name)
+    if config.gate_mode == "joint":
+        ila.fold_gates()
+
+    seed = trainer.args.seed if seed is None else seed
+    stage = _stage_trainer(trainer, steps, learning_rate, seed)
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "initial_score": initial_score,
+        "seed": seed,
+        "batch_size": stage.get_total_train_batch_size(stage.args),
+    }
+    inference_mode = config.inference_mode
+    requires_grad = {name: p.requires_grad for name, p in ila.model.named_parameters()}
+    try:
+        if penalty is None:
+            set_seed(seed)
+            closed, opened = measure_losses(stage, penalty_batches)
+            penalty = closed - opened
+            settings |= {"loss_closed": closed, "loss_open": opened}
+            if not penalty > 0:
+                raise ValueError(
+                    f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, "
+                    f"{opened:.4f} with it), so there is nothing to rank; fine-tune longer, or pass `penalty`."
+                )
+        settings["penalty"] = penalty
+
+        config.inference_mode = False
+        ila.set_gate_mode("soft")
+        gates = list(ila.gates().values())
+        for gate in gates:
+            gate.weight.data.fill_(initial_score)
+        stage.add_callback(_BudgetPressure(gates, penalty))
+        set_seed(seed)
+        stage.train()
+    finally:
+        config.inference_mode = inference_mode
+        ila.set_gate_mode("open")
+        for name, parameter in ila.model.named_parameters():
+            parameter.requires_grad_(requires_grad[name])
+
+    importance = ila.layer_importance()
+    importance.metadata["learn_gates"] = settings
+    return importance
+
+
+def _ila_model(trainer: Trainer) -> ILAModel:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    ila = getattr(model, "base_model", None)
+    if not isinstance(ila, ILAModel):
+        raise TypeError(
+            "`learn_gates` needs a trainer whose model was made by `get_peft_model(model, ILAConfig(...))`, got "
+            f"{type(model).__name__}."
+        )
+    if len(ila.active_adapters) != 1:
+        raise ValueError(f"Exactly one adapter must be active, got {ila.active_adapters}.")
+    return ila
+
+
+def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int) -> Trainer:
+    """A second trainer on the model, data and loss of the first, which keeps its own state."""
+    stage = copy.copy(trainer)
+    stage.args = copy.copy(trainer.args)
+    stage.args.max_steps = steps
+    stage.args.learning_rate = learning_rate
+    stage.args.seed = seed
+    stage.args.lr_scheduler_type = "constant"
+    stage.args.lr_scheduler_kwargs = {}
+    stage.args.warmup_steps = 0
+    stage.args.weight_decay = 0.0
+    stage.args.max_grad_norm = math.inf  # nothing is clipped, but fp16 gradients are unscaled before the penalty
+    stage.args.save_strategy = "no"
+    stage.args.eval_strategy = "no"
+    stage.args.eval_on_start = False
+    stage.args.load_best_model_at_end = False
+    stage.args.push_to_hub = False
+    stage.model_init = stage.optimizer = stage.lr_scheduler = None
+    stage.optimizer_cls_and_kwargs = (torch.optim.Adam, {"lr": learning_rate})
+    stage.model_wrapped = stage.model  # which parameters need gradients is fixed when a model is wrapped
+    stage.control = TrainerControl()
+    callbacks = [
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _LOGGING_CALLBACKS)
+    ]
+    stage.callback_handler = CallbackHandler(callbacks, stage.model, stage.processing_class, None, None)
+    if "_metrics" in vars(trainer):  # what TRL's trainers have gathered for their next log
+        stage._metrics = copy.deepcopy(trainer._metrics)
+    return stage
+
+
+@contextlib.contextmanager
+def _adapters_off(ila: ILAModel) -> Iterator[None]:
+    ila.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        ila.enable_adapter_layers()
+
+
+@torch.no_grad()
+def measure_losses(trainer: Trainer, batches: int) -> tuple[float, float]:
+    """
+    The trainer's loss on its first training batches with all gates closed and as they are.
+
+    Args:
+        trainer: A trainer whose model is an ILA model.
+        batches: The number of batches, each weighted alike.
+
+    Returns:
+        Both means over all processes, the one without the adapter first.
+    """
+    ila = _ila_model(trainer)
+    losses: list[list[float]] = []
+    trainer.model.eval()
+    for inputs in islice(trainer.get_train_dataloader(), batches):
+        inputs = trainer._prepare_inputs(inputs)
+        row = []
+        for context in (_adapters_off(ila), contextlib.nullcontext()):
+            with context, trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, copy.copy(inputs))
+            row.append(trainer.accelerator.gather(loss.detach().reshape(1)).mean().item())
+        losses.append(row)
+    trainer.model.train()
+    closed, opened = zip(*losses)
+    return sum(closed) / len(losses), sum(opened) / len(losses)

@@ -1,0 +1,39 @@
+"""Units: what one gate stands for, told from a module's name. The one home of name matching."""
+
+import re
+from typing import Literal
+
+Granularity = Literal["layer", "module"]
+
+# The first number that follows a named component is the decoder layer: `model.layers.3.mlp.experts.7.w1` is in
+# layer 3, not in expert 7. PEFT's `layers_to_transform` reads names the same way.
+_DECODER_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?[^.\d][^.]*)\.(?P<index>\d+)(?=\.|$)")
+
+
+def split_layer(name: str) -> tuple[str, int] | None:
+    """Split a module name into its stack and layer index.
+
+    Args:
+        name: A module or unit name, such as `"model.layers.3.mlp.up_proj"`.
+
+    Returns:
+        `("model.layers", 3)` for that name, `None` for a name outside every stack, such as `"lm_head"`.
+    """
+    match = _DECODER_LAYER.match(name)
+    return (match["stack"], int(match["index"])) if match else None
+
+
+def unit_of(name: str, granularity: Granularity) -> str:
+    """Name the unit that a target module belongs to.
+
+    Args:
+        name: The module's name in the base model.
+        granularity: `"module"` makes each module a unit (the paper's choice), `"layer"` each decoder layer. Modules
+            outside every stack of layers are units of their own at both granularities.
+
+    Returns:
+        For example `"model.layers.3"` or `"model.layers.3.mlp.up_proj"`.
+    """
+    if granularity == "layer" and (layer := split_layer(name)):
+        return f"{layer[0]}.{layer[1]}"
+    return name

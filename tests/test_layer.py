@@ -1,0 +1,225 @@
+"""The gate inside a LoRA layer, against references computed without peft-ila."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_ila import ILAConfig
+from peft_ila.layer import Gate, is_gated
+from peft_ila.units import unit_of
+
+OPTIONS = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
+
+
+def gated_and_lora(dtype=torch.float32, **options):
+    """An ILA model and a LoRA model with the same weights."""
+    models = []
+    for config in (ILAConfig(**OPTIONS, **options), LoraConfig(**OPTIONS)):
+        base = tiny_llama().to(dtype)
+        torch.manual_seed(1)
+        models.append(get_peft_model(base, config, autocast_adapter_dtype=False))
+    return models
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_open_is_lora_bit_for_bit(dtype, granularity, input_ids):
+    ila, lora = gated_and_lora(dtype, granularity=granularity, gate_mode="open")
+    outputs = [model(input_ids, labels=input_ids) for model in (ila, lora)]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.loss.backward()
+    gradients = dict(lora.named_parameters())
+    for name, parameter in ila.named_parameters():
+        if "lora_gate" in name:
+            assert parameter.grad is None and not parameter.requires_grad
+        elif parameter.requires_grad:
+            assert torch.equal(parameter.grad, gradients[name].grad)
+
+
+class ReferenceLinear(nn.Module):
+    """base + γ·(α/r)·B·A·x, written down anew."""
+
+    def __init__(self, lora_layer, gamma):
+        super().__init__()
+        self.base = lora_layer.base_layer
+        self.a = lora_layer.lora_A["default"].weight.detach()
+        self.b = lora_layer.lora_B["default"].weight.detach()
+        self.scale = OPTIONS["lora_alpha"] / OPTIONS["r"]
+        self.gamma = gamma
+
+    def forward(self, x):
+        return self.base(x) + self.gamma * (self.scale * (x @ (self.b @ self.a).T))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("mode", ["soft", "joint"])
+def test_score_gradients_match_a_float64_reference(granularity, mode, input_ids):
+    ila, lora = gated_and_lora(torch.float64, granularity=granularity, gate_mode=mode)
+    gates = ila.gates()
+    generator = torch.Generator().manual_seed(3)
+    values = {unit: torch.randn(1, generator=generator, dtype=torch.float64) * 2 for unit in gates}
+    for unit, gate in gates.items():
+        gate.weight.data = values[unit].clone()
+
+    scores = {unit: value.clone().requires_grad_() for unit, value in values.items()}
+    reference = lora.base_model.model
+    for name, module in list(reference.named_modules()):
+        if hasattr(module, "lora_A"):
+            gamma = 1 / (1 + torch.exp(-scores[unit_of(name, granularity)]))
+            parent, _, child = name.rpartition(".")
+            setattr(reference.get_submodule(parent), child, ReferenceLinear(module, gamma))
+
+    output = ila(input_ids, labels=input_ids)
+    expected = reference(input_ids, labels=input_ids)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-12, atol=1e-12)
+    output.loss.backward()
+    expected.loss.backward()
+    assert len(gates) == (3 if granularity == "layer" else 21)
+    for unit, gate in gates.items():
+        torch.testing.assert_close(gate.weight.grad, scores[unit].grad, rtol=1e-9, atol=1e-15)
+
+
+def test_score_gradient_against_finite_differences(input_ids):
+    ila, _ = gated_and_lora(torch.float64, gate_mode="joint")
+
+    def loss(score):
+        gate.weight.data.fill_(score)
+        # not the model's own loss, which is computed in fp32
+        return ila(input_ids).logits.log_softmax(-1)[..., 7].mean()
+
+    for gate in ila.gates().values():
+        numeric = (loss(0.5 + 1e-5) - loss(0.5 - 1e-5)) / 2e-5
+        ila.zero_grad()
+        loss(0.5).backward()
+        torch.testing.assert_close(gate.weight.grad.squeeze(), numeric.detach(), rtol=1e-6, atol=1e-10)
+        gate.weight.data.fill_(4.0)
+
+
+def test_hard_gates_are_one_or_nothing(input_ids):
+    ila, lora = gated_and_lora()
+    units = list(ila.gates())
+    with torch.no_grad():
+        with lora.disable_adapter():
+            base = lora(input_ids).logits
+        full = lora(input_ids).logits
+        ila.apply_mask(units)
+        assert torch.equal(ila(input_ids).logits, full)
+        ila.apply_mask(units[1:2])
+        for name, module in lora.named_modules():
+            if name.endswith("lora_B.default") and ".layers.1." not in name:
+                module.weight.zero_()
+        assert torch.equal(ila(input_ids).logits, lora(input_ids).logits)
+        assert not torch.equal(ila(input_ids).logits, base)
+
+
+def test_a_closed_gate_hides_what_is_not_finite(input_ids):
+    ila, _ = gated_and_lora()
+    for name, module in ila.named_modules():
+        if name.endswith("lora_A.default") and ".layers.0." in name:
+            module.weight.data.fill_(float("inf"))
+    ila.apply_mask(["model.layers.1"])
+    assert torch.isfinite(ila(input_ids).logits).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, input_ids):
+    ila, _ = gated_and_lora(gate_mode="soft")
+    ila.train()
+    ila(input_ids, labels=input_ids).loss.backward()
+    expected = [gate.weight.grad.clone() for gate in ila.gates().values()]
+    ila.zero_grad()
+    ila.enable_input_require_grads()
+    ila.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    ila(input_ids, labels=input_ids).loss.backward()
+    for gate, gradient in zip(ila.gates().values(), expected):
+        torch.testing.assert_close(gate.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_copies_are_whole_and_apart(duplicate, granularity, input_ids):
+    ila, _ = gated_and_lora(granularity=granularity)
+    expected = ila(input_ids).logits
+    twin = duplicate(ila)
+    assert torch.equal(twin(input_ids).logits, expected)
+    gates, theirs = ila.gates(), twin.gates()
+    assert gates.keys() == theirs.keys()
+    assert not {id(gate) for gate in gates.values()} & {id(gate) for gate in theirs.values()}
+    for gate in theirs.values():
+        gate.weight.data.fill_(-50.0)
+    assert torch.equal(ila(input_ids).logits, expected)
+    with ila.disable_adapter():
+        torch.testing.assert_close(twin(input_ids).logits, ila(input_ids).logits)
+
+
+def test_bf16_activations_stay_bf16():
+    gate = Gate(4.0)
+    assert gate(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert gate.weight.shape == (1,) and gate.weight.dtype == torch.float32
+
+
+def test_autocast(input_ids):
+    ila, lora = gated_and_lora(gate_mode="open")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ila(input_ids).logits, lora(input_ids).logits)
+        ila.set_gate_mode("soft")
+        ila(input_ids, labels=input_ids).loss.backward()
+    assert all(gate.weight.grad.dtype == torch.float32 for gate in ila.gates().values())
+
+
+class Layers(nn.Module):
+    """Every layer type that PEFT's LoRA has, besides the quantised ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.linear = nn.Linear(8, 8)
+        self.conv1d = nn.Conv1d(8, 8, 3, padding=1)
+        self.conv2d = nn.Conv2d(1, 1, 3, padding=1)
+        self.conv3d = nn.Conv3d(1, 1, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.linear(self.embedding(x))
+        x = self.conv1d(x.transpose(1, 2)).transpose(1, 2)
+        x = self.conv2d(x[:, None])[:, 0]
+        x = self.conv3d(x[:, None, None])[:, 0, 0]
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("target", ["embedding", "linear", "conv1d", "conv2d", "conv3d", "attention"])
+def test_every_layer_type_is_gated(target):
+    x = torch.arange(10).reshape(2, 5)
+    models = []
+    for config in (
+        ILAConfig(r=4, target_modules=[target], init_lora_weights=False, gate_mode="open"),
+        LoraConfig(r=4, target_modules=[target], init_lora_weights=False),
+    ):
+        torch.manual_seed(0)
+        models.append(get_peft_model(Layers(), config).eval())
+    ila, lora = models
+    assert any(is_gated(module) for module in ila.modules())
+    with torch.no_grad():
+        with lora.disable_adapter():
+            base = lora(x)
+        assert torch.equal(ila(x), lora(x))
+        ila.set_gate_mode("soft")
+        for gate in ila.gates().values():
+            gate.weight.fill_(-0.7)
+        for module in lora.modules():
+            if hasattr(module, "scaling"):
+                module.scaling["default"] *= torch.sigmoid(torch.tensor(-0.7)).item()
+        output = ila(x)
+        torch.testing.assert_close(output, lora(x))
+        assert not torch.equal(output, base)
+        merged = copy.deepcopy(ila).merge_and_unload()
+        torch.testing.assert_close(merged(x), output)
+    assert list(ila.gates()) == [target]
+    ila(x).sum().backward()
+    assert ila.gates()[target].weight.grad.abs() > 0

@@ -1,0 +1,335 @@
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import nn
+
+from peft_ila import ILAConfig, ILAModel
+
+LORA = ("lora_A", "lora_B")
+
+
+def config(**kwargs) -> ILAConfig:
+    return ILAConfig(
+        **{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False, **kwargs}
+    )
+
+
+def spread_scores(model, low=-3.0, high=3.0):
+    gates = model.gates()
+    for gate, value in zip(gates.values(), torch.linspace(low, high, len(gates))):
+        gate.weight.data.fill_(value)
+
+
+def moved_by_a_step(model, input_ids) -> set[str]:
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model.train()
+    model(input_ids, labels=input_ids).loss.backward()
+    optimizer.step()
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+@pytest.mark.parametrize("granularity, number", [("layer", 3), ("module", 21)])
+def test_one_score_per_unit(llama, granularity, number):
+    model = get_peft_model(llama, config(granularity=granularity))
+    assert isinstance(model.base_model, ILAModel)
+    scores = [name for name, _ in model.named_parameters() if "lora_gate" in name]
+    assert len(scores) == number == len(model.gates())
+    assert all(name.endswith(".lora_gate.default.weight") for name in scores)
+    if granularity == "layer":
+        # the first target module of a decoder layer owns the score
+        assert [".q_proj." in name for name in scores] == [True] * 3
+        assert list(model.gates()) == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert all(gate.weight.item() == 4.0 for gate in model.gates().values())
+
+
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize(
+    "mode, moving",
+    [("joint", {*LORA, "lora_gate"}), ("open", set(LORA)), ("soft", {"lora_gate"})],
+)
+def test_what_trains_in_each_mode(llama, input_ids, granularity, mode, moving):
+    model = get_peft_model(llama, config(granularity=granularity))
+    model.set_gate_mode(mode)
+    expected = {name for name, _ in model.named_parameters() if any(f".{part}." in name for part in moving)}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+    assert moved_by_a_step(model, input_ids) == expected
+
+
+def test_what_trains_under_a_mask(llama, input_ids):
+    model = get_peft_model(llama, config())
+    model.apply_mask(["model.layers.2", "model.layers.0"])
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if (".lora_A." in name or ".lora_B." in name) and ".layers.1." not in name
+    }
+    assert moved_by_a_step(model, input_ids) == expected
+    assert model.peft_config["default"].gate_mask == ["model.layers.0", "model.layers.2"]
+
+
+def test_peft_calls_that_activate_adapters_keep_the_mode(llama):
+    model = get_peft_model(llama, config(modules_to_save=["lm_head"], bias="all"))
+    model.set_gate_mode("soft")
+    expected = {name for name, _ in model.named_parameters() if "lora_gate" in name}
+
+    def trainable():
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    assert trainable() == expected
+    with model.disable_adapter():
+        pass
+    assert trainable() == expected
+    model.set_adapter("default")
+    assert trainable() == expected
+    model.set_gate_mode("open")
+    assert any("modules_to_save" in name for name in trainable())
+    assert not trainable() & expected
+
+
+def test_modes_can_be_left_and_entered(llama, input_ids):
+    model = get_peft_model(llama, config())
+    spread_scores(model)
+    soft = model(input_ids).logits
+    model.apply_mask(["model.layers.1"])
+    hard = model(input_ids).logits
+    model.set_gate_mode("open")
+    opened = model(input_ids).logits
+    assert not torch.equal(soft, hard) and not torch.equal(hard, opened)
+    model.set_gate_mode("hard")
+    assert torch.equal(model(input_ids).logits, hard)
+    model.set_gate_mode("soft")
+    assert torch.equal(model(input_ids).logits, soft)
+
+
+def test_bad_modes_and_masks(llama):
+    model = get_peft_model(llama, config())
+    with pytest.raises(ValueError, match="must be one of .* got 'close'"):
+        model.set_gate_mode("close")
+    with pytest.raises(ValueError, match="has no mask yet"):
+        model.set_gate_mode("hard")
+    with pytest.raises(ValueError, match=r"has no units \['model.layers.9'\] \(1 unknown of 2\)"):
+        model.apply_mask(["model.layers.9", "model.layers.1"])
+    with pytest.raises(ValueError, match="keeps no unit"):
+        model.apply_mask([])
+    with pytest.raises(TypeError, match=r"got the string 'model\.layers\.1'"):
+        model.apply_mask("model.layers.1")
+    with pytest.raises(ValueError, match="Adapter 'other' does not exist"):
+        model.set_gate_mode("open", "other")
+    assert model.peft_config["default"].gate_mode == "joint"
+
+
+def test_a_target_that_matches_nothing(llama):
+    with pytest.raises(ValueError, match="query_proj.* not found in the base model"):
+        get_peft_model(llama, config(target_modules=["query_proj"]))
+
+
+@pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_saved_and_loaded_bit_for_bit(tmp_path, input_ids, mode, granularity):
+    model = get_peft_model(tiny_llama(), config(granularity=granularity))
+    spread_scores(model)
+    model.apply_mask(list(model.gates())[::2]) if mode == "hard" else model.set_gate_mode(mode)
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum("lora_gate" in key for key in saved) == len(model.gates())
+
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(loaded(input_ids).logits, expected)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.peft_config["default"].gate_mode == mode
+    assert loaded.peft_config["default"].gate_mask == model.peft_config["default"].gate_mask
+
+    low_memory = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=True, is_trainable=True)
+    assert torch.equal(low_memory(input_ids).logits, expected)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in low_memory.named_parameters() if parameter.requires_grad} == trainable
+
+    second = get_peft_model(tiny_llama(), config())
+    second.load_adapter(tmp_path, "second")
+    second.set_adapter("second")
+    assert torch.equal(second(input_ids).logits, expected)
+
+    transformers_model = tiny_llama()
+    transformers_model.load_adapter(str(tmp_path))
+    assert torch.equal(transformers_model(input_ids).logits, expected)
+
+
+def test_auto_peft_model(tmp_path, input_ids):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = tiny_llama().from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config())
+    spread_scores(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    assert loaded.layer_importance().units == model.layer_importance().units
+
+
+@pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
+@pytest.mark.parametrize("safe_merge", [True, False])
+def test_merging_equals_the_forward_pass(llama, input_ids, mode, safe_merge):
+    model = get_peft_model(llama, config())
+    spread_scores(model)
+    model.apply_mask(["model.layers.1"]) if mode == "hard" else model.set_gate_mode(mode)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        with model.disable_adapter():
+            base = model(input_ids).logits
+        model.merge_adapter(safe_merge=safe_merge)
+        torch.testing.assert_close(model(input_ids).logits, expected)
+        with pytest.raises(ValueError, match="is merged with its present gates"):
+            model.set_gate_mode("soft")
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids).logits, expected)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids).logits, base)
+        plain = model.merge_and_unload(safe_merge=safe_merge)
+        torch.testing.assert_close(plain(input_ids).logits, expected)
+    assert not any("lora" in name for name, _ in plain.named_modules())
+
+
+def test_unload_gives_the_base_model_back(input_ids):
+    expected = tiny_llama()(input_ids).logits
+    model = get_peft_model(tiny_llama(), config())
+    assert torch.equal(model.unload()(input_ids).logits, expected)
+
+
+def test_several_adapters(llama, input_ids):
+    model = get_peft_model(llama, config())
+    model.add_adapter("modules", config(granularity="module", target_modules=["q_proj", "up_proj"]))
+    spread_scores(model)
+    first = model(input_ids).logits
+    model.set_adapter("modules")
+    assert len(model.gates()) == 6 and len(model.gates("default")) == 3
+    spread_scores(model)
+    model.set_gate_mode("soft")
+    second = model(input_ids).logits
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "modules" not in name] == []
+    model.set_adapter("default")
+    assert torch.equal(model(input_ids).logits, first)
+
+    mixed = model.eval()(torch.cat([input_ids, input_ids]), adapter_names=["default"] * 2 + ["modules"] * 2).logits
+    torch.testing.assert_close(mixed, torch.cat([first, second]))
+
+    model.base_model.set_adapter(["default", "modules"])
+    with pytest.raises(ValueError, match="2 adapters are active"):
+        model.layer_importance()
+    model.delete_adapter("modules")
+    assert torch.equal(model(input_ids).logits, first)
+    assert not any("modules" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("combination, exact", [("linear", False), ("cat", True), ("svd", False)])
+def test_weighted_adapters_are_gated(llama, combination, exact):
+    model = get_peft_model(llama, config())
+    model.add_adapter("other", config())
+    spread_scores(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.add_weighted_adapter(["default", "other"], [0.7, 0.2], "sum", combination_type=combination)
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value)
+    assert model.peft_config["sum"].gate_mode == "open"
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    expected = 0.7 * layer.get_delta_weight("default") + 0.2 * layer.get_delta_weight("other")
+    if exact:
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected)
+    single = model.base_model
+    single.add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")
+    torch.testing.assert_close(layer.get_delta_weight("copy"), layer.get_delta_weight("default"))
+
+
+def test_folding_keeps_the_outputs(llama, input_ids):
+    model = get_peft_model(llama, config())
+    spread_scores(model)
+    expected = model(input_ids).logits
+    model.fold_gates()
+    torch.testing.assert_close(model(input_ids).logits, expected)
+    assert model.peft_config["default"].gate_mode == "open"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_are_fp32_when_they_are_learned_alone(input_ids, dtype):
+    model = get_peft_model(tiny_llama().to(dtype), config(), autocast_adapter_dtype=False)
+    assert {gate.weight.dtype for gate in model.gates().values()} == {dtype}  # PEFT's rule
+    model.set_gate_mode("soft")
+    assert {gate.weight.dtype for gate in model.gates().values()} == {torch.float32}
+    assert model(input_ids).logits.dtype == dtype
+    # what `model.to` or a trainer does later
+    model.to(dtype)
+    model.train()
+    assert {gate.weight.dtype for gate in model.gates().values()} == {torch.float32}
+    assert len(moved_by_a_step(model, input_ids)) == 3
+
+
+def test_scores_follow_autocast_adapter_dtype_otherwise():
+    model = get_peft_model(tiny_llama().to(torch.bfloat16), config())
+    assert {gate.weight.dtype for gate in model.gates().values()} == {torch.float32}
+    assert len({id(gate.weight) for gate in model.gates().values()}) == 3
+
+
+def test_dropout_is_off_while_scores_are_learned(llama, input_ids):
+    model = get_peft_model(llama, config(lora_dropout=0.5))
+    model.train()
+    assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
+    model.set_gate_mode("soft")
+    model.train()
+    assert torch.equal(model(input_ids).logits, model(input_ids).logits)
+    model.set_gate_mode("open")
+    assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
+
+
+def test_gates_take_no_random_numbers():
+    weights = []
+    for cfg in (config(init_lora_weights=True), LoraConfig(r=4, target_modules="all-linear")):
+        base = tiny_llama()
+        torch.manual_seed(5)
+        model = get_peft_model(base, cfg)
+        weights.append([p for name, p in model.named_parameters() if ".lora_A." in name])
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
+def test_inject_adapter_in_model(llama, input_ids):
+    model = inject_adapter_in_model(config(gate_mode="soft"), llama)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 3 and all("lora_gate" in name for name in trainable)
+    model(input_ids, labels=input_ids).loss.backward()
+
+
+def test_layer_importance(llama):
+    model = get_peft_model(llama, config(target_modules=["q_proj", "v_proj"]))
+    spread_scores(model)
+    importance = model.layer_importance()
+    assert importance.units == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert importance.scores == [-3.0, 0.0, 3.0]
+    assert importance.modules["model.layers.1"] == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    assert importance.metadata["granularity"] == "layer" and importance.metadata["task_type"] == "CAUSAL_LM"
+    model.gates()["model.layers.0"].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"score of 'model\.layers\.0' is nan"):
+        model.layer_importance()
+
+
+def test_lm_head_is_a_unit_of_its_own(llama):
+    model = get_peft_model(llama, config(target_modules=["q_proj", "lm_head"]))
+    assert list(model.gates()) == ["model.layers.0", "model.layers.1", "model.layers.2", "lm_head"]
+
+
+def test_plain_modules_without_layers():
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), ILAConfig(target_modules=["0", "1"]))
+    assert list(model.gates()) == ["0", "1"]
+
+
+def test_weights_are_safetensors():
+    model = get_peft_model(tiny_llama(), config())
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        assert {path.suffix for path in Path(directory).iterdir()} <= {".safetensors", ".json", ".md"}
