@@ -203,27 +203,27 @@ def test_unload_gives_the_base_model_back(input_ids):
 
 def test_several_adapters(llama, input_ids):
     model = get_peft_model(llama, config())
-    model.add_adapter("modules", config(granularity="module", target_modules=["q_proj", "up_proj"]))
+    model.add_adapter("fine", config(granularity="module", target_modules=["q_proj", "up_proj"]))
     spread_scores(model)
     first = model(input_ids).logits
-    model.set_adapter("modules")
+    model.set_adapter("fine")
     assert len(model.gates()) == 6 and len(model.gates("default")) == 3
     spread_scores(model)
     model.set_gate_mode("soft")
     second = model(input_ids).logits
-    assert [name for name, p in model.named_parameters() if p.requires_grad and "modules" not in name] == []
+    assert [name for name, p in model.named_parameters() if p.requires_grad and ".fine." not in name] == []
     model.set_adapter("default")
     assert torch.equal(model(input_ids).logits, first)
 
-    mixed = model.eval()(torch.cat([input_ids, input_ids]), adapter_names=["default"] * 2 + ["modules"] * 2).logits
+    mixed = model.eval()(torch.cat([input_ids, input_ids]), adapter_names=["default"] * 2 + ["fine"] * 2).logits
     torch.testing.assert_close(mixed, torch.cat([first, second]))
 
-    model.base_model.set_adapter(["default", "modules"])
+    model.base_model.set_adapter(["default", "fine"])
     with pytest.raises(ValueError, match="2 adapters are active"):
         model.layer_importance()
-    model.delete_adapter("modules")
+    model.delete_adapter("fine")
     assert torch.equal(model(input_ids).logits, first)
-    assert not any("modules" in name for name, _ in model.named_parameters())
+    assert not any(".fine." in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("combination, exact", [("linear", False), ("cat", True), ("svd", False)])

@@ -1,0 +1,244 @@
+"""Every conversion is proved by what PEFT really injects into a real (tiny, random) model."""
+
+import random
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BartConfig,
+    BertConfig,
+    BloomConfig,
+    CLIPVisionConfig,
+    FalconConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from peft_ila import ILAConfig, LayerImportance
+from peft_ila.conversion import check_injection, meta_skeleton
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "pad_token_id": 0,
+}
+GPT2 = GPT2Config(n_embd=16, n_layer=5, n_head=2, vocab_size=32)
+OPT = OPTConfig(
+    hidden_size=16, ffn_dim=32, num_hidden_layers=5, num_attention_heads=2, vocab_size=32, word_embed_proj_dim=16
+)
+T5 = T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=5, num_heads=2, vocab_size=32)
+BART = BartConfig(
+    d_model=16,
+    encoder_layers=5,
+    decoder_layers=5,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    vocab_size=32,
+)
+LLAVA = LlavaConfig(
+    vision_config=CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2, image_size=8, patch_size=4
+    ),
+    text_config=LlamaConfig(**SMALL),
+)
+MODELS = {
+    "llama": ("LlamaForCausalLM", LlamaConfig(**SMALL)),
+    "bare_llama": ("LlamaModel", LlamaConfig(**SMALL)),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "bare_gpt2": ("GPT2Model", GPT2),
+    "opt": ("OPTForCausalLM", OPT),
+    "gpt_neox": ("GPTNeoXForCausalLM", GPTNeoXConfig(**SMALL)),
+    "gemma": ("GemmaForCausalLM", GemmaConfig(**SMALL, head_dim=8)),
+    "mistral": ("MistralForCausalLM", MistralConfig(**SMALL)),
+    "qwen2": ("Qwen2ForCausalLM", Qwen2Config(**SMALL)),
+    "qwen3": ("Qwen3ForCausalLM", Qwen3Config(**SMALL, head_dim=8)),
+    "phi3": ("Phi3ForCausalLM", Phi3Config(**SMALL)),
+    "bloom": ("BloomForCausalLM", BloomConfig(hidden_size=16, n_layer=5, n_head=2, vocab_size=32)),
+    "falcon": ("FalconForCausalLM", FalconConfig(**SMALL)),
+    "mixtral": ("MixtralForCausalLM", MixtralConfig(**SMALL, num_local_experts=2)),
+    "olmoe": ("OlmoeForCausalLM", OlmoeConfig(**SMALL, num_experts=2, num_experts_per_tok=1)),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "bart": ("BartForConditionalGeneration", BART),
+    "bert": ("BertForSequenceClassification", BertConfig(**{**SMALL, "num_key_value_heads": None})),
+    "llava": ("LlavaForConditionalGeneration", LLAVA),
+}
+
+
+def build(name) -> nn.Module:
+    torch.manual_seed(0)
+    class_name, config = MODELS[name]
+    return getattr(transformers, class_name)(config)
+
+
+def ranked(model, granularity="layer", seed=0, **kwargs) -> LayerImportance:
+    """A ranking with random scores, as an ILA model gives it."""
+    ila = get_peft_model(model, ILAConfig(r=2, granularity=granularity, **{"target_modules": "all-linear", **kwargs}))
+    scores = random.Random(seed)
+    for gate in ila.gates().values():
+        gate.weight.data.fill_(scores.uniform(-3, 3))
+    return ila.layer_importance()
+
+
+def injected(model, config) -> set[str]:
+    """The modules that PEFT adapts, read off the model itself."""
+    prefix = "base_model.model."
+    adapted = get_peft_model(model, config)
+    return {name.removeprefix(prefix) for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("name", MODELS)
+def test_exactly_the_selected_modules_are_injected(name, granularity):
+    importance = ranked(build(name), granularity)
+    for top_p in (0.1, 0.3, 0.75, 1.0):
+        selected = importance.select(top_p=top_p)
+        expected = {module for unit in selected for module in importance.modules[unit]}
+        for model in (None, build(name)):
+            config = importance.to_lora_config(top_p=top_p, r=2, model=model)
+            assert type(config) is LoraConfig
+            assert injected(build(name), config) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "opt", "gpt_neox", "gemma", "mistral", "qwen2", "qwen3", "mixtral", "bare_llama"]
+)
+def test_layers_become_layers_to_transform(name):
+    importance = ranked(build(name))
+    config = importance.to_lora_config(top_k=2, r=2)
+    assert config.layers_to_transform == sorted(int(unit.rpartition(".")[2]) for unit in importance.select(top_k=2))
+    assert all("." not in target for target in config.target_modules)
+
+
+@pytest.mark.parametrize("pattern, stack", [("layers", "layers"), (None, "model.layers")])
+def test_layers_pattern_only_where_peft_needs_it(pattern, stack):
+    name = "bare_llama" if pattern else "llama"
+    importance = ranked(build(name))
+    assert importance.units[0] == f"{stack}.0"
+    assert importance.to_lora_config(top_k=2).layers_pattern == pattern
+
+
+def test_one_stack_of_two_gets_a_pattern():
+    importance = ranked(build("t5"), target_modules=r"decoder\..*\.(q|v)")
+    config = importance.to_lora_config(top_k=2)
+    assert config.layers_to_transform and config.layers_pattern == r"decoder\.block"
+    assert injected(build("t5"), config) == {
+        module for unit in importance.select(top_k=2) for module in importance.modules[unit]
+    }
+
+
+def test_the_language_tower_alone():
+    importance = ranked(build("llava"), target_modules=r"model\.language_model\..*proj")
+    assert all(unit.startswith("model.language_model.layers.") for unit in importance.units)
+    assert any("vision_tower" in name for name in importance.lookalikes)
+    hit = injected(build("llava"), importance.to_lora_config(top_k=2, r=2))
+    assert len(hit) == 14 and not any("vision" in name for name in hit)
+
+
+def test_lm_head_and_embeddings_among_the_targets():
+    for granularity in ("layer", "module"):
+        importance = ranked(build("llama"), granularity, target_modules=["q_proj", "lm_head", "embed_tokens"])
+        for k in range(1, len(importance.units) + 1):
+            selected = importance.select(top_k=k)
+            expected = {module for unit in selected for module in importance.modules[unit]}
+            config = importance.to_lora_config(top_k=k, r=2)
+            model = get_peft_model(build("llama"), config)
+            assert set(model.base_model.targeted_module_names) == expected
+
+
+def test_gated_layers_only():
+    importance = ranked(build("llama"), target_modules=["q_proj"], layers_to_transform=[1, 3])
+    assert importance.units == ["model.layers.1", "model.layers.3"]
+    assert "model.layers.0.self_attn.q_proj" in importance.lookalikes
+    assert injected(build("llama"), importance.to_lora_config(top_p=1.0)) == {
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.3.self_attn.q_proj",
+    }
+
+
+def test_a_name_that_ends_in_another():
+    class Twin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(2, 2)}) for _ in range(2))
+            self.inner = nn.Module()
+            self.inner.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(2, 2)}) for _ in range(2))
+
+    importance = ranked(Twin(), target_modules=r"layers\.\d\.fc")
+    assert importance.units == ["layers.0", "layers.1"]
+    for model in (None, Twin()):
+        config = importance.to_lora_config(top_k=1, r=2, model=model)
+        assert injected(Twin(), config) == {f"{importance.select(top_k=1)[0]}.fc"}
+
+
+def test_options_pass_through_and_decided_ones_are_refused():
+    importance = ranked(tiny_llama(), task_type="CAUSAL_LM")
+    config = importance.to_lora_config(top_k=1, r=3, lora_alpha=9, use_rslora=True, lora_dropout=0.1)
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (3, 9, True, 0.1)
+    assert config.task_type == "CAUSAL_LM"
+    with pytest.raises(ValueError, match=r"\['layers_to_transform'\] follow from the selected units"):
+        importance.to_lora_config(top_k=1, layers_to_transform=[1])
+
+
+@pytest.mark.parametrize("as_config", [True, False])
+def test_a_ranking_of_another_architecture_is_refused(as_config):
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="The model has no modules .* made on another architecture"):
+        ranked(tiny_llama()).to_lora_config(top_k=1, model=model.config if as_config else model)
+
+
+def test_a_config_that_hits_other_modules_is_refused():
+    with pytest.raises(ValueError, match=r"would adapt 3 modules instead of the 1 .* adds \['model\.layers\.1"):
+        check_injection(
+            LoraConfig(target_modules=["q_proj"]), meta_skeleton(tiny_llama()), {"model.layers.0.self_attn.q_proj"}
+        )
+
+
+def test_the_check_leaves_the_model_alone(input_ids):
+    model = tiny_llama()
+    expected = model(input_ids).logits
+    names = [name for name, _ in model.named_modules()]
+    ranked(tiny_llama()).to_lora_config(top_k=1, model=model)
+    assert names == [name for name, _ in model.named_modules()]
+    assert torch.equal(model(input_ids).logits, expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model", [tiny_llama(), tiny_llama().config, nn.Sequential(nn.Linear(2, 2))])
+def test_skeletons_have_no_memory(model):
+    skeleton = meta_skeleton(model)
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+
+
+def test_a_peft_model_is_checked_by_its_plain_architecture():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["v_proj"]))
+    config = ranked(tiny_llama()).to_lora_config(top_k=1, model=model)
+    assert config.layers_to_transform is not None
+
+
+def test_the_saved_config_is_plain_lora(tmp_path):
+    importance = ranked(tiny_llama())
+    importance.to_lora_config(top_k=1, r=2).save_pretrained(tmp_path)
+    loaded = LoraConfig.from_pretrained(tmp_path)
+    assert loaded.peft_type == "LORA"
+    assert len(injected(tiny_llama(), loaded)) == 7

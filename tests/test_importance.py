@@ -1,0 +1,194 @@
+import json
+import math
+
+import pytest
+from conftest import tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_ila import LayerImportance
+
+UNITS = [f"model.layers.{i}" for i in range(10)]
+
+
+def importance(scores, **kwargs) -> LayerImportance:
+    return LayerImportance(units=[f"model.layers.{i}" for i in range(len(scores))], scores=list(scores), **kwargs)
+
+
+def test_ranking_breaks_ties_by_position():
+    assert importance([1.0, 3.0, 1.0, 3.0]).ranking() == [f"model.layers.{i}" for i in (1, 3, 0, 2)]
+
+
+def test_gates():
+    gates = importance([0.0, 4.0, -4.0, 800.0, -800.0]).gates
+    assert gates == pytest.approx([0.5, 0.9820137900379085, 0.017986209962091555, 1.0, 0.0])
+
+
+def test_select():
+    ranked = importance(range(10))
+    assert ranked.select(top_p=0.3) == UNITS[:6:-1]
+    assert ranked.select(top_k=2) == ["model.layers.9", "model.layers.8"]
+    assert ranked.select(top_p=0.01) == ["model.layers.9"]
+    assert ranked.select(top_p=1.0) == UNITS[::-1]
+    assert importance([-1.0, 0.0, 2.0]).select(threshold=0.5) == ["model.layers.2", "model.layers.1"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "exactly one of"),
+        ({"top_p": 0.5, "top_k": 2}, "exactly one of .*top_p=0.5, top_k=2"),
+        ({"top_p": 0.0}, r"`top_p` .* \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"`top_p` .* got 1.5"),
+        ({"top_p": math.nan}, r"`top_p` .* got nan"),
+        ({"top_k": 0}, "`top_k` must be a whole number from 1 to 10, got 0"),
+        ({"top_k": 11}, "`top_k` must be a whole number from 1 to 10, got 11"),
+        ({"top_k": 2.5}, "`top_k` must be a whole number"),
+        ({"threshold": 2.0}, r"`threshold` .* \[0, 1\], got 2.0"),
+        ({"threshold": 0.99999}, r"No gate reaches `threshold=0.99999`; the greatest is 0.989"),
+    ],
+)
+def test_bad_selections(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        importance([0.5 * i for i in range(10)]).select(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"units": [], "scores": []}, "at least one unit"),
+        ({"units": ["a", "b"], "scores": [1.0]}, "1 scores for 2 units"),
+        ({"units": ["a", "a"], "scores": [1.0, 2.0]}, "'a' is repeated"),
+        ({"units": ["a"], "scores": [math.inf]}, "score of 'a' is inf"),
+        ({"units": ["a"], "scores": [1.0], "modules": {"b": ["b"]}}, "`modules` must list"),
+    ],
+)
+def test_bad_rankings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LayerImportance(**arguments)
+
+
+def test_overlap_is_the_jaccard_index():
+    a, b = importance(range(10)), importance([9, 1, 2, 3, 4, 5, 6, 7, 8, 0])
+    assert a.overlap(a) == 1.0
+    # top 8 of each: 2..9 and 0, 2..8
+    assert a.overlap(b, top_p=0.8) == 7 / 9
+    assert importance(range(10)).overlap(importance(range(9, -1, -1)), top_p=0.5) == 0.0
+
+
+def test_spearman_against_scipys_figures():
+    # scipy.stats.spearmanr, ties included
+    assert importance([1, 2, 3, 4, 5]).spearman(importance([5, 6, 7, 8, 7])) == pytest.approx(0.8207826816681233)
+    assert importance([1, 2, 3]).spearman(importance([3, 2, 1])) == -1.0
+    assert math.isnan(importance([1, 1, 1]).spearman(importance([3, 2, 1])))
+
+
+def test_order_of_units_does_not_matter_for_comparisons():
+    a = importance([3.0, 1.0, 2.0])
+    b = LayerImportance(units=a.units[::-1], scores=a.scores[::-1])
+    assert a.spearman(b) == 1.0 and a.overlap(b, top_p=0.4) == 1.0
+
+
+def test_rankings_of_other_units_are_not_compared():
+    with pytest.raises(ValueError, match=r"1 units are in one of them alone, such as 'model\.layers\.2'"):
+        importance([1.0, 2.0]).overlap(importance([1.0, 2.0, 3.0]))
+
+
+def test_saved_and_loaded(tmp_path):
+    ranked = importance(
+        [0.1, -2.0, 3.5],
+        metadata={"model": "größe", "learn_gates": {"steps": 3}},
+        modules={f"model.layers.{i}": [f"model.layers.{i}.q_proj"] for i in range(3)},
+        lookalikes=["vision.layers.0.q_proj"],
+    )
+    path = tmp_path / "new" / "importance.json"
+    ranked.save(path)
+    assert LayerImportance.load(path) == ranked
+    content = json.loads(path.read_text())
+    assert content["version"] == 1 and content["units"][1]["score"] == -2.0
+    assert '{"unit": "model.layers.1", "score": -2.0' in path.read_text()  # one unit a line
+    assert [entry.name for entry in path.parent.iterdir()] == ["importance.json"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("not json", "is not JSON"),
+        ("[1]", "is not a ranking"),
+        ('{"format": "x"}', "is not a ranking"),
+        ('{"format": "peft_ila.LayerImportance", "version": 2}', "version 2 .* upgrade"),
+        ('{"format": "peft_ila.LayerImportance", "version": 1}', "KeyError: 'units'"),
+        (
+            '{"format": "peft_ila.LayerImportance", "version": 1, "metadata": {}, "lookalikes": [], '
+            '"units": [{"unit": "a", "score": NaN, "modules": ["a"]}]}',
+            "score of 'a' is nan",
+        ),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "importance.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        LayerImportance.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "importance.json"
+    importance([1.0, 2.0]).save(path)
+    before = path.read_text()
+    broken = importance([3.0, 4.0], metadata={"model": object()})
+    with pytest.raises(TypeError):
+        broken.save(path)
+    assert path.read_text() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_freeze_unselected():
+    model = tiny_llama()
+    frozen = importance([1.0, 3.0, 2.0]).freeze_unselected(model, top_k=2)
+    expected = {name for name, _ in model.named_parameters() if name.startswith("model.layers.0.")}
+    assert set(frozen) == expected
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == expected
+
+
+def test_freeze_unselected_modules():
+    model = tiny_llama(layers=1)
+    units = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    ranked = LayerImportance(units=units, scores=[0.0, 1.0])
+    assert ranked.freeze_unselected(model, top_k=1) == ["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_freezing_another_model_freezes_nothing():
+    model = tiny_llama(layers=2)
+    with pytest.raises(ValueError, match=r"The model has no 'model\.layers\.2' \(2 of 3"):
+        importance([3.0, 0.0, 0.0, 0.0]).freeze_unselected(model, top_k=1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+scores_lists = st.lists(st.floats(-50, 50), min_size=2, max_size=20)
+
+
+@given(scores_lists, st.randoms(use_true_random=False))
+def test_ranking_does_not_depend_on_the_order_of_distinct_units(scores, random):
+    scores = list(dict.fromkeys(scores))
+    ranked = importance(scores)
+    order = list(range(len(scores)))
+    random.shuffle(order)
+    shuffled = LayerImportance(units=[ranked.units[i] for i in order], scores=[scores[i] for i in order])
+    assert shuffled.ranking() == ranked.ranking()
+
+
+@given(scores_lists, st.floats(0.01, 1), st.floats(0.01, 1))
+def test_selection_grows_with_its_share(scores, a, b):
+    smaller, larger = (set(importance(scores).select(top_p=p)) for p in sorted((a, b)))
+    assert smaller <= larger
+
+
+@given(scores_lists)
+def test_comparisons_are_symmetric_and_bounded(scores):
+    a, b = importance(scores), importance(scores[::-1])
+    assert a.overlap(b) == b.overlap(a) and 0 <= a.overlap(b) <= 1
+    if len(set(scores)) > 1:
+        assert a.spearman(b) == pytest.approx(b.spearman(a))
+        assert -1.000001 <= a.spearman(b) <= 1.000001
+        assert a.spearman(a) == pytest.approx(1.0)
