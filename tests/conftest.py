@@ -35,3 +35,39 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture
 def input_ids() -> torch.Tensor:
     return torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+WORDS = [f"w{i}" for i in range(58)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "user", "assistant", ":", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template="{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}",
+    )
+
+
+@pytest.fixture(scope="session")
+def dialogues() -> list[dict]:
+    """Answers that follow from the question, so that there is something to learn."""
+    rows = []
+    for i in range(48):
+        question, answer = WORDS[i % 8], " ".join(WORDS[(i % 8 + step) % 58] for step in (3, 7, 11, 20))
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+        )
+    return rows

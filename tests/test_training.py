@@ -1,0 +1,364 @@
+import json
+import logging
+import math
+
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from peft_ila import EpsilonStability, ILAConfig, LayerImportance, learn_gates
+from peft_ila.training import measure_losses
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EpsilonStability
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stop_step(losses, **settings):
+    """Feed logged losses to the callback; the index of the loss at which it stops, or None."""
+    callback = EpsilonStability(**settings)
+    args = TrainingArguments(output_dir="unused", logging_steps=1, report_to="none", use_cpu=True)
+    state, control = TrainerState(max_steps=len(losses), logging_steps=1), TrainerControl()
+    callback.on_train_begin(args, state, control)
+    for step, loss in enumerate(losses):
+        state.global_step = step
+        callback.on_log(args, state, control, logs={"loss": loss})
+        if control.should_training_stop:
+            assert callback.stopped_at == step
+            return step
+    return None
+
+
+def test_stops_when_the_smoothed_loss_settles():
+    falling = [2.0 - 0.1 * i for i in range(10)]
+    # window 3: the six last losses are all 1.1 from index 14 on, the two means then differ by 0
+    assert stop_step([*falling, *[1.1] * 20], epsilon=1e-6, window=3, patience=1) == 14
+    assert stop_step([*falling, *[1.1] * 20], epsilon=1e-6, window=3, patience=4) == 17
+    assert stop_step(falling, epsilon=0.01, window=3, patience=1) is None
+
+
+def test_noise_is_smoothed_and_patience_starts_anew():
+    noisy = [1.0 + (0.5 if i % 2 else -0.5) for i in range(20)]
+    assert stop_step(noisy, epsilon=0.01, window=2, patience=1) == 3
+    assert stop_step(noisy, epsilon=0.01, window=1, patience=1) is None
+    # one jump resets the count
+    assert stop_step([1, 1, 1, 5, 5, 5, 5, 5], epsilon=0.1, window=1, patience=3) == 6
+
+
+def test_a_rising_loss_is_not_stable():
+    assert stop_step([1.0 + 0.1 * i for i in range(20)], epsilon=0.05, window=2, patience=1) is None
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(loss):
+    with pytest.raises(ValueError, match=f"loss is {loss} at step 2; training has diverged"):
+        stop_step([1.0, 1.0, loss], epsilon=0.1, window=1, patience=9)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"epsilon": 0.0}, "`epsilon` must be greater than 0, got 0.0"),
+        ({"epsilon": math.nan}, "`epsilon` must be greater than 0, got nan"),
+        ({"window": 0}, "`window` must be a whole number of at least 1, got 0"),
+        ({"patience": 1.5}, "`patience` must be a whole number of at least 1, got 1.5"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EpsilonStability(**settings)
+
+
+def test_state_is_exported_and_restored():
+    callback = EpsilonStability(epsilon=0.5, window=2, patience=7)
+    callback._losses, callback._stable, callback.change = [1.0, 2.0], 3, 0.25
+    restored = EpsilonStability.from_state(json.loads(json.dumps(callback.state())))
+    assert vars(restored) == vars(callback)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ila(mode="open", granularity="layer", model=None, **kwargs):
+    torch.manual_seed(1)
+    config = ILAConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", granularity=granularity, gate_mode=mode, **kwargs
+    )
+    return get_peft_model(model or tiny_llama(), config)
+
+
+def options(tmp_path, **kwargs):
+    return {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "max_steps": 40,
+        "learning_rate": 2e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **kwargs,
+    }
+
+
+def sft_trainer(tmp_path, tokenizer, dialogues, model=None, callbacks=(), **kwargs) -> SFTTrainer:
+    return SFTTrainer(
+        model=model or ila(),
+        args=SFTConfig(**{"bf16": False, **options(tmp_path, **kwargs)}),
+        train_dataset=Dataset.from_list(dialogues),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def plain_trainer(tmp_path, tokenizer, dialogues, model=None, **kwargs) -> Trainer:
+    rows = []
+    for row in dialogues:
+        messages = row["prompt"] + row["completion"]
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+        rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)})
+    return Trainer(model=model or ila(), args=TrainingArguments(**options(tmp_path, **kwargs)), train_dataset=rows)
+
+
+def lora_weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+
+
+def test_stability_stops_a_trainer_without_evaluation_data(tmp_path, tokenizer, dialogues, caplog):
+    callback = EpsilonStability(epsilon=0.1, window=3, patience=2)
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, callbacks=[callback], max_steps=400)
+    with caplog.at_level(logging.INFO, logger="peft_ila"):
+        trainer.train()
+    assert trainer.state.global_step == callback.stopped_at < 400
+    assert f"Training is stable at step {callback.stopped_at}" in caplog.text
+    assert "stable for 2 of 2 (epsilon 0.1)" in caplog.text
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    last, before = losses[-3:], losses[-6:-3]
+    assert abs(sum(last) - sum(before)) / 3 < 0.1
+
+
+def test_stability_says_when_it_was_not_reached(tmp_path, tokenizer, dialogues, caplog):
+    trainer = sft_trainer(
+        tmp_path, tokenizer, dialogues, callbacks=[EpsilonStability(epsilon=1e-9, window=20)], max_steps=4
+    )
+    trainer.train()
+    assert "needs 42 steps to decide" in caplog.text
+    assert "Training ended at step 4 before it was stable" in caplog.text
+
+
+def test_a_diverging_trainer_is_stopped_although_the_trainer_filters_nan(tmp_path, tokenizer, dialogues):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, max_steps=10)
+    trainer.add_callback(EpsilonStability())
+    next(p for name, p in trainer.model.named_parameters() if "lora_A" in name).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="loss is nan at step 1"):
+        trainer.train()
+
+
+def test_stability_needs_logging(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, callbacks=[EpsilonStability()], logging_strategy="no")
+    with pytest.raises(ValueError, match='`logging_strategy` must not be "no"'):
+        trainer.train()
+
+
+@pytest.mark.parametrize("make", [sft_trainer, plain_trainer])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_both_stages(tmp_path, tokenizer, dialogues, input_ids, make, granularity):
+    trainer = make(tmp_path, tokenizer, dialogues, model=ila(granularity=granularity))
+    trainer.train()
+    model = trainer.model
+    before, outputs = lora_weights(model), model.eval()(input_ids).logits
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    logs, step = len(trainer.state.log_history), trainer.state.global_step
+
+    importance = learn_gates(trainer, steps=12)
+
+    assert isinstance(importance, LayerImportance)
+    assert len(importance.units) == (3 if granularity == "layer" else 21)
+    assert len(set(importance.scores)) == len(importance.scores)
+    for name, value in lora_weights(model).items():
+        assert torch.equal(value, before[name])
+    assert torch.equal(model.eval()(input_ids).logits, outputs)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert (len(trainer.state.log_history), trainer.state.global_step) == (logs, step)
+    assert not list(tmp_path.glob("checkpoint*"))
+    settings = importance.metadata["learn_gates"]
+    assert settings["steps"] == 12 and settings["seed"] == trainer.args.seed
+    assert settings["penalty"] == settings["loss_closed"] - settings["loss_open"] > 0
+    # the model can be used on: masked, trained further, saved
+    model.apply_mask(importance.select(top_k=1))
+    model.save_pretrained(tmp_path / "adapter")
+    trainer.train()
+
+
+def test_same_seed_same_scores(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    first, second = (learn_gates(trainer, steps=5, seed=3) for _ in range(2))
+    assert first.scores == second.scores
+    assert learn_gates(trainer, steps=5, seed=4).scores != first.scores
+
+
+def test_the_scores_are_those_of_adam_on_loss_plus_penalty(tmp_path, tokenizer, dialogues):
+    """Against an independent loop; each batch is the whole data set, so that their order does not matter."""
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, per_device_train_batch_size=len(dialogues))
+    trainer.train()
+    importance = learn_gates(trainer, steps=4, learning_rate=0.1, initial_score=1.0, penalty=0.7)
+
+    model = trainer.model
+    model.set_gate_mode("soft")
+    scores = [gate.weight for gate in model.gates().values()]
+    for score in scores:
+        score.data.fill_(1.0)
+    optimizer = torch.optim.Adam(scores, lr=0.1)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    for _ in range(4):
+        loss = model(**batch).loss + 0.7 * torch.stack([torch.sigmoid(score) for score in scores]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    expected = torch.cat([score.detach() for score in scores])
+    torch.testing.assert_close(torch.tensor(importance.scores), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_accumulation_changes_nothing_but_the_memory(tmp_path, tokenizer, dialogues):
+    model = ila()
+    first = plain_trainer(tmp_path, tokenizer, dialogues, model=model)
+    first.train()
+    whole = learn_gates(first, steps=6, penalty=0.5)
+    split = plain_trainer(
+        tmp_path, tokenizer, dialogues, model=model, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    parts = learn_gates(split, steps=6, penalty=0.5)
+    torch.testing.assert_close(torch.tensor(parts.scores), torch.tensor(whole.scores), rtol=1e-4, atol=1e-4)
+
+
+def test_pressure_pushes_gates_down_and_plain_descent_does_not(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    pressed = learn_gates(trainer, steps=10, penalty=100.0)
+    assert max(pressed.scores) < 2.0 - 10 * 0.15 * 0.9
+    plain = learn_gates(trainer, steps=10, penalty=0.0)
+    assert max(plain.scores) > max(pressed.scores)
+
+
+def test_the_layer_that_was_tuned_wins(tmp_path, tokenizer, dialogues):
+    """Where only one layer has a delta, the ranking must find it."""
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name and ".layers.1." not in name:
+            parameter.data.zero_()
+    assert learn_gates(trainer, steps=20).ranking()[0] == "model.layers.1"
+
+
+def test_joint_gates_are_folded_first(tmp_path, tokenizer, dialogues, input_ids):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, model=ila(mode="joint"))
+    trainer.train()
+    model = trainer.model
+    gates = {unit: gate.weight.item() for unit, gate in model.gates().items()}
+    assert set(gates.values()) != {4.0}
+    outputs, before = model.eval()(input_ids).logits, lora_weights(model)
+    learn_gates(trainer, steps=3)
+    torch.testing.assert_close(model.eval()(input_ids).logits, outputs, rtol=1e-4, atol=1e-5)
+    for name, value in lora_weights(model).items():
+        if "lora_A" in name:
+            assert torch.equal(value, before[name])
+        else:
+            unit = name.removeprefix("base_model.model.")[: len("model.layers.0")]
+            torch.testing.assert_close(value, before[name] * torch.sigmoid(torch.tensor(gates[unit])))
+
+
+def test_only_logging_callbacks_run_in_stage_2(tmp_path, tokenizer, dialogues):
+    class Counting(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *args, **kwargs):
+            self.steps += 1
+
+    counting = Counting()
+    stability = EpsilonStability(epsilon=1e9, window=1, patience=1)
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, callbacks=[counting, stability])
+    trainer.train()
+    seen = counting.steps
+    learn_gates(trainer, steps=6)
+    assert counting.steps == seen
+
+
+def test_stage_2_logs_as_the_trainer_does(tmp_path, tokenizer, dialogues, capsys):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, logging_steps=2)
+    trainer.train()
+    capsys.readouterr()
+    learn_gates(trainer, steps=6)
+    assert capsys.readouterr().out.count("'loss'") == 3
+
+
+def test_modules_to_save_and_biases_do_not_move(tmp_path, tokenizer, dialogues):
+    model = ila(modules_to_save=["lm_head"])
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=model)
+    trainer.train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_gate" not in name}
+    learn_gates(trainer, steps=4)
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value)
+    assert any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_an_adapter_loaded_for_inference_can_be_ranked(tmp_path, tokenizer, dialogues):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    expected = learn_gates(trainer, steps=4)
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    importance = learn_gates(plain_trainer(tmp_path, tokenizer, dialogues, model=model), steps=4)
+    assert importance.scores == expected.scores
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_measured_losses(tmp_path, tokenizer, dialogues):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    closed, opened = measure_losses(trainer, 100)  # all six batches
+    losses = []
+    for context in (trainer.model.disable_adapter, torch.no_grad):
+        with context(), torch.no_grad():
+            trainer.model.eval()
+            # all answers have one length, so the mean of the batches is the mean of the examples
+            losses.append(trainer.model(**trainer.data_collator(list(trainer.train_dataset))).loss.item())
+    assert [closed, opened] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"steps": 0}, "`steps` must be a whole number of at least 1, got 0"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be greater than 0, got -1.0"),
+        ({"penalty": math.nan}, "`penalty` must be a finite number of at least 0, got nan"),
+        ({"penalty_batches": 0}, "`penalty_batches` must be"),
+    ],
+)
+def test_bad_arguments(tmp_path, tokenizer, dialogues, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        learn_gates(sft_trainer(tmp_path, tokenizer, dialogues), **arguments)
+
+
+def test_an_untrained_adapter_has_nothing_to_rank(tmp_path, tokenizer, dialogues):
+    with pytest.raises(ValueError, match="does not lower the loss on its own training data"):
+        learn_gates(plain_trainer(tmp_path, tokenizer, dialogues))
+
+
+def test_a_masked_or_foreign_model_is_refused(tmp_path, tokenizer, dialogues):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues)
+    trainer.model.apply_mask(["model.layers.0"])
+    with pytest.raises(ValueError, match="The adapter is masked"):
+        learn_gates(trainer)
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="needs a trainer whose model was made by"):
+        learn_gates(plain_trainer(tmp_path, tokenizer, dialogues, model=lora))
