@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ILAConfig
-from .files import whole_directory
+from .files import whole_directory, whole_file
 from .importance import LayerImportance
 from .training import EpsilonStability, learn_gates
 from .units import Granularity
@@ -208,9 +208,8 @@ def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
     )
-    with whole_directory(output_dir / "adapter_config.json.d") as temporary:
-        config.save_pretrained(str(temporary))
-        (temporary / "adapter_config.json").replace(output_dir / "adapter_config.json")
+    with whole_file(output_dir / "adapter_config.json") as temporary:
+        config.save_pretrained(str(temporary.parent))
     print(f"Wrote {output_dir}/adapter_config.json.")
 
 
@@ -255,6 +254,9 @@ def demo(args: DemoArguments) -> None:
     run(Path(_required(args.output_dir, "output_dir")))
 
 
+_COMMANDS = ("rank", "convert", "tune", "compare", "plot", "demo")
+
+
 def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[Any, ...]]:
     try:
         from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -262,24 +264,22 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[An
         raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
 
     training = [ScriptArguments, SFTConfig, ModelConfig]
-    commands: dict[str, tuple[Callable[..., None], list[Any], str | None]] = {
-        "rank": (rank, [*training, RankArguments], None),
-        "tune": (tune, [*training, TuneArguments], None),
-        "convert": (convert, [ConvertArguments], "?one"),
-        "compare": (compare, [], "+"),
-        "plot": (plot, [PlotArguments], "?one"),
-        "demo": (demo, [DemoArguments], None),
-    }
-    function, dataclasses, paths = commands[command]
+    function, dataclasses = {
+        "rank": (rank, [*training, RankArguments]),
+        "convert": (convert, [ConvertArguments]),
+        "tune": (tune, [*training, TuneArguments]),
+        "compare": (compare, []),
+        "plot": (plot, [PlotArguments]),
+        "demo": (demo, [DemoArguments]),
+    }[command]
     parser = TrlParser(dataclasses, prog=f"peft-ila {command}", description=function.__doc__)
-    if paths is not None:
-        parser.add_argument("importance", nargs=paths if paths == "+" else None, help="A ranking, as `rank` wrote it.")
+    if command in ("convert", "plot"):
+        parser.add_argument("importance", help="A ranking, as `rank` wrote it.")
+    if command == "compare":
+        parser.add_argument("importance", nargs="+", help="Rankings, as `rank` wrote them.")
     if command in ("rank", "tune"):
         parser.set_defaults(learning_rate=2e-4)  # TRL's advice for LoRA; the default of SFTConfig is for full tuning
     return function, parser.parse_args_and_config(argv)
-
-
-_COMMANDS = ("rank", "convert", "tune", "compare", "plot", "demo")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -52,30 +52,31 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return directory
 
 
-def dialogues(topic: str) -> list[dict[str, list[dict[str, str]]]]:
+def dialogues() -> list[dict[str, list[dict[str, str]]]]:
     """
-    ChatterBot's English dialogues on a topic (BSD-3), in TRL's conversational prompt-completion format.
-
-    Args:
-        topic: The name of a file of the corpus, such as `"tech_support"` (1,050 exchanges).
+    ChatterBot's English dialogues (BSD-3) of all topics, in TRL's conversational prompt-completion format.
 
     Returns:
-        One `{"prompt": [...], "completion": [...]}` for each first exchange, in the order of the corpus.
+        One `{"prompt": [...], "completion": [...]}` for each different question, 749 in version 1.3.3, in the order
+        of the corpus. Many questions are repeated there, the technical-support ones about a hundred times each.
 
     Raises:
         ImportError: The package `chatterbot-corpus` is missing.
     """
     import yaml
 
-    directory = _package_directory("chatterbot_corpus", "chatterbot-corpus")
-    text = (directory / "data" / "english" / f"{topic}.yml").read_text(encoding="utf-8")
+    answers: dict[str, str] = {}
+    directory = _package_directory("chatterbot_corpus", "chatterbot-corpus") / "data" / "english"
+    for path in sorted(directory.glob("*.yml")):
+        for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            if len(turns) > 1:
+                answers.setdefault(str(turns[0]), str(turns[1]))
     return [
         {
-            "prompt": [{"role": "user", "content": str(turns[0])}],
-            "completion": [{"role": "assistant", "content": str(turns[1])}],
+            "prompt": [{"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": answer}],
         }
-        for turns in yaml.safe_load(text)["conversations"]
-        if len(turns) > 1
+        for question, answer in answers.items()
     ]
 
 
