@@ -57,7 +57,9 @@ def main() -> None:
     print("| base | step | MB | against LoRA | against the floor |\n|---|---|---|---|---|")
     for base, row in figures.items():
         for step, number in row.items():
-            print(f"| {base} | {step} | {number / 1e6:.1f} | {number / row['LoRA']:.3f} | {number / row['floor']:.3f} |")
+            print(
+                f"| {base} | {step} | {number / 1e6:.1f} | {number / row['LoRA']:.3f} | {number / row['floor']:.3f} |"
+            )
     if args.output:
         with whole_file(args.output) as temporary:
             temporary.write_text(json.dumps({"versions": {"torch": torch.__version__}, "bytes": figures}, indent=1))

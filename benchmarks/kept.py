@@ -79,7 +79,9 @@ def rankings(trainer: SFTTrainer, args: argparse.Namespace) -> dict[str, list[La
     learned = learn_gates(trainer, steps=args.gate_steps)
     plain = learn_gates(trainer, steps=args.gate_steps, penalty=0.0, initial_score=4.0, learning_rate=0.1)
     draws = [
-        LayerImportance(units=learned.units, scores=random.Random(i).sample(range(len(learned.units)), len(learned.units)))
+        LayerImportance(
+            units=learned.units, scores=random.Random(i).sample(range(len(learned.units)), len(learned.units))
+        )
         for i in range(3)
     ]
     return {"learn_gates (budget pressure)": [learned], "plain descent from s = 4": [plain], "random": draws}

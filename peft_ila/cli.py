@@ -2,7 +2,7 @@
 The command line. Settings come from dataclasses as in TRL's scripts, so each works as a flag and from YAML
 (`--config`).
 
-    peft-ila rank --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir OUT --load_in_4bit
+    peft-ila rank --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir OUT
     peft-ila tune --importance OUT/importance.json --top_p 0.3 --model_name_or_path Qwen/Qwen2.5-0.5B \
         --dataset_name trl-lib/Capybara --output_dir TUNED
 """
@@ -98,7 +98,9 @@ def print_table(importance: LayerImportance) -> None:
     width = max(len(unit) for unit in ranking)
     print(f"{'rank':>4}  {'unit':<{width}}  {'score':>7}  {'gate':>5}")
     for rank, unit in enumerate(ranking[:_TOP_ROWS], start=1):
-        print(f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}  {gates[unit]:>5.3f}  {'█' * round(30 * gates[unit])}")
+        print(
+            f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}  {gates[unit]:>5.3f}  {'█' * round(30 * gates[unit])}"
+        )
     if len(ranking) > _TOP_ROWS:
         print(f"      … and {len(ranking) - _TOP_ROWS} more")
 
@@ -258,28 +260,33 @@ _COMMANDS = ("rank", "convert", "tune", "compare", "plot", "demo")
 
 
 def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    from transformers.utils import is_torch_bf16_gpu_available
+
     try:
         from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
     except ImportError as error:
         raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
 
     training = [ScriptArguments, SFTConfig, ModelConfig]
-    function, dataclasses = {
+    commands: dict[str, tuple[Callable[..., None], list[Any]]] = {
         "rank": (rank, [*training, RankArguments]),
         "convert": (convert, [ConvertArguments]),
         "tune": (tune, [*training, TuneArguments]),
         "compare": (compare, []),
         "plot": (plot, [PlotArguments]),
         "demo": (demo, [DemoArguments]),
-    }[command]
+    }
+    function, dataclasses = commands[command]
     parser = TrlParser(dataclasses, prog=f"peft-ila {command}", description=function.__doc__)
     if command in ("convert", "plot"):
         parser.add_argument("importance", help="A ranking, as `rank` wrote it.")
     if command == "compare":
         parser.add_argument("importance", nargs="+", help="Rankings, as `rank` wrote them.")
     if command in ("rank", "tune"):
-        parser.set_defaults(learning_rate=2e-4)  # TRL's advice for LoRA; the default of SFTConfig is for full tuning
-    return function, parser.parse_args_and_config(argv)
+        # TRL's advice for LoRA, where SFTConfig's default is for full tuning; and SFTConfig's bf16 fails without a GPU.
+        parser.set_defaults(learning_rate=2e-4, bf16=is_torch_bf16_gpu_available())
+    arguments: Any = parser.parse_args_and_config(argv)
+    return function, arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ class Gate(nn.Module):
         return self.mode == "open" or (self.mode == "hard" and self.kept)
 
     def pre_forward_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Gate the input of `lora_B`. A bound method, so that `copy.deepcopy` and pickle keep gate and layer together."""
+        """Gate the input of `lora_B`. A bound method, so that copies and pickles keep gate and layer together."""
         return None if self.is_open else (self(args[0]), *args[1:])
 
 
@@ -58,7 +58,7 @@ def is_gated(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer) and hasattr(module, "gates")
 
 
-def add_gate(layer: LoraLayer, adapter_name: str, gate: Gate, owner: bool) -> None:
+def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
     """Gate an adapter that `update_layer` has just created.
 
     Args:
@@ -69,7 +69,7 @@ def add_gate(layer: LoraLayer, adapter_name: str, gate: Gate, owner: bool) -> No
             parameter registered in several modules unties on a bf16 base and with `low_cpu_mem_usage=True`.
     """
     if not is_gated(layer):
-        layer.__class__ = _gated_class(type(layer))
+        layer.__class__ = _gated_class(layer.__class__)
         layer.lora_gate = nn.ModuleDict()
         layer.gates = {}
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
@@ -84,7 +84,7 @@ def add_gate(layer: LoraLayer, adapter_name: str, gate: Gate, owner: bool) -> No
         layer.output_fns[adapter_name] = gate  # PEFT calls it on the rank-r result of the lookup
 
 
-def freeze_by_mode(layer: LoraLayer, adapter_name: str) -> None:
+def freeze_by_mode(layer: Any, adapter_name: str) -> None:
     """Declare to PEFT which weights of the adapter stay frozen in its gate's mode, whatever activates it later."""
     gate = layer.gates[adapter_name]
     trains_lora = gate.mode == "joint" or gate.is_open

@@ -2,18 +2,18 @@
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .config import GateMode, ILAConfig
+from .config import GateMode
 from .importance import LayerImportance
 from .layer import Gate, add_gate, freeze_by_mode, is_gated
 from .units import unit_of
+
+_VERSIONED = ("peft-ila", "peft", "torch", "transformers")
 
 
 class ILAModel(LoraModel):
@@ -31,12 +31,14 @@ class ILAModel(LoraModel):
             Create empty adapter weights on meta device. Useful to speed up the loading process.
     """
 
+    peft_config: dict[str, Any]
+
     # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: by the prefix `lora_`, PEFT and transformers
     # save, load and merge the scores with the LoRA weights.
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # as in LoraModel
         self,
-        lora_config: ILAConfig,
+        lora_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -76,8 +78,8 @@ class ILAModel(LoraModel):
         """
         Set how the gates act and what trains, see [`ILAConfig`]. The mode is saved with the adapter.
 
-        In mode "soft" the scores are held in fp32 (or float64), whatever cast them before, LoRA's dropout is off, and everything
-        else that the adapter trains (`modules_to_save`, biases) is frozen too.
+        In mode "soft" the scores are held in at least fp32, whatever cast them before, LoRA's dropout is off, and
+        everything else that the adapter trains (`modules_to_save`, biases) is frozen too.
 
         Args:
             mode (`str`): `"joint"`, `"open"`, `"soft"` or `"hard"`; the last one restores the last mask.
@@ -115,7 +117,7 @@ class ILAModel(LoraModel):
             if unknown := sorted(kept - known.keys()):
                 raise ValueError(
                     f"Adapter {name!r} has no units {unknown[:5]} ({len(unknown)} unknown of {len(kept)}); it has "
-                    f"{len(known)}, such as {next(iter(known))!r}. Was the ranking made on another model or granularity?"
+                    f"{len(known)}, such as {next(iter(known))!r}. Was the ranking made on another model?"
                 )
             if not kept:
                 raise ValueError("The mask keeps no unit; select at least one.")
@@ -208,7 +210,9 @@ class ILAModel(LoraModel):
         """
         adapter_name = self._one_adapter(adapter_name)
         granularity = self.peft_config[adapter_name].granularity
-        return {unit_of(name, granularity): layer.gates[adapter_name] for name, layer in self._gated_layers(adapter_name)}
+        return {
+            unit_of(name, granularity): layer.gates[adapter_name] for name, layer in self._gated_layers(adapter_name)
+        }
 
     def layer_importance(self, adapter_name: str | None = None) -> LayerImportance:
         """
@@ -236,7 +240,7 @@ class ILAModel(LoraModel):
                 "granularity": config.granularity,
                 "r": config.r,
                 "lora_alpha": config.lora_alpha,
-                "versions": {name: importlib.metadata.version(name) for name in ("peft-ila", "peft", "torch", "transformers")},
+                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
             },
             modules=modules,
             lookalikes=[
@@ -249,7 +253,7 @@ class ILAModel(LoraModel):
     def check_unmerged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
         if any(adapter_name in layer.merged_adapters for _, layer in self._gated_layers(adapter_name)):
-            raise ValueError(f"Adapter {adapter_name!r} is merged with its present gates; call `unmerge_adapter` first.")
+            raise ValueError(f"Adapter {adapter_name!r} is merged with its gates; call `unmerge_adapter` first.")
 
     def fold_gates(self, adapter_name: str | None = None) -> None:
         """
@@ -274,7 +278,9 @@ class ILAModel(LoraModel):
             weight = _lora_b(layer, adapter_name)
             weight.copy_(layer.gates[adapter_name](weight))
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+    def add_weighted_adapter(  # type: ignore[override]
+        self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any
+    ) -> None:
         """
         As [`~peft.LoraModel.add_weighted_adapter`], on the gated deltas; the gates of the new adapter are open.
         """
@@ -292,7 +298,7 @@ class ILAModel(LoraModel):
         self.set_gate_mode("open", adapter_name)
 
 
-def _lora_b(layer: LoraLayer, adapter_name: str) -> torch.Tensor:
+def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:
     if adapter_name in layer.lora_B:
         return layer.lora_B[adapter_name].weight
     return layer.lora_embedding_B[adapter_name]

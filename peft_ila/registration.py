@@ -1,5 +1,7 @@
 """Registers ILA with PEFT, in memory. The only place that touches PEFT's type enum and tables."""
 
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
@@ -15,7 +17,7 @@ def add_peft_type() -> None:
     """
     if _NAME in PeftType.__members__:
         return
-    member = str.__new__(PeftType, _NAME)
+    member: Any = str.__new__(PeftType, _NAME)
     member._name_ = member._value_ = _NAME
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)

@@ -283,9 +283,9 @@ def _ila_model(trainer: Trainer) -> ILAModel:
     return ila
 
 
-def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int) -> Trainer:
+def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int) -> Any:
     """A second trainer on the model, data and loss of the first, which keeps its own state."""
-    stage = copy.copy(trainer)
+    stage: Any = copy.copy(trainer)
     stage.args = copy.copy(trainer.args)
     stage.args.max_steps = steps
     stage.args.learning_rate = learning_rate
@@ -308,8 +308,8 @@ def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _LOGGING_CALLBACKS)
     ]
     stage.callback_handler = CallbackHandler(callbacks, stage.model, stage.processing_class, None, None)
-    if "_metrics" in vars(trainer):  # what TRL's trainers have gathered for their next log
-        stage._metrics = copy.deepcopy(trainer._metrics)
+    if "_metrics" in vars(stage):  # what TRL's trainers have gathered for their next log
+        stage._metrics = copy.deepcopy(stage._metrics)
     return stage
 
 
@@ -323,7 +323,7 @@ def _adapters_off(ila: ILAModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure_losses(trainer: Trainer, batches: int) -> tuple[float, float]:
+def measure_losses(trainer: Any, batches: int) -> tuple[float, float]:
     """
     The trainer's loss on its first training batches with all gates closed and as they are.
 

@@ -67,7 +67,9 @@ def test_config_survives_copy_pickle_and_a_new_process(tmp_path):
     assert copy.deepcopy(config) == config
     assert pickle.loads(pickle.dumps(config)) == config
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(config))
-    script = f"import pickle; c = pickle.load(open({str(tmp_path / 'config.pkl')!r}, 'rb')); assert c.peft_type == 'ILA'"
+    script = (
+        f"import pickle; c = pickle.load(open({str(tmp_path / 'config.pkl')!r}, 'rb')); assert c.peft_type == 'ILA'"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

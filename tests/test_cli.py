@@ -1,0 +1,198 @@
+import json
+import re
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import LoraConfig, PeftModel
+
+from peft_ila import LayerImportance
+from peft_ila.cli import main
+from peft_ila.embedded import write_jsonl
+
+TRAINING = (
+    "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 6 "
+    "--report_to none --disable_tqdm True --lora_r 4 --lora_dropout 0 --gradient_checkpointing False"
+).split()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tokenizer, dialogues):
+    """A model, its tokenizer and data on disk."""
+    directory = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    write_jsonl(dialogues, directory / "data.jsonl")
+    return directory
+
+
+def rank(workspace, output, *extra):
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    main(["rank", *data, "--output_dir", str(output), *TRAINING, "--gate_steps", "4", *extra])
+
+
+@pytest.fixture(scope="module")
+def ranked(workspace):
+    rank(workspace, workspace / "ranked")
+    return workspace / "ranked"
+
+
+def test_rank_writes_ranking_heatmap_and_adapter(workspace, ranked, input_ids):
+    importance = LayerImportance.load(ranked / "importance.json")
+    assert importance.units == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert importance.metadata["dataset"] == str(workspace / "data.jsonl")
+    assert importance.metadata["model"] == str(workspace / "model")
+    assert importance.metadata["stage_1"] == {"steps": 6, "stable": False}
+    assert (ranked / "importance.png").read_bytes().startswith(b"\x89PNG")
+    model = PeftModel.from_pretrained(tiny_llama(), ranked / "adapter")
+    assert model.layer_importance().scores == importance.scores
+    assert model.peft_config["default"].gate_mode == "open"
+    assert {entry.name for entry in ranked.iterdir()} >= {"adapter", "importance.json", "importance.png"}
+    assert not [entry for entry in ranked.iterdir() if entry.name.startswith(".")]
+
+
+def test_rank_prints_a_table(workspace, tmp_path, capsys):
+    rank(workspace, tmp_path, "--granularity", "module")
+    output = capsys.readouterr().out
+    importance = LayerImportance.load(tmp_path / "importance.json")
+    assert len(importance.units) == 21
+    lines = [line.split() for line in output.splitlines() if ".layers." in line]
+    assert [line[1] for line in lines] == importance.ranking()
+
+
+def test_rank_ends_stage_1_when_it_is_stable(workspace, tmp_path):
+    rank(workspace, tmp_path, "--epsilon", "100", "--window", "1", "--patience", "2")
+    importance = LayerImportance.load(tmp_path / "importance.json")
+    assert importance.metadata["stage_1"] == {"steps": 3, "stable": True}
+
+
+def test_settings_from_yaml(workspace, tmp_path):
+    config = tmp_path / "rank.yaml"
+    config.write_text(
+        f"model_name_or_path: {workspace / 'model'}\ndataset_name: {workspace / 'data.jsonl'}\n"
+        f"output_dir: {tmp_path / 'out'}\ngranularity: module\ngate_steps: 2\nlora_target_modules: [q_proj, up_proj]\n"
+    )
+    main(["rank", "--config", str(config), *TRAINING])
+    importance = LayerImportance.load(tmp_path / "out" / "importance.json")
+    assert len(importance.units) == 6
+    assert importance.metadata["learn_gates"]["steps"] == 2
+
+
+def test_convert(ranked, tmp_path, capsys):
+    main(["convert", str(ranked / "importance.json"), "--top_k", "2", "--output_dir", str(tmp_path), "--lora_r", "3"])
+    config = LoraConfig.from_pretrained(tmp_path)
+    top = LayerImportance.load(ranked / "importance.json").select(top_k=2)
+    assert config.layers_to_transform == sorted(int(unit[-1]) for unit in top)
+    assert (config.r, config.peft_type, config.task_type) == (3, "LORA", "CAUSAL_LM")
+    assert "adapter_config.json" in capsys.readouterr().out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_convert_without_the_model_at_hand(ranked, tmp_path, capsys):
+    content = json.loads((ranked / "importance.json").read_text())
+    content["metadata"]["model"] = "someone/elsewhere"
+    (tmp_path / "moved.json").write_text(json.dumps(content))
+    main(["convert", str(tmp_path / "moved.json"), "--top_p", "0.3", "--output_dir", str(tmp_path / "lora")])
+    assert "'someone/elsewhere' is not at hand" in capsys.readouterr().err
+    assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 1
+
+
+@pytest.mark.parametrize("share", ["0.3", "1.0"])
+def test_tune(workspace, ranked, tmp_path, share, capsys):
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    selection = ["--importance", str(ranked / "importance.json"), "--top_p", share]
+    main(["tune", *selection, *data, "--output_dir", str(tmp_path), *TRAINING])
+    assert "Wrote a LoRA adapter" in capsys.readouterr().out
+    selected = LayerImportance.load(ranked / "importance.json").select(top_p=float(share))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    tuned = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    prefix = "base_model.model."
+    assert {name.removeprefix(prefix)[: len("model.layers.0")] for name in tuned} == set(selected)
+    assert not any("lora_gate" in name for name, _ in model.named_parameters())
+    assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+def test_compare(ranked, capsys):
+    path = str(ranked / "importance.json")
+    main(["compare", path, path])
+    assert "1.00         1.00      1.00" in capsys.readouterr().out
+
+
+def test_plot(ranked, tmp_path):
+    main(["plot", str(ranked / "importance.json"), "--output", str(tmp_path / "heatmap.svg")])
+    assert "<svg" in (tmp_path / "heatmap.svg").read_text()
+
+
+def error_of(arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    message = str(exit_.value) if isinstance(exit_.value.code, str) else capsys.readouterr().err
+    assert exit_.value.code not in (0, None)
+    return message
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["convert", "missing.json", "--top_p", "0.3", "--output_dir", "x"], "No such file.*missing.json"),
+        (["compare", "missing.json", "missing.json"], "No such file.*missing.json"),
+        (["rank", "--model_name_or_path", "./nowhere", "--dataset_name", "d.jsonl"], "no model directory ./nowhere"),
+        (["rank", "--dataset_name", "d.jsonl"], "`--model_name_or_path` is required"),
+        (["demo"], "`--output_dir` is required"),
+        (["tune", "--model_name_or_path", "m"], "`--importance` is required"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys):
+    error = error_of(arguments, capsys)
+    assert re.search(message, error), error
+    assert error.startswith(f"peft-ila {arguments[0]}: error: ") and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "holds no examples"),
+        ("\n\n", "holds no examples"),
+        ('{"messages": []}\nnot json\n', "line 2 is not JSON"),
+        ("[1, 2]\n", "line 1 is not a JSON object but list"),
+        ('{"question": "a", "answer": "b"}\n', r"has the columns \['answer', 'question'\]; expected `messages`"),
+        (None, "There is no data file"),
+    ],
+)
+def test_bad_data(workspace, tmp_path, content, message, capsys):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    arguments = ["rank", "--model_name_or_path", str(workspace / "model"), "--dataset_name", str(path), *TRAINING]
+    error = error_of([*arguments, "--output_dir", str(tmp_path / "out")], capsys)
+    assert re.search(message, error), error
+    assert "\n" not in error
+    assert not (tmp_path / "out" / "importance.json").exists()
+
+
+def test_bad_shares_and_targets(workspace, ranked, tmp_path, capsys):
+    ranking = str(ranked / "importance.json")
+    error = error_of(["convert", ranking, "--top_p", "1.5", "--output_dir", str(tmp_path)], capsys)
+    assert "`top_p` is the share of units to select and must be in (0, 1], got 1.5" in error
+    assert "exactly one of" in error_of(["convert", ranking, "--output_dir", str(tmp_path)], capsys)
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    arguments = ["rank", *data, *TRAINING, "--output_dir", str(tmp_path / "out"), "--lora_target_modules", "query"]
+    assert "Target modules query not found in the base model" in error_of(arguments, capsys)
+    assert "at least two rankings" in error_of(["compare", ranking], capsys)
+
+
+@pytest.mark.parametrize("arguments", [[], ["ranks"], ["convert"]])
+def test_usage(arguments, capsys):
+    assert "usage: peft-ila" in error_of(arguments, capsys)
+
+
+def test_an_unknown_option_is_named(capsys):
+    assert "'--outputs'" in error_of(["plot", "a.json", "--outputs", "b.png"], capsys)
+
+
+@pytest.mark.parametrize("command", ["rank", "convert", "tune", "compare", "plot", "demo"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: peft-ila {command}" in capsys.readouterr().out

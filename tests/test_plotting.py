@@ -1,0 +1,51 @@
+import math
+
+import pytest
+
+from peft_ila import LayerImportance
+
+
+def axes_of(importance):
+    figure = importance.plot()
+    return figure.axes[0]
+
+
+def labels(axes, axis):
+    return [label.get_text() for label in getattr(axes, f"get_{axis}ticklabels")()]
+
+
+def test_layers_are_one_row():
+    importance = LayerImportance(units=[f"model.layers.{i}" for i in range(4)], scores=[0.0, 1.0, -1.0, 2.0])
+    axes = axes_of(importance)
+    assert labels(axes, "x") == ["0", "1", "2", "3"] and labels(axes, "y") == ["decoder layer"]
+    assert axes.images[0].get_array().tolist() == [importance.gates]
+
+
+def test_modules_are_rows():
+    units = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
+    axes = axes_of(LayerImportance(units=units, scores=[0.0, 1.0, 2.0, 3.0]))
+    assert labels(axes, "y") == ["self_attn.q_proj", "mlp.up_proj"]
+    assert axes.images[0].get_array()[1].tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))])
+
+
+def test_two_stacks_and_a_head():
+    units = ["encoder.block.0", "encoder.block.1", "decoder.block.0", "lm_head"]
+    axes = axes_of(LayerImportance(units=units, scores=[0.0, 1.0, 2.0, 3.0]))
+    assert labels(axes, "y") == ["encoder.block.*", "decoder.block.*", "lm_head"]
+    assert labels(axes, "x") == ["0", "1", "–"]
+    filled = [[bool(value == value) for value in row] for row in axes.images[0].get_array().filled(math.nan)]
+    assert filled == [[True, True, False], [True, False, False], [False, False, True]]
+
+
+def test_many_layers_keep_readable_ticks():
+    importance = LayerImportance(units=[f"h.{i}" for i in range(126)], scores=[0.1 * i for i in range(126)])
+    assert len(labels(axes_of(importance), "x")) <= 40
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    importance = LayerImportance(units=["h.0", "h.1"], scores=[0.0, 1.0])
+    importance.plot(tmp_path / "new" / "heatmap.png")
+    assert (tmp_path / "new" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="not supported"):
+        importance.plot(tmp_path / "heatmap.unknown")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
