@@ -94,7 +94,7 @@ def _write_data(directory: Path) -> dict[str, Path]:
 
 def _trainer(model: Any, directory: str, held_out: Path) -> Any:
     """A trainer that only measures."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from .data import load_dataset
@@ -104,13 +104,18 @@ def _trainer(model: Any, directory: str, held_out: Path) -> Any:
         output_dir=str(held_out.parent),
         per_device_train_batch_size=4,
         per_device_eval_batch_size=16,
+        max_length=64,
         gradient_checkpointing=False,
         bf16=False,
         report_to="none",
         disable_tqdm=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return SFTTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _load(directory: str, adapter: Path) -> Any:

@@ -1,0 +1,58 @@
+"""What the README shows, runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.smollm2
+def test_the_python_example_runs(tmp_path):
+    (example,) = blocks("python")
+    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = result.stdout.splitlines()
+    assert "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']" in lines[-1]
+    assert lines[-1].split("]")[0].count(",") == 8  # nine of thirty layers
+    assert (tmp_path / "importance.json").exists() and (tmp_path / "importance.png").exists()
+
+
+def test_the_commands_are_known():
+    from peft_ila.cli import _parse
+
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines()]
+    commands = [command for command in commands if command and command[0] == "peft-ila"]
+    assert [command[1] for command in commands] == ["rank", "convert", "tune", "compare", "plot"]
+    for command in commands:
+        _parse(command[1], command[2:])
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.M)
+    assert targets == ["demo", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_file_is_on_the_map():
+    for path in (ROOT / "peft_ila").glob("*.py"):
+        assert path.name == "__init__.py" or f"{path.name}`" in README, path.name
+
+
+def test_links_inside_the_repository_resolve():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
