@@ -1,28 +1,35 @@
 """From selected units to a plain LoraConfig, and to a freeze plan for full fine-tuning."""
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .units import split_layer
+from .config import ILAConfig
+from .files import whole_file
+from .importance import LayerImportance
+from .units import split_layer, unit_of
 
-if TYPE_CHECKING:
-    from .importance import LayerImportance
-
+# what PeftModel puts before the names of the base model's modules
+_SAVED_PREFIX = "base_model.model."
 _DECIDED_BY_SELECTION = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def to_lora_config(
-    importance: "LayerImportance",
+    importance: LayerImportance,
     selected: list[str],
     model: nn.Module | PretrainedConfig | None = None,
     **kwargs: Any,
@@ -55,8 +62,90 @@ def to_lora_config(
     return config
 
 
+def to_plain_lora(
+    state_dict: dict[str, torch.Tensor], config: ILAConfig, lookalikes: Iterable[str] = ()
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """
+    Turn a saved ILA adapter into a plain LoRA adapter that computes the same: gates multiplied into B, closed units
+    left out.
+
+    Args:
+        state_dict: The adapter's tensors as PEFT saves them; they are not changed.
+        config: The adapter's configuration.
+        lookalikes: Modules of the model that share the last part of their name with a target module but are none.
+
+    Returns:
+        Tensors and configuration, ready to be written. The configuration is the given one without the gates, except
+        that its targets are the modules left over where some are closed.
+
+    Raises:
+        ValueError: The tensors lack the gate of a unit.
+    """
+    gates: dict[str, torch.Tensor] = {}
+    modules: dict[str, list[str]] = {}
+    for key, tensor in state_dict.items():
+        name, _, part = key.removeprefix(_SAVED_PREFIX).partition(".lora_")
+        unit = unit_of(name, config.granularity)
+        if part.startswith("gate"):
+            gates[unit] = torch.sigmoid(tensor.float())
+        elif part.startswith(("A", "embedding_A")):
+            modules.setdefault(unit, []).append(name)
+    if missing := sorted(modules.keys() - gates.keys()):
+        raise ValueError(f"The adapter holds no gate for {missing[0]!r}; is it an ILA adapter of this configuration?")
+
+    kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(modules)
+    tensors = {}
+    for key, tensor in state_dict.items():
+        name, is_lora, part = key.removeprefix(_SAVED_PREFIX).partition(".lora_")
+        unit = unit_of(name, config.granularity)
+        if is_lora and (part.startswith("gate") or unit not in kept):
+            continue
+        if part.startswith(("B", "embedding_B")) and config.gate_mode in ("joint", "soft"):
+            tensor = (tensor * gates[unit].to(tensor.device)).to(tensor.dtype)
+        tensors[key] = tensor.contiguous()
+
+    options = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.name != "peft_type"}
+    if kept >= modules.keys():
+        return tensors, LoraConfig(**options)
+    for name in _DECIDED_BY_SELECTION:
+        del options[name]
+    importance = LayerImportance(
+        units=list(modules), scores=[0.0] * len(modules), modules=modules, lookalikes=list(lookalikes)
+    )
+    return tensors, to_lora_config(importance, [unit for unit in modules if unit in kept], **options)
+
+
+def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> LoraConfig:
+    """
+    Write a saved ILA adapter as a plain LoRA adapter, without the base model. See [`to_plain_lora`].
+
+    Args:
+        adapter_dir: The directory with `adapter_config.json` and `adapter_model.safetensors`.
+        output_dir: Where to write the same two files.
+
+    Raises:
+        ValueError: There is no ILA adapter in `adapter_dir`.
+    """
+    config = PeftConfig.from_pretrained(str(adapter_dir))
+    if not isinstance(config, ILAConfig):
+        raise ValueError(f"{adapter_dir} holds an adapter of type {config.peft_type.value}, not ILA.")
+    tensors, lora = to_plain_lora(load_file(Path(adapter_dir) / SAFETENSORS_WEIGHTS_NAME), config)
+    save_adapter(tensors, lora, output_dir)
+    return lora
+
+
+def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, output_dir: str | os.PathLike[str]) -> None:
+    """Write an adapter as PEFT does, the configuration last."""
+    with whole_file(Path(output_dir) / SAFETENSORS_WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config = copy.copy(config)
+    config.inference_mode = True  # as PEFT saves an adapter
+    with whole_file(Path(output_dir) / CONFIG_NAME) as temporary:
+        config.save_pretrained(str(temporary.parent))
+
+
 def _target_candidates(
-    importance: "LayerImportance", selected: list[str], expected: set[str]
+    importance: LayerImportance, selected: list[str], expected: set[str]
 ) -> Iterator[dict[str, Any]]:
     """Ways to target the modules, the most readable first. Not all of them hit only those modules."""
     layers = [split_layer(unit) for unit in selected]

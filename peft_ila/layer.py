@@ -103,10 +103,17 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
             delta = super().get_delta_weight(adapter, *args, **kwargs)
             return self.gates[adapter](delta)
 
+        def _embed(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            output = super()._embed(input, weight, *args, **kwargs)
+            if "output_fn" not in kwargs:  # mixed-adapter batches do not pass it
+                (gate,) = (g for name, g in self.gates.items() if self.lora_embedding_A[name].is_set_to(weight.T))
+                output = gate(output)
+            return output
+
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name
 
-    Gated.__name__ = Gated.__qualname__ = f"Gated{base.__name__}"
+    Gated.__name__ = Gated.__qualname__ = base.__name__  # what PEFT prints, and tells linear layers by
     return Gated
 
 

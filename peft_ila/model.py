@@ -1,14 +1,17 @@
 """ILAModel: injection, modes, masks and scores of gated LoRA."""
 
 import importlib.metadata
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from .config import GateMode
+from .conversion import save_adapter, to_plain_lora
 from .importance import LayerImportance
 from .layer import Gate, add_gate, freeze_by_mode, is_gated
 from .units import unit_of
@@ -277,6 +280,27 @@ class ILAModel(LoraModel):
         for _, layer in self._gated_layers(adapter_name):
             weight = _lora_b(layer, adapter_name)
             weight.copy_(layer.gates[adapter_name](weight))
+
+    def to_lora(self, output_dir: str | os.PathLike[str], adapter_name: str | None = None) -> LoraConfig:
+        """
+        Write the adapter as plain LoRA that computes the same: gates multiplied into B, closed units absent.
+
+        `PeftModel.from_pretrained` loads it without peft-ila, and so do servers that take LoRA adapters.
+
+        Args:
+            output_dir (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+
+        Returns:
+            [`~peft.LoraConfig`]: The configuration that was written.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        saved = get_peft_model_state_dict(self.model, adapter_name=adapter_name)
+        state_dict = {f"base_model.model.{key}": tensor.detach().cpu() for key, tensor in saved.items()}
+        lookalikes = self.layer_importance(adapter_name).lookalikes
+        tensors, config = to_plain_lora(state_dict, self.peft_config[adapter_name], lookalikes)
+        save_adapter(tensors, config, output_dir)
+        return config
 
     def add_weighted_adapter(  # type: ignore[override]
         self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any

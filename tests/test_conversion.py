@@ -1,12 +1,16 @@
 """Every conversion is proved by what PEFT really injects into a real (tiny, random) model."""
 
 import random
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 import transformers
 from conftest import tiny_llama
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BartConfig,
@@ -30,7 +34,7 @@ from transformers import (
 )
 
 from peft_ila import ILAConfig, LayerImportance
-from peft_ila.conversion import check_injection, meta_skeleton
+from peft_ila.conversion import check_injection, export_adapter, meta_skeleton
 
 SMALL = {
     "hidden_size": 16,
@@ -242,3 +246,60 @@ def test_the_saved_config_is_plain_lora(tmp_path):
     loaded = LoraConfig.from_pretrained(tmp_path)
     assert loaded.peft_type == "LORA"
     assert len(injected(tiny_llama(), loaded)) == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain LoRA adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
+@pytest.mark.parametrize("from_disk", [True, False])
+def test_an_exported_adapter_is_plain_lora_with_the_same_outputs(tmp_path, input_ids, granularity, mode, from_disk):
+    options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
+    config = ILAConfig(**options, granularity=granularity, modules_to_save=["lm_head"], rank_pattern={"up_proj": 2})
+    model = get_peft_model(tiny_llama(), config)
+    for gate, value in zip(model.gates().values(), torch.linspace(-3, 3, len(model.gates()))):
+        gate.weight.data.fill_(value)
+    model.apply_mask(list(model.gates())[1::3]) if mode == "hard" else model.set_gate_mode(mode)
+    expected = model(input_ids).logits
+    if from_disk:
+        model.save_pretrained(tmp_path / "ila")
+        export_adapter(tmp_path / "ila", tmp_path / "plain")
+    else:
+        model.to_lora(tmp_path / "plain")
+    assert {entry.name for entry in (tmp_path / "plain").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    keys = load_file(tmp_path / "plain" / "adapter_model.safetensors").keys()
+    assert not any("lora_gate" in key for key in keys)
+    kept = {key.partition(".lora_A")[0] for key in keys if ".lora_A" in key}
+    assert len(kept) == (21 if mode != "hard" else 7)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing and of unexpected weights
+        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
+    assert type(loaded.base_model).__name__ == "LoraModel"
+    torch.testing.assert_close(loaded(input_ids).logits, expected, rtol=1e-4, atol=1e-5)
+    if mode in ("open", "hard"):
+        assert torch.equal(loaded(input_ids).logits, expected)
+
+
+def test_a_process_without_peft_ila_loads_the_export(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_llama(), ILAConfig(target_modules=["q_proj"]))
+    model.to_lora(tmp_path / "plain")
+    script = (
+        "import sys\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
+        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r}), "
+        f"{str(tmp_path / 'plain')!r})\nassert 'peft_ila' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_only_ila_adapters_are_exported(tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="adapter of type LORA, not ILA"):
+        export_adapter(tmp_path, tmp_path / "plain")

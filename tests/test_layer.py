@@ -195,6 +195,25 @@ class Layers(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+@pytest.mark.parametrize("target", ["embedding", "linear", "conv1d", "conv2d", "conv3d"])
+def test_mixed_adapter_batches_are_gated(target):
+    x = torch.arange(10).reshape(2, 5)
+    torch.manual_seed(0)
+    config = ILAConfig(r=4, target_modules=[target], init_lora_weights=False)
+    model = get_peft_model(Layers(), config).eval()
+    model.add_adapter("other", config)
+    expected = []
+    for name, score in (("default", -1.0), ("other", 0.5)):
+        model.set_adapter(name)
+        for gate in model.gates().values():
+            gate.weight.data.fill_(score)
+        expected.append(model(x))
+    mixed = model(torch.cat([x, x, x]), adapter_names=["other"] * 2 + ["__base__"] * 2 + ["default"] * 2)
+    with model.disable_adapter():
+        base = model(x)
+    torch.testing.assert_close(mixed, torch.cat([expected[1], base, expected[0]]))
+
+
 @pytest.mark.parametrize("target", ["embedding", "linear", "conv1d", "conv2d", "conv3d", "attention"])
 def test_every_layer_type_is_gated(target):
     x = torch.arange(10).reshape(2, 5)

@@ -68,7 +68,7 @@ def test_bytes_that_a_step_keeps(directory, nf4):
 def test_nf4_gates_act_and_are_saved(directory, short_ids, tmp_path, granularity, number):
     config = ILAConfig(**OPTIONS, granularity=granularity, init_lora_weights=False)
     model = get_peft_model(load(directory, nf4=True), config)
-    assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "GatedLinear4bit"
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     for gate, value in zip(model.gates().values(), torch.linspace(-3, 3, number)):
         gate.weight.data.fill_(value)
     outputs = {}
