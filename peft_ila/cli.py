@@ -8,7 +8,9 @@ The command line. Settings come from dataclasses as in TRL's scripts, so each wo
 """
 
 import argparse
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -155,28 +157,77 @@ def _trainer(script_args: Any, training_args: Any, model_args: Any, peft_config:
 
 
 def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments) -> None:
-    """Fine-tune until stable, learn the gates, and write OUT/importance.json, OUT/importance.png and OUT/adapter."""
+    """
+    Fine-tune until stable, learn the gates, and write OUT/importance.json, OUT/importance.png and OUT/adapter.
+
+    With `--resume_from_checkpoint True`, the same command goes on from what OUT holds, in either stage.
+    """
+    output_dir = Path(training_args.output_dir)
+    resume = _is_true(training_args.resume_from_checkpoint)
+    stage_1 = output_dir / "adapter" / _STAGE_1
+
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     options = _lora_config(model_args).to_dict()
     del options["peft_type"]
     config = ILAConfig(**options, granularity=rank_args.granularity, gate_mode="open")
     stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
     trainer = _trainer(script_args, training_args, model_args, config, [stability])
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    importance = learn_gates(trainer, steps=rank_args.gate_steps, learning_rate=rank_args.gate_learning_rate)
-    importance.metadata |= {
-        "dataset": script_args.dataset_name,
-        "stage_1": {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None},
-    }
-    if not trainer.is_world_process_zero():
+    is_main = trainer.is_world_process_zero()
+
+    def save_adapter() -> None:
+        with whole_directory(output_dir / "adapter") as temporary:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+            (temporary / _STAGE_1).write_text(json.dumps(facts))
+
+    if resume and stage_1.exists():
+        facts = json.loads(stage_1.read_text())
+        trainer.model.load_adapter(str(stage_1.parent), "default", is_trainable=True)
+        trainer.model.set_gate_mode("open")
+    else:
+        if is_main and not resume:  # what an earlier run left behind
+            for stale in ("adapter", "gates"):
+                shutil.rmtree(output_dir / stale, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.train(
+            resume_from_checkpoint=_last_checkpoint(output_dir) if resume else training_args.resume_from_checkpoint
+        )
+        facts = {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None}
+        if is_main:
+            save_adapter()
+    importance = learn_gates(
+        trainer,
+        steps=rank_args.gate_steps,
+        learning_rate=rank_args.gate_learning_rate,
+        resume_from_checkpoint=_last_checkpoint(output_dir / "gates") if resume else None,
+    )
+    importance.metadata |= {"dataset": script_args.dataset_name, "stage_1": facts}
+    if not is_main:
         return
-    output_dir = Path(training_args.output_dir)
-    with whole_directory(output_dir / "adapter") as temporary:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+    save_adapter()
     importance.save(output_dir / "importance.json")
     importance.plot(output_dir / "importance.png")
     print_table(importance)
     print(f"Wrote {output_dir}/importance.json, importance.png and adapter/.")
+
+
+# written with the adapter when stage 1 is done, so that a resumed run need not repeat it
+_STAGE_1 = "stage_1.json"
+
+
+def _is_true(value: str | bool | None) -> bool:
+    return str(value).lower() == "true"
+
+
+def _last_checkpoint(directory: Path) -> str | None:
+    """The last checkpoint that is whole; the trainer writes `trainer_state.json` at its end."""
+    checkpoints = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return str(checkpoint)
+        except (OSError, ValueError):
+            continue  # the run was killed while it wrote this one
+    return None
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> None:
@@ -192,7 +243,10 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     model_config = AutoConfig.from_pretrained(_model_name(model_args), revision=model_args.model_revision)
     config = importance.to_lora_config(**tune_args.kwargs(), model=model_config, **options)
     trainer = _trainer(script_args, training_args, model_args, config, [])
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint
+    if _is_true(checkpoint):
+        checkpoint = _last_checkpoint(Path(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
         trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ import torch
 from transformers import (
     DefaultFlowCallback,
     PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -21,7 +21,8 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import CallbackHandler
 
 from .importance import LayerImportance
 from .model import ILAModel
@@ -35,20 +36,20 @@ logger = logging.getLogger(__name__)
 _LOGGING_CALLBACKS = (
     DefaultFlowCallback,
     PrinterCallback,
-    ProgressCallback,
+    DEFAULT_PROGRESS_CALLBACK,
     *dict.fromkeys(INTEGRATION_TO_CALLBACK.values()),
 )
 
 
-class EpsilonStability(TrainerCallback, ExportableState):
+class EpsilonStability(TrainerCallback):
     """
     Ends training once it is ε-stable: |E[L(θ_{t+1})] − E[L(θ_t)]| < ε for every later t (section 2 of the paper,
     https://huggingface.co/papers/2410.17875), with the expectation replaced by a moving average.
 
     At every logged loss, the mean of the last `window` logged losses is compared with the mean of the `window` before
     them. When they differ by less than `epsilon` at `patience` logged losses in a row, training stops. Evaluation
-    data are not needed. All processes see the same logged loss and so decide alike. The state is saved in the
-    trainer's checkpoints.
+    data are not needed. All processes see the same logged loss and so decide alike. A resumed run decides as an
+    unbroken one: the losses are in the trainer's checkpoint.
 
     Args:
         epsilon (`float`): The greatest change of the smoothed loss that counts as stable, in the unit of the loss.
@@ -75,21 +76,19 @@ class EpsilonStability(TrainerCallback, ExportableState):
         self.epsilon = epsilon
         self.window = window
         self.patience = patience
+        self._reset()
+
+    def _reset(self) -> None:
         self.change = math.nan
         self.stopped_at: int | None = None
         self._losses: list[float] = []
         self._stable = 0
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "args": {"epsilon": self.epsilon, "window": self.window, "patience": self.patience},
-            "attributes": {
-                "change": self.change,
-                "stopped_at": self.stopped_at,
-                "_losses": self._losses,
-                "_stable": self._stable,
-            },
-        }
+    def _observe(self, loss: float) -> None:
+        self._losses = [*self._losses, loss][-2 * self.window :]
+        if len(self._losses) == 2 * self.window:
+            self.change = (sum(self._losses[self.window :]) - sum(self._losses[: self.window])) / self.window
+            self._stable = self._stable + 1 if abs(self.change) < self.epsilon else 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,6 +97,10 @@ class EpsilonStability(TrainerCallback, ExportableState):
             raise ValueError('EpsilonStability reads the logged loss; `logging_strategy` must not be "no".')
         # The filter replaces a NaN by the mean of the losses before it, which would look stable.
         args.logging_nan_inf_filter = False
+        self._reset()
+        for log in state.log_history:  # of the run that is resumed
+            if "loss" in log:
+                self._observe(log["loss"])
         needed = math.ceil((2 * self.window + self.patience - 1) * state.logging_steps)
         if args.logging_strategy == "steps" and needed > state.max_steps:
             logger.warning(
@@ -121,12 +124,9 @@ class EpsilonStability(TrainerCallback, ExportableState):
                 f"The training loss is {loss} at step {state.global_step}; training has diverged. Lower the learning "
                 "rate or check the data."
             )
-        self._losses = [*self._losses, loss][-2 * self.window :]
-        if len(self._losses) < 2 * self.window:
+        self._observe(loss)
+        if math.isnan(self.change):
             return
-        earlier, later = self._losses[: self.window], self._losses[self.window :]
-        self.change = (sum(later) - sum(earlier)) / self.window
-        self._stable = self._stable + 1 if abs(self.change) < self.epsilon else 0
         logger.info(
             f"step {state.global_step}: the smoothed loss changed by {self.change:+.4f} over {self.window} logs, "
             f"stable for {self._stable} of {self.patience} (epsilon {self.epsilon})"
@@ -174,6 +174,7 @@ def learn_gates(
     penalty: float | None = None,
     penalty_batches: int = 8,
     seed: int | None = None,
+    resume_from_checkpoint: str | bool | None = None,
 ) -> LayerImportance:
     """
     Learn the gates of a fine-tuned ILA model and rank its units (stage 2).
@@ -185,7 +186,8 @@ def learn_gates(
 
     The trainer's training arguments hold here too (batch size, gradient accumulation, precision, logging), except
     for those of the optimiser: Adam with a constant learning rate, no weight decay, no clipping. Of its callbacks,
-    those for logging and progress are called. Nothing is evaluated or saved, and the trainer's own state stays.
+    those for logging and progress are called. Nothing is evaluated, checkpoints go to `gates/` in the output
+    directory if the trainer saves any, and the trainer's own state stays.
 
     Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
     stage 1 was trained in mode "joint", its gates are first folded into B, so that Δθ is what was trained.
@@ -203,6 +205,9 @@ def learn_gates(
         penalty_batches (`int`): The number of batches to measure λ on.
         seed (`int`, *optional*): For the order of the data, by default the trainer's. The same seed gives the same
             scores.
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            A checkpoint of this stage, or `True` for the last one in `gates/`. The other arguments must be those of
+            the run that wrote it; the scores are then those of an unbroken run.
 
     Returns:
         [`LayerImportance`]: The ranking. Its metadata holds the settings and the losses that λ was measured from.
@@ -258,7 +263,7 @@ def learn_gates(
             gate.weight.data.fill_(initial_score)
         stage.add_callback(_BudgetPressure(gates, penalty))
         set_seed(seed)
-        stage.train()
+        stage.train(resume_from_checkpoint=resume_from_checkpoint)
     finally:
         config.inference_mode = inference_mode
         ila.set_gate_mode("open")
@@ -287,6 +292,7 @@ def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int
     """A second trainer on the model, data and loss of the first, which keeps its own state."""
     stage: Any = copy.copy(trainer)
     stage.args = copy.copy(trainer.args)
+    stage.args.output_dir = os.path.join(trainer.args.output_dir, "gates")
     stage.args.max_steps = steps
     stage.args.learning_rate = learning_rate
     stage.args.seed = seed
@@ -295,7 +301,6 @@ def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int
     stage.args.warmup_steps = 0
     stage.args.weight_decay = 0.0
     stage.args.max_grad_norm = math.inf  # nothing is clipped, but fp16 gradients are unscaled before the penalty
-    stage.args.save_strategy = "no"
     stage.args.eval_strategy = "no"
     stage.args.eval_on_start = False
     stage.args.load_best_model_at_end = False

@@ -1,5 +1,8 @@
 import json
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -76,6 +79,31 @@ def test_settings_from_yaml(workspace, tmp_path):
     importance = LayerImportance.load(tmp_path / "out" / "importance.json")
     assert len(importance.units) == 6
     assert importance.metadata["learn_gates"]["steps"] == 2
+
+
+@pytest.mark.parametrize("killed_at", ["checkpoint-2", "adapter", "gates/checkpoint-4"])
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, killed_at):
+    """SIGKILL in stage 1, between the stages and in stage 2; then the same command with one flag more."""
+
+    def start(output, *extra):
+        data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+        saving = ["--save_strategy", "steps", "--save_steps", "2", "--gate_steps", "6", "--output_dir", str(output)]
+        stability = ["--epsilon", "0.05", "--window", "2", "--patience", "2"]
+        command = [sys.executable, "-m", "peft_ila.cli", "rank", *data, *TRAINING, *saving, *stability, *extra]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    if not (workspace / "whole").exists():
+        assert start(workspace / "whole").wait() == 0
+    process = start(tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / killed_at).exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "importance.json").exists()
+    assert start(tmp_path, "--resume_from_checkpoint", "True").wait() == 0
+    for name in ("importance.json", "adapter/adapter_model.safetensors", "adapter/stage_1.json"):
+        assert (tmp_path / name).read_bytes() == (workspace / "whole" / name).read_bytes(), name
 
 
 def test_convert(ranked, tmp_path, capsys):

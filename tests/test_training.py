@@ -1,4 +1,3 @@
-import json
 import logging
 import math
 
@@ -7,7 +6,7 @@ import torch
 from conftest import tiny_llama
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_ila import EpsilonStability, ILAConfig, LayerImportance, learn_gates
@@ -73,11 +72,15 @@ def test_bad_settings(settings, message):
         EpsilonStability(**settings)
 
 
-def test_state_is_exported_and_restored():
-    callback = EpsilonStability(epsilon=0.5, window=2, patience=7)
-    callback._losses, callback._stable, callback.change = [1.0, 2.0], 3, 0.25
-    restored = EpsilonStability.from_state(json.loads(json.dumps(callback.state())))
-    assert vars(restored) == vars(callback)
+def test_a_new_run_starts_anew_and_a_resumed_one_goes_on():
+    args = TrainingArguments(output_dir="unused", logging_steps=1, report_to="none", use_cpu=True)
+    history = [{"loss": 1.0, "step": step} for step in range(3)] + [{"eval_loss": 9.0, "step": 2}]
+    callback = EpsilonStability(epsilon=0.1, window=2, patience=1)
+    for log_history, stopped_at in ((history, 3), ([], None)):
+        state, control = TrainerState(max_steps=9, global_step=3, log_history=log_history), TrainerControl()
+        callback.on_train_begin(args, state, control)
+        callback.on_log(args, state, control, logs={"loss": 1.0})
+        assert callback.stopped_at == stopped_at
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,6 +229,51 @@ def test_the_scores_are_those_of_adam_on_loss_plus_penalty(tmp_path, tokenizer, 
         optimizer.step()
     expected = torch.cat([score.detach() for score in scores])
     torch.testing.assert_close(torch.tensor(importance.scores), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_stages_end_as_unbroken_ones(tmp_path, tokenizer, dialogues):
+    """Each stage is stopped half-way by an exception, and resumed by a new trainer from its checkpoint."""
+
+    class Stop(Exception):
+        pass
+
+    class StopAt(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                raise Stop
+
+    def trainer(directory, *callbacks):
+        callbacks = [EpsilonStability(epsilon=0.05, window=2, patience=2), *callbacks]
+        return sft_trainer(
+            tmp_path / directory, tokenizer, dialogues, callbacks=callbacks, save_strategy="steps", save_steps=2
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    expected = learn_gates(whole, steps=6)
+
+    with pytest.raises(Stop):
+        trainer("broken", StopAt(5)).train()
+    broken = trainer("broken")
+    broken.train(resume_from_checkpoint=True)
+    assert broken.state.global_step == whole.state.global_step > 5
+    for name, value in lora_weights(whole.model).items():
+        assert torch.equal(broken.model.get_parameter(name), value)
+
+    broken.add_callback(StopAt(5))
+    monkeypatched = pytest.MonkeyPatch()
+    with monkeypatched.context() as patch, pytest.raises(Stop):
+        patch.setattr("peft_ila.training._LOGGING_CALLBACKS", (DefaultFlowCallback, StopAt))
+        learn_gates(broken, steps=6)
+    again = trainer("broken")
+    again.model.load_state_dict(broken.model.state_dict())
+    resumed = learn_gates(again, steps=6, resume_from_checkpoint=True)
+    assert resumed.scores == expected.scores
+    for name, value in lora_weights(whole.model).items():
+        assert torch.equal(again.model.get_parameter(name), value)
 
 
 def test_gradient_accumulation_changes_nothing_but_the_memory(tmp_path, tokenizer, dialogues):
