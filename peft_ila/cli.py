@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+
 from .config import ILAConfig
+from .conversion import export_adapter
 from .files import whole_directory, whole_file
 from .importance import LayerImportance
 from .training import EpsilonStability, learn_gates
@@ -33,6 +36,7 @@ class RankArguments:
 
     Args:
         granularity (`str`): See [`ILAConfig`].
+        adapter (`str`): A LoRA adapter to rank as it is; there is no stage 1 then.
         epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`].
         gate_steps (`int`), gate_learning_rate (`float`): See [`learn_gates`].
     """
@@ -45,6 +49,9 @@ class RankArguments:
     )
     window: int = field(default=5, metadata={"help": "The number of logged losses to average."})
     patience: int = field(default=3, metadata={"help": "How many comparisons in a row must be stable."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "A LoRA adapter to rank as it is, instead of fine-tuning (stage 1)."}
+    )
     gate_steps: int = field(default=128, metadata={"help": "Optimiser steps of stage 2."})
     gate_learning_rate: float = field(default=0.15, metadata={"help": "Learning rate of the scores."})
 
@@ -76,6 +83,13 @@ class ConvertArguments(SelectionArguments):
     lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
+
+
+@dataclass
+class ExportArguments:
+    """Arguments of `peft-ila export`."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write the adapter."})
 
 
 @dataclass
@@ -166,10 +180,13 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     resume = _is_true(training_args.resume_from_checkpoint)
     stage_1 = output_dir / "adapter" / _STAGE_1
 
-    model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
-    options = _lora_config(model_args).to_dict()
-    del options["peft_type"]
-    config = ILAConfig(**options, granularity=rank_args.granularity, gate_mode="open")
+    gates = {"granularity": rank_args.granularity, "gate_mode": "open"}
+    if rank_args.adapter:
+        config = ILAConfig.from_lora(PeftConfig.from_pretrained(rank_args.adapter), **gates)
+        config.init_lora_weights = True  # the weights are loaded
+    else:
+        model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
+        config = ILAConfig.from_lora(_lora_config(model_args), **gates)
     stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
     trainer = _trainer(script_args, training_args, model_args, config, [stability])
     is_main = trainer.is_world_process_zero()
@@ -179,7 +196,10 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
             (temporary / _STAGE_1).write_text(json.dumps(facts))
 
-    if resume and stage_1.exists():
+    if rank_args.adapter:
+        facts: dict[str, Any] = {"adapter": rank_args.adapter}
+        trainer.model.load_adapter(rank_args.adapter, "default", is_trainable=True)
+    elif resume and stage_1.exists():
         facts = json.loads(stage_1.read_text())
         trainer.model.load_adapter(str(stage_1.parent), "default", is_trainable=True)
         trainer.model.set_gate_mode("open")
@@ -281,6 +301,12 @@ def _local_config(importance: LayerImportance) -> Any:
         return None
 
 
+def export(args: ExportArguments, paths: argparse.Namespace) -> None:
+    """Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent."""
+    export_adapter(paths.adapter, _required(args.output_dir, "output_dir"))
+    print(f"Wrote {args.output_dir}/adapter_config.json and adapter_model.safetensors.")
+
+
 def compare(paths: argparse.Namespace) -> None:
     """Print overlap and rank correlation of each pair of rankings."""
     if len(paths.importance) < 2:
@@ -310,7 +336,7 @@ def demo(args: DemoArguments) -> None:
     run(Path(_required(args.output_dir, "output_dir")))
 
 
-_COMMANDS = ("rank", "convert", "tune", "compare", "plot", "demo")
+_COMMANDS = ("rank", "convert", "tune", "export", "compare", "plot", "demo")
 
 
 def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[Any, ...]]:
@@ -326,6 +352,7 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[An
         "rank": (rank, [*training, RankArguments]),
         "convert": (convert, [ConvertArguments]),
         "tune": (tune, [*training, TuneArguments]),
+        "export": (export, [ExportArguments]),
         "compare": (compare, []),
         "plot": (plot, [PlotArguments]),
         "demo": (demo, [DemoArguments]),
@@ -334,10 +361,12 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[An
     parser = TrlParser(dataclasses, prog=f"peft-ila {command}", description=function.__doc__)
     if command in ("convert", "plot"):
         parser.add_argument("importance", help="A ranking, as `rank` wrote it.")
+    if command == "export":
+        parser.add_argument("adapter", help="The directory of an ILA adapter, such as OUT/adapter.")
     if command == "compare":
         parser.add_argument("importance", nargs="+", help="Rankings, as `rank` wrote them.")
     if command in ("rank", "tune"):
-        # TRL's advice for LoRA, where SFTConfig's default is for full tuning; and SFTConfig's bf16 fails without a GPU.
+        # SFTConfig's learning rate is for full tuning (this is TRL's advice for LoRA), its bf16 fails without a GPU.
         parser.set_defaults(learning_rate=2e-4, bf16=is_torch_bf16_gpu_available())
     arguments: Any = parser.parse_args_and_config(argv)
     return function, arguments

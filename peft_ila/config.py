@@ -1,7 +1,7 @@
 """ILAConfig: everything LoraConfig takes, and how the gates act."""
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftType
 
@@ -64,6 +64,32 @@ class ILAConfig(LoraConfig):
         },
     )
     gate_mask: list[str] | None = field(default=None, metadata={"help": "The units that mode 'hard' keeps."})
+
+    @classmethod
+    def from_lora(cls, config: LoraConfig, **gate_options: Any) -> "ILAConfig":
+        """
+        The configuration that gates an existing LoRA adapter.
+
+        To load a saved LoRA adapter with gates, which start at `gate_init`:
+
+        ```py
+        >>> config = ILAConfig.from_lora(LoraConfig.from_pretrained(path), gate_mode="open")
+        >>> model = PeftModel.from_pretrained(base_model, path, config=config, is_trainable=True)
+        ```
+
+        Args:
+            config ([`~peft.LoraConfig`]): The configuration of the adapter.
+            **gate_options: `granularity`, `gate_init`, `gate_mode`, `gate_mask`.
+
+        Raises:
+            TypeError: `config` is of another method, one derived from LoRA included.
+            ValueError: An option of the adapter would bypass the gate.
+        """
+        if type(config) is not LoraConfig:
+            raise TypeError(f"Only a LoRA adapter can be gated, got a {type(config).__name__}.")
+        options = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+        del options["peft_type"]
+        return cls(**options, **gate_options)
 
     def __post_init__(self) -> None:
         super().__post_init__()

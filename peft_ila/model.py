@@ -3,14 +3,14 @@
 import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from .config import GateMode
+from .config import GateMode, ILAConfig
 from .conversion import save_adapter, to_plain_lora
 from .importance import LayerImportance
 from .layer import Gate, add_gate, freeze_by_mode, is_gated
@@ -52,13 +52,16 @@ class ILAModel(LoraModel):
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
-        unit = unit_of(current_key, lora_config.granularity)
-        gate = self._find_gate(unit, adapter_name)
+        self._add_gate(getattr(parent, target_name), current_key, adapter_name)
+
+    def _add_gate(self, target: nn.Module, name: str, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        gate = self._find_gate(unit_of(name, config.granularity), adapter_name)
         owner = gate is None
         if gate is None:
-            gate = Gate(lora_config.gate_init)
+            gate = Gate(config.gate_init)
         # `MultiheadAttention` holds a second LoRA layer, its output projection
-        for module in list(getattr(parent, target_name).modules()):
+        for module in list(target.modules()):
             if isinstance(module, LoraLayer):
                 add_gate(module, adapter_name, gate, owner)
                 owner = False
@@ -72,6 +75,51 @@ class ILAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._apply_mode(adapter_name)
+
+    @classmethod
+    def from_lora(cls, model: PeftModel, **gate_options: Any) -> PeftModel:
+        """
+        Gate the LoRA adapters of a model in place, so that stage 2 alone ranks a LoRA that was trained before.
+
+        Args:
+            model ([`~peft.PeftModel`]): A model with LoRA adapters only.
+            **gate_options: `granularity`, `gate_init`, `gate_mode` of [`ILAConfig`]; by default the gates are open.
+
+        Returns:
+            [`~peft.PeftModel`]: The same model.
+
+        Raises:
+            TypeError: The model has adapters of another method.
+            ValueError: An option of an adapter would bypass the gate.
+        """
+        tuner: Any = model.base_model
+        if type(tuner) is not LoraModel:
+            raise TypeError(f"Only a model with LoRA adapters can be gated, got one with a {type(tuner).__name__}.")
+        configs = {
+            name: ILAConfig.from_lora(cast(LoraConfig, config), **{"gate_mode": "open", **gate_options})
+            for name, config in tuner.peft_config.items()
+        }
+        tuner.__class__ = cls
+        tuner.peft_config.update(configs)  # the dict is shared by the model, the tuner and the base model
+        targets = [(key, layer) for key, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)]
+        for key, layer in targets:
+            for name in configs:
+                if name in layer.r and ".base_layer." not in key:
+                    tuner._add_gate(layer, key, name)
+        for name in configs:
+            tuner._apply_mode(name)
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if not any(".lora_gate." in key for key in state_dict):  # an adapter of plain LoRA: its scores start anew
+            for name, module in model.named_modules():
+                if is_gated(module) and adapter_name in module.lora_gate:
+                    state_dict[f"{name}.lora_gate.{adapter_name}.weight"] = torch.full((1,), float(config.gate_init))
+        return state_dict
 
     # ------------------------------------------------------------------------------------------------------------
     # Modes

@@ -292,7 +292,7 @@ def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int
     """A second trainer on the model, data and loss of the first, which keeps its own state."""
     stage: Any = copy.copy(trainer)
     stage.args = copy.copy(trainer.args)
-    stage.args.output_dir = os.path.join(trainer.args.output_dir, "gates")
+    stage.args.output_dir = os.path.join(stage.args.output_dir, "gates")
     stage.args.max_steps = steps
     stage.args.learning_rate = learning_rate
     stage.args.seed = seed

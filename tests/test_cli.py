@@ -140,6 +140,15 @@ def test_tune(workspace, ranked, tmp_path, share, capsys):
     assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B." in name)
 
 
+def test_a_published_lora_adapter_is_ranked_as_it_is(workspace, ranked, tmp_path):
+    main(["export", str(ranked / "adapter"), "--output_dir", str(tmp_path / "plain")])
+    assert LoraConfig.from_pretrained(tmp_path / "plain").peft_type == "LORA"
+    rank(workspace, tmp_path / "again", "--adapter", str(tmp_path / "plain"))
+    first, second = (LayerImportance.load(path / "importance.json") for path in (ranked, tmp_path / "again"))
+    assert second.scores == first.scores
+    assert second.metadata["stage_1"] == {"adapter": str(tmp_path / "plain")}
+
+
 def test_compare(ranked, capsys):
     path = str(ranked / "importance.json")
     main(["compare", path, path])
@@ -218,7 +227,7 @@ def test_an_unknown_option_is_named(capsys):
     assert "'--outputs'" in error_of(["plot", "a.json", "--outputs", "b.png"], capsys)
 
 
-@pytest.mark.parametrize("command", ["rank", "convert", "tune", "compare", "plot", "demo"])
+@pytest.mark.parametrize("command", ["rank", "convert", "tune", "export", "compare", "plot", "demo"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -333,3 +333,59 @@ def test_weights_are_safetensors():
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         assert {path.suffix for path in Path(directory).iterdir()} <= {".safetensors", ".json", ".md"}
+
+
+def trained_lora(**kwargs):
+    model = get_peft_model(
+        tiny_llama(),
+        LoraConfig(
+            r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **kwargs
+        ),
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_saved_lora_adapter_is_gated(tmp_path, input_ids, granularity, low_cpu_mem_usage, recwarn):
+    lora = trained_lora(modules_to_save=["lm_head"], rank_pattern={"up_proj": 2})
+    lora.save_pretrained(tmp_path)
+    config = ILAConfig.from_lora(LoraConfig.from_pretrained(tmp_path), granularity=granularity, gate_mode="open")
+    model = PeftModel.from_pretrained(
+        tiny_llama(), tmp_path, config=config, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(model(input_ids).logits, lora(input_ids).logits)
+    assert all(gate.weight.item() == 4.0 for gate in model.gates().values())
+    assert not [warning for warning in recwarn if "missing adapter keys" in str(warning.message)]
+    model.set_gate_mode("soft")
+    assert len(moved_by_a_step(model, input_ids)) == (3 if granularity == "layer" else 21)
+
+
+def test_a_lora_model_in_memory_is_gated(input_ids):
+    model = trained_lora()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    outputs = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        outputs[name] = model(input_ids).logits
+    gated = ILAModel.from_lora(model, granularity="module")
+    assert gated is model and isinstance(model.base_model, ILAModel)
+    assert len(model.gates("default")) == 21 and len(model.gates("other")) == 3
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        assert torch.equal(model(input_ids).logits, outputs[name])
+    model.set_gate_mode("soft")
+    assert all("lora_gate.default" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert not torch.equal(model(input_ids).logits, outputs["default"])
+
+
+def test_only_lora_can_be_gated():
+    from peft import AdaLoraConfig, LoHaConfig
+
+    with pytest.raises(TypeError, match="Only a LoRA adapter can be gated, got a AdaLoraConfig"):
+        ILAConfig.from_lora(AdaLoraConfig(total_step=1))
+    model = get_peft_model(tiny_llama(), LoHaConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="got one with a LoHaModel"):
+        ILAModel.from_lora(model)
+    with pytest.raises(ValueError, match="does not support `use_dora`"):
+        ILAModel.from_lora(trained_lora(use_dora=True))
