@@ -40,8 +40,8 @@ class Gate(nn.Module):
         if self.mode == "hard":
             return torch.zeros_like(x)  # a constant: nothing is kept for the backward pass
         # From the leaf at every call, so that a recomputed checkpoint gets a graph of its own. The cast keeps the
-        # fp32 score from promoting a bf16 activation.
-        return x * torch.sigmoid(self.weight).to(x.dtype)
+        # fp32 score from promoting a bf16 activation; a decoder layer may be spread over devices.
+        return x * torch.sigmoid(self.weight).to(x)
 
     @property
     def is_open(self) -> bool:

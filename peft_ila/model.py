@@ -214,8 +214,9 @@ class ILAModel(LoraModel):
 
     def train(self, mode: bool = True) -> "ILAModel":
         super().train(mode)
-        for name in self.peft_config:
-            self._settle_dropout_and_dtype(name)
+        for name, config in self.peft_config.items():
+            if config.gate_mode == "soft":
+                self._settle_dropout_and_dtype(name)
         return self
 
     def _settle_dropout_and_dtype(self, adapter_name: str) -> None:

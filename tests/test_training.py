@@ -410,3 +410,26 @@ def test_a_masked_or_foreign_model_is_refused(tmp_path, tokenizer, dialogues):
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="needs a trainer whose model was made by"):
         learn_gates(plain_trainer(tmp_path, tokenizer, dialogues, model=lora))
+
+
+def test_gates_are_learned_on_the_dpo_loss(tmp_path, tokenizer, dialogues):
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [
+        {**row, "chosen": row["completion"], "rejected": [{"role": "assistant", "content": "w1 w2 w1 w2"}]}
+        for row in dialogues
+    ]
+    dataset = Dataset.from_list(rows).select_columns(["prompt", "chosen", "rejected"])
+    trainer = DPOTrainer(
+        model=ila(),
+        args=DPOConfig(**{"bf16": False, **options(tmp_path, max_steps=10)}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    before = lora_weights(trainer.model)
+    importance = learn_gates(trainer, steps=6)
+    assert importance.metadata["learn_gates"]["loss_closed"] == pytest.approx(math.log(2), abs=1e-4)
+    assert len(set(importance.scores)) == 3
+    for name, value in lora_weights(trainer.model).items():
+        assert torch.equal(value, before[name])
