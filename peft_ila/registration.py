@@ -5,6 +5,7 @@ from typing import Any
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 _NAME = "ILA"
 
@@ -45,3 +46,10 @@ def register(config_cls: type, model_cls: type) -> None:
             f"The installed PEFT already has a method named ILA ({known.__module__}.{known.__qualname__}); use that "
             "one, or install an older PEFT to use peft-ila."
         )
+    # adapters can be hot-swapped if they agree in these options
+    CONFIG_KEYS_TO_CHECK[peft_type] = [
+        *CONFIG_KEYS_TO_CHECK[PeftType.LORA],
+        "granularity",
+        "gate_mode",
+        "gate_mask",
+    ]

@@ -4,7 +4,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForCausalLM,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 
@@ -184,7 +195,7 @@ def test_merging_equals_the_forward_pass(llama, input_ids, mode, safe_merge):
             base = model(input_ids).logits
         model.merge_adapter(safe_merge=safe_merge)
         torch.testing.assert_close(model(input_ids).logits, expected)
-        with pytest.raises(ValueError, match="is merged with its present gates"):
+        with pytest.raises(ValueError, match="is merged with its gates"):
             model.set_gate_mode("soft")
         model.unmerge_adapter()
         torch.testing.assert_close(model(input_ids).logits, expected)
@@ -380,8 +391,6 @@ def test_a_lora_model_in_memory_is_gated(input_ids):
 
 
 def test_only_lora_can_be_gated():
-    from peft import AdaLoraConfig, LoHaConfig
-
     with pytest.raises(TypeError, match="Only a LoRA adapter can be gated, got a AdaLoraConfig"):
         ILAConfig.from_lora(AdaLoraConfig(total_step=1))
     model = get_peft_model(tiny_llama(), LoHaConfig(target_modules=["q_proj"]))
@@ -389,3 +398,29 @@ def test_only_lora_can_be_gated():
         ILAModel.from_lora(model)
     with pytest.raises(ValueError, match="does not support `use_dora`"):
         ILAModel.from_lora(trained_lora(use_dora=True))
+
+
+def test_hotswap(tmp_path, input_ids):
+    models = []
+    for seed in range(2):
+        base = tiny_llama()
+        torch.manual_seed(seed)
+        models.append(get_peft_model(base, config()).eval())
+        spread_scores(models[-1], -seed - 1.0, 2.0)
+    first, second = models
+    second.save_pretrained(tmp_path / "second")
+    hotswap_adapter(first, str(tmp_path / "second"), "default")
+    assert torch.equal(first(input_ids).logits, second(input_ids).logits)
+    second.set_gate_mode("open")
+    second.save_pretrained(tmp_path / "open")
+    with pytest.raises(ValueError, match="gate_mode"):
+        hotswap_adapter(first, str(tmp_path / "open"), "default")
+
+
+def test_convert_to_lora(input_ids):
+    model = get_peft_model(tiny_llama(), config()).eval()
+    spread_scores(model)
+    lora_config, state_dict = convert_to_lora(model, 4)
+    lora = get_peft_model(tiny_llama(), lora_config).eval()
+    set_peft_model_state_dict(lora, state_dict)
+    torch.testing.assert_close(lora(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-5)
