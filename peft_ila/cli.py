@@ -20,7 +20,7 @@ from typing import Any
 from peft import PeftConfig
 
 from .config import ILAConfig
-from .conversion import export_adapter
+from .conversion import DECIDED_BY_SELECTION, export_adapter
 from .files import whole_directory, whole_file
 from .importance import LayerImportance
 from .training import EpsilonStability, learn_gates
@@ -176,6 +176,8 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
 
     With `--resume_from_checkpoint True`, the same command goes on from what OUT holds, in either stage.
     """
+    import matplotlib  # noqa: F401  better missed now than after the training
+
     output_dir = Path(training_args.output_dir)
     resume = _is_true(training_args.resume_from_checkpoint)
     stage_1 = output_dir / "adapter" / _STAGE_1
@@ -258,7 +260,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     if model_args.lora_target_modules:
         raise ValueError("`--lora_target_modules` follows from `--importance` and cannot be passed.")
     options = _lora_config(model_args).to_dict()
-    for decided in ("peft_type", "target_modules", "layers_to_transform", "layers_pattern", "exclude_modules"):
+    for decided in ("peft_type", *DECIDED_BY_SELECTION):
         del options[decided]
     model_config = AutoConfig.from_pretrained(_model_name(model_args), revision=model_args.model_revision)
     config = importance.to_lora_config(**tune_args.kwargs(), model=model_config, **options)

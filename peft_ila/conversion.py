@@ -25,7 +25,7 @@ from .units import split_layer, unit_of
 
 # what PeftModel puts before the names of the base model's modules
 _SAVED_PREFIX = "base_model.model."
-_DECIDED_BY_SELECTION = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
+DECIDED_BY_SELECTION = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def to_lora_config(
@@ -35,7 +35,7 @@ def to_lora_config(
     **kwargs: Any,
 ) -> LoraConfig:
     """See [`LayerImportance.to_lora_config`]; `selected` are the units to target, in any order."""
-    if decided := sorted(set(kwargs) & set(_DECIDED_BY_SELECTION)):
+    if decided := sorted(set(kwargs) & set(DECIDED_BY_SELECTION)):
         raise ValueError(f"{decided} follow from the selected units and cannot be passed.")
     kwargs.setdefault("task_type", importance.metadata.get("task_type"))
     kwargs.setdefault("base_model_name_or_path", importance.metadata.get("model"))
@@ -107,7 +107,7 @@ def to_plain_lora(
     options = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.name != "peft_type"}
     if kept >= modules.keys():
         return tensors, LoraConfig(**options)
-    for name in _DECIDED_BY_SELECTION:
+    for name in DECIDED_BY_SELECTION:
         del options[name]
     importance = LayerImportance(
         units=list(modules), scores=[0.0] * len(modules), modules=modules, lookalikes=list(lookalikes)
