@@ -1,5 +1,7 @@
 """peft-ila: which layers does fine-tuning change? Importing it registers the method ILA with PEFT."""
 
+__version__ = "0.1.0"
+
 from .registration import add_peft_type, register
 
 add_peft_type()
@@ -10,7 +12,5 @@ from .model import ILAModel  # noqa: E402
 from .training import EpsilonStability, learn_gates  # noqa: E402
 
 register(ILAConfig, ILAModel)
-
-__version__ = "0.1.0"
 
 __all__ = ["EpsilonStability", "ILAConfig", "ILAModel", "LayerImportance", "learn_gates"]

@@ -189,6 +189,12 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     else:
         model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
         config = ILAConfig.from_lora(_lora_config(model_args), **gates)
+    unfinished = None if (output_dir / "importance.json").exists() else next(output_dir.glob("checkpoint-*"), None)
+    if unfinished and not training_args.resume_from_checkpoint:
+        raise ValueError(
+            f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, or "
+            "choose another `--output_dir`."
+        )
     stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
     trainer = _trainer(script_args, training_args, model_args, config, [stability])
     is_main = trainer.is_world_process_zero()
@@ -206,9 +212,8 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
         trainer.model.load_adapter(str(stage_1.parent), "default", is_trainable=True)
         trainer.model.set_gate_mode("open")
     else:
-        if is_main and not resume:  # what an earlier run left behind
-            for stale in ("adapter", "gates"):
-                shutil.rmtree(output_dir / stale, ignore_errors=True)
+        if is_main and not training_args.resume_from_checkpoint:
+            _remove_earlier_run(output_dir)
         trainer.accelerator.wait_for_everyone()
         trainer.train(
             resume_from_checkpoint=_last_checkpoint(output_dir) if resume else training_args.resume_from_checkpoint
@@ -234,6 +239,15 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
 
 # written with the adapter when stage 1 is done, so that a resumed run need not repeat it
 _STAGE_1 = "stage_1.json"
+
+
+def _remove_earlier_run(output_dir: Path) -> None:
+    """Remove what a finished run left in the directory, so that a resumed run cannot go on from it."""
+    if not (output_dir / "adapter" / _STAGE_1).exists():
+        return
+    (output_dir / "importance.json").unlink(missing_ok=True)
+    for directory in (output_dir / "adapter", output_dir / "gates", *output_dir.glob("checkpoint-*")):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _is_true(value: str | bool | None) -> bool:
@@ -262,7 +276,11 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     options = _lora_config(model_args).to_dict()
     for decided in ("peft_type", *DECIDED_BY_SELECTION):
         del options[decided]
-    model_config = AutoConfig.from_pretrained(_model_name(model_args), revision=model_args.model_revision)
+    model_config = AutoConfig.from_pretrained(
+        _model_name(model_args),
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
     config = importance.to_lora_config(**tune_args.kwargs(), model=model_config, **options)
     trainer = _trainer(script_args, training_args, model_args, config, [])
     checkpoint = training_args.resume_from_checkpoint
@@ -385,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         function, arguments = _parse(command, argv[1:])
         function(*arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         message = " ".join(str(error).split())
         raise SystemExit(f"peft-ila {command}: error: {message}") from error
 

@@ -22,10 +22,11 @@ _UNSUPPORTED = {
     "monteclora_config": "its forward pass bypasses the gate",
     "arrow_config": "its forward pass bypasses the gate",
     "alora_invocation_tokens": "its forward pass bypasses the gate",
+    "ensure_weight_tying": "tied adapters share their weights but would get separate gates",
     "megatron_config": "the gate was not tested with Megatron's parallel layers",
 }
-# Initialisations that subtract an ungated B·A from the base weight (MiCA: that bypass the gate).
-_UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+# Initialisations that subtract an ungated B·A from the base weight, bypass the gate (MiCA), or remove layers (EVA).
+_UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva")
 
 
 @dataclass
@@ -36,7 +37,8 @@ class ILAConfig(LoraConfig):
 
     Every option of [`~peft.LoraConfig`] is accepted except those that would bypass the gate, which raise a
     `ValueError` here: DoRA, `target_parameters`, `layer_replication`, `lora_bias`, KaSA, BD-LoRA, QA-LoRA, VeLoRA,
-    MonteCLoRA, Arrow, aLoRA, Megatron, and the initialisations PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA.
+    MonteCLoRA, Arrow, aLoRA, Megatron, `ensure_weight_tying`, and the initialisations PiSSA, OLoRA, CorDA, LoftQ,
+    LoRA-GA, MiCA and EVA.
 
     Args:
         granularity (`str`):
@@ -110,6 +112,6 @@ class ILAConfig(LoraConfig):
                 raise ValueError(f"ILA does not support `{name}`: {reason}. Leave it out or use `LoraConfig`.")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower().startswith(_UNSUPPORTED_INITS):
             raise ValueError(
-                f"ILA does not support `init_lora_weights={self.init_lora_weights!r}`: the gate would not act on what "
-                "it takes from the base weight. Use True, False, 'gaussian', 'orthogonal' or 'eva'."
+                f"ILA does not support `init_lora_weights={self.init_lora_weights!r}`: it changes weights or layers "
+                "behind the gate. Use True, False, 'gaussian' or 'orthogonal'."
             )

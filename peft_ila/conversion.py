@@ -63,7 +63,7 @@ def to_lora_config(
 
 
 def to_plain_lora(
-    state_dict: dict[str, torch.Tensor], config: ILAConfig, lookalikes: Iterable[str] = ()
+    state_dict: dict[str, torch.Tensor], config: ILAConfig, lookalikes: list[str] | None = None
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """
     Turn a saved ILA adapter into a plain LoRA adapter that computes the same: gates multiplied into B, closed units
@@ -73,6 +73,7 @@ def to_plain_lora(
         state_dict: The adapter's tensors as PEFT saves them; they are not changed.
         config: The adapter's configuration.
         lookalikes: Modules of the model that share the last part of their name with a target module but are none.
+            Without the model, modules that are left over after others were left out are targeted by their full names.
 
     Returns:
         Tensors and configuration, ready to be written. The configuration is the given one without the gates, except
@@ -109,10 +110,11 @@ def to_plain_lora(
         return tensors, LoraConfig(**options)
     for name in DECIDED_BY_SELECTION:
         del options[name]
-    importance = LayerImportance(
-        units=list(modules), scores=[0.0] * len(modules), modules=modules, lookalikes=list(lookalikes)
-    )
-    return tensors, to_lora_config(importance, [unit for unit in modules if unit in kept], **options)
+    selected = [unit for unit in modules if unit in kept]
+    if lookalikes is None:
+        return tensors, LoraConfig(target_modules=[name for unit in selected for name in modules[unit]], **options)
+    importance = LayerImportance(list(modules), [0.0] * len(modules), modules=modules, lookalikes=lookalikes)
+    return tensors, to_lora_config(importance, selected, **options)
 
 
 def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> LoraConfig:
@@ -136,6 +138,11 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
 
 def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, output_dir: str | os.PathLike[str]) -> None:
     """Write an adapter as PEFT does, the configuration last."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():  # safetensors refuses tied weights, which PEFT saves twice
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
     with whole_file(Path(output_dir) / SAFETENSORS_WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config = copy.copy(config)
@@ -203,9 +210,11 @@ def meta_skeleton(model: nn.Module | PretrainedConfig) -> nn.Module:
         architecture = (model.architectures or [""])[0]
         model_class = getattr(transformers, architecture, None)
         with torch.device("meta"):
-            if model_class is None:
-                return transformers.AutoModelForCausalLM.from_config(model, trust_remote_code=False)
-            return model_class(copy.deepcopy(model))
+            if model_class is not None:
+                return model_class(copy.deepcopy(model))
+            if model.is_encoder_decoder:
+                return transformers.AutoModelForSeq2SeqLM.from_config(model)
+            return transformers.AutoModelForCausalLM.from_config(model)
     if isinstance(model, PreTrainedModel):
         with torch.device("meta"):
             return type(model)(copy.deepcopy(model.config))

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FORMATS = ({"messages"}, {"prompt", "completion"}, {"text"})
+_FORMATS = (("messages",), ("prompt", "completion"), ("text",))
+_EXPECTED = (
+    "Expected `messages`, `prompt` and `completion`, or `text`: https://huggingface.co/docs/trl/dataset_formats"
+)
 
 
 def load_dataset(name: str, config: str | None = None, split: str = "train") -> "Dataset":
@@ -30,13 +33,31 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
         dataset = datasets.Dataset.from_list(_read_jsonl(path))
     else:
         dataset = datasets.load_dataset(name, name=config, split=split)
-    columns = set(dataset.column_names)
-    if not any(needed <= columns for needed in _FORMATS):
-        raise ValueError(
-            f"{name} has the columns {sorted(columns)}; expected `messages`, `prompt` and `completion`, or `text` "
-            "(https://huggingface.co/docs/trl/dataset_formats)."
-        )
+        if not any(set(needed) <= set(dataset.column_names) for needed in _FORMATS):
+            raise ValueError(f"{name} has the columns {sorted(dataset.column_names)}. {_EXPECTED}")
     return dataset
+
+
+def _problem(row: dict) -> str | None:
+    """What is wrong with an example, if anything."""
+    needed = next((keys for keys in _FORMATS if keys[0] in row), None)
+    if needed is None:
+        return f"the example has the keys {sorted(row)}"
+    for key in needed:
+        value = row.get(key)
+        if isinstance(value, list) and key != "text":
+            for message in value:
+                if (
+                    not isinstance(message, dict)
+                    or not isinstance(message.get("role"), str)
+                    or "content" not in message
+                ):
+                    return f"`{key}` holds {message!r}, which is not a message with `role` and `content`"
+            if value:
+                continue
+        if not isinstance(value, str) or not value or key == "messages":
+            return f"`{key}` is {value!r}"
+    return None
 
 
 def _read_jsonl(path: Path) -> list[dict]:
@@ -53,6 +74,8 @@ def _read_jsonl(path: Path) -> list[dict]:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} is not a JSON object but {type(row).__name__}.")
+            if problem := _problem(row):
+                raise ValueError(f"{path}, line {number}: {problem}. {_EXPECTED}")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no examples.")

@@ -53,6 +53,26 @@ class Gate(nn.Module):
         return None if self.is_open else (self(args[0]), *args[1:])
 
 
+class _GatedModuleDict(nn.ModuleDict):
+    """A layer's `lora_B`, which gates the modules that PEFT puts in it, also in place of others (hot-swapping)."""
+
+    ila_gates: dict[str, Gate]
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        self._gate(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._gate(name)
+
+    def _gate(self, name: str) -> None:
+        if isinstance(module := self._modules.get(name), nn.Module) and name in self.ila_gates:
+            hook = self.ila_gates[name].pre_forward_hook
+            if hook not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(hook)
+
+
 def is_gated(module: nn.Module) -> bool:
     """Whether the module is a LoRA layer with gates: `layer.gates`, one per adapter."""
     return isinstance(module, LoraLayer) and hasattr(module, "gates")
@@ -74,12 +94,14 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
         layer.gates = {}
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         layer.other_param_names = (*layer.other_param_names, "gates")
+        layer.lora_B.__class__ = _GatedModuleDict
+        layer.lora_B.ila_gates = layer.gates
     layer.gates[adapter_name] = gate
     if owner:
         layer.lora_gate[adapter_name] = gate
         layer._move_adapter_to_device_of_base_layer(adapter_name)
     if adapter_name in layer.lora_B:
-        layer.lora_B[adapter_name].register_forward_pre_hook(gate.pre_forward_hook)
+        layer.lora_B[adapter_name] = layer.lora_B[adapter_name]  # gates it
     elif isinstance(layer, Embedding):
         layer.output_fns[adapter_name] = gate  # PEFT calls it on the rank-r result of the lookup
 

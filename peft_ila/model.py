@@ -1,22 +1,22 @@
 """ILAModel: injection, modes, masks and scores of gated LoRA."""
 
-import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, cast, get_args
 
+import peft
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
+from . import __version__
 from .config import GateMode, ILAConfig
 from .conversion import save_adapter, to_plain_lora
 from .importance import LayerImportance
 from .layer import Gate, add_gate, freeze_by_mode, is_gated
 from .units import unit_of
-
-_VERSIONED = ("peft-ila", "peft", "torch", "transformers")
 
 
 class ILAModel(LoraModel):
@@ -292,7 +292,10 @@ class ILAModel(LoraModel):
                 "granularity": config.granularity,
                 "r": config.r,
                 "lora_alpha": config.lora_alpha,
-                "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+                "versions": {
+                    "peft-ila": __version__,
+                    **{module.__name__: module.__version__ for module in (peft, torch, transformers)},
+                },
             },
             modules=modules,
             lookalikes=[

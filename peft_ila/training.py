@@ -5,7 +5,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -203,8 +203,8 @@ def learn_gates(
             λ, in the unit of the loss. By default L(0) − L(1), what all deltas together are worth, measured on
             training batches with all gates closed and all open. 0 means plain descent.
         penalty_batches (`int`): The number of batches to measure λ on.
-        seed (`int`, *optional*): For the order of the data, by default the trainer's. The same seed gives the same
-            scores.
+        seed (`int`, *optional*): For the order of the data, by default the trainer's `seed` and `data_seed`. The
+            same seed gives the same scores.
         resume_from_checkpoint (`str` or `bool`, *optional*):
             A checkpoint of this stage, or `True` for the last one in `gates/`. The other arguments must be those of
             the run that wrote it; the scores are then those of an unbroken run.
@@ -222,6 +222,8 @@ def learn_gates(
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
     if not learning_rate > 0:
         raise ValueError(f"`learning_rate` must be greater than 0, got {learning_rate}.")
+    if not math.isfinite(initial_score):
+        raise ValueError(f"`initial_score` must be finite, got {initial_score}.")
     if penalty is not None and not 0 <= penalty < math.inf:
         raise ValueError(f"`penalty` must be a finite number of at least 0, got {penalty}.")
     (adapter_name,) = ila.active_adapters
@@ -229,11 +231,11 @@ def learn_gates(
     if config.gate_mode == "hard":
         raise ValueError('The adapter is masked (mode "hard"); call `set_gate_mode("open")` to rank all its units.')
     ila.check_unmerged(adapter_name)
-    if config.gate_mode == "joint":
-        ila.fold_gates()
+    if config.gate_mode == "soft":  # A and B were trained with open gates, whatever the scores are
+        ila.set_gate_mode("open")
 
-    seed = trainer.args.seed if seed is None else seed
     stage = _stage_trainer(trainer, steps, learning_rate, seed)
+    seed = stage.args.seed
     settings: dict[str, Any] = {
         "steps": steps,
         "learning_rate": learning_rate,
@@ -241,9 +243,7 @@ def learn_gates(
         "seed": seed,
         "batch_size": stage.get_total_train_batch_size(stage.args),
     }
-    inference_mode = config.inference_mode
-    requires_grad = {name: p.requires_grad for name, p in ila.model.named_parameters()}
-    try:
+    with _data_seed(stage):
         if penalty is None:
             set_seed(seed)
             closed, opened = measure_losses(stage, penalty_batches)
@@ -256,22 +256,32 @@ def learn_gates(
                 )
         settings["penalty"] = penalty
 
-        config.inference_mode = False
-        ila.set_gate_mode("soft")
-        gates = list(ila.gates().values())
-        for gate in gates:
-            gate.weight.data.fill_(initial_score)
-        stage.add_callback(_BudgetPressure(gates, penalty))
-        set_seed(seed)
-        stage.train(resume_from_checkpoint=resume_from_checkpoint)
-    finally:
-        config.inference_mode = inference_mode
-        ila.set_gate_mode("open")
-        for name, parameter in ila.model.named_parameters():
-            parameter.requires_grad_(requires_grad[name])
+        if config.gate_mode == "joint":
+            ila.fold_gates()
+        inference_mode = config.inference_mode
+        requires_grad = {name: p.requires_grad for name, p in ila.model.named_parameters()}
+        try:
+            config.inference_mode = False
+            ila.set_gate_mode("soft")
+            gates = list(ila.gates().values())
+            for gate in gates:
+                gate.weight.data.fill_(initial_score)
+            stage.add_callback(_BudgetPressure(gates, penalty))
+            set_seed(seed)
+            stage.train(resume_from_checkpoint=resume_from_checkpoint)
+        finally:
+            config.inference_mode = inference_mode
+            ila.set_gate_mode("open")
+            for name, parameter in ila.model.named_parameters():
+                parameter.requires_grad_(requires_grad[name])
 
     importance = ila.layer_importance()
     importance.metadata["learn_gates"] = settings
+    data = trainer.train_dataset
+    importance.metadata["data"] = {
+        "name": getattr(getattr(data, "info", None), "dataset_name", None),
+        "examples": len(data) if isinstance(data, Sized) else None,
+    }
     return importance
 
 
@@ -288,14 +298,15 @@ def _ila_model(trainer: Trainer) -> ILAModel:
     return ila
 
 
-def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int) -> Any:
+def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int | None) -> Any:
     """A second trainer on the model, data and loss of the first, which keeps its own state."""
     stage: Any = copy.copy(trainer)
     stage.args = copy.copy(trainer.args)
     stage.args.output_dir = os.path.join(stage.args.output_dir, "gates")
     stage.args.max_steps = steps
     stage.args.learning_rate = learning_rate
-    stage.args.seed = seed
+    if seed is not None:
+        stage.args.seed = stage.args.data_seed = seed
     stage.args.lr_scheduler_type = "constant"
     stage.args.lr_scheduler_kwargs = {}
     stage.args.warmup_steps = 0
@@ -319,12 +330,27 @@ def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int
 
 
 @contextlib.contextmanager
-def _adapters_off(ila: ILAModel) -> Iterator[None]:
-    ila.disable_adapter_layers()
+def _data_seed(stage: Any) -> Iterator[None]:
+    # accelerate, which both trainers share, orders the data by its own copy of `data_seed`
+    config = stage.accelerator.dataloader_config
+    before, config.data_seed = config.data_seed, stage.args.data_seed
     try:
         yield
     finally:
-        ila.enable_adapter_layers()
+        config.data_seed = before
+
+
+@contextlib.contextmanager
+def _closed(gates: Iterable["Gate"]) -> Iterator[None]:
+    # not `disable_adapter`, which switches `modules_to_save` off too
+    before = [(gate, gate.mode, gate.kept) for gate in gates]
+    try:
+        for gate, _, _ in before:
+            gate.mode, gate.kept = "hard", False
+        yield
+    finally:
+        for gate, mode, kept in before:
+            gate.mode, gate.kept = mode, kept
 
 
 @torch.no_grad()
@@ -337,19 +363,27 @@ def measure_losses(trainer: Any, batches: int) -> tuple[float, float]:
         batches: The number of batches, each weighted alike.
 
     Returns:
-        Both means over all processes, the one without the adapter first.
+        Both means over all processes, the one with closed gates first.
+
+    Raises:
+        ValueError: The data give no batch.
     """
-    ila = _ila_model(trainer)
+    gates = list(_ila_model(trainer).gates().values())
     losses: list[list[float]] = []
+    was_training = trainer.model.training
     trainer.model.eval()
-    for inputs in islice(trainer.get_train_dataloader(), batches):
-        inputs = trainer._prepare_inputs(inputs)
-        row = []
-        for context in (_adapters_off(ila), contextlib.nullcontext()):
-            with context, trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(trainer.model, copy.copy(inputs))
-            row.append(trainer.accelerator.gather(loss.detach().reshape(1)).mean().item())
-        losses.append(row)
-    trainer.model.train()
+    try:
+        for inputs in islice(trainer.get_train_dataloader(), batches):
+            inputs = trainer._prepare_inputs(inputs)
+            row = []
+            for context in (_closed(gates), contextlib.nullcontext()):
+                with context, trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(trainer.model, copy.copy(inputs))
+                row.append(trainer.accelerator.gather(loss.detach().reshape(1)).mean().item())
+            losses.append(row)
+    finally:
+        trainer.model.train(was_training)
+    if not losses:
+        raise ValueError("The training data give no batch.")
     closed, opened = zip(*losses)
     return sum(closed) / len(losses), sum(opened) / len(losses)

@@ -106,6 +106,19 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, k
         assert (tmp_path / name).read_bytes() == (workspace / "whole" / name).read_bytes(), name
 
 
+def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    rank(workspace, tmp_path, *saving)
+    rank(workspace, tmp_path, *saving, "--granularity", "module", "--max_steps", "3")  # replaces a finished run
+    assert len(LayerImportance.load(tmp_path / "importance.json").units) == 21
+    assert not (tmp_path / "checkpoint-6").exists()
+    (tmp_path / "importance.json").unlink()
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    error = error_of(["rank", *data, "--output_dir", str(tmp_path), *TRAINING], capsys)
+    assert "is of a run that was not finished; go on with it by `--resume_from_checkpoint True`" in error
+    assert (tmp_path / "adapter").exists()
+
+
 def test_convert(ranked, tmp_path, capsys):
     main(["convert", str(ranked / "importance.json"), "--top_k", "2", "--output_dir", str(tmp_path), "--lora_r", "3"])
     config = LoraConfig.from_pretrained(tmp_path)
@@ -190,9 +203,14 @@ def test_errors_are_one_line(arguments, message, capsys):
     [
         ("", "holds no examples"),
         ("\n\n", "holds no examples"),
-        ('{"messages": []}\nnot json\n', "line 2 is not JSON"),
+        ('{"text": "a"}\nnot json\n', "line 2 is not JSON"),
         ("[1, 2]\n", "line 1 is not a JSON object but list"),
-        ('{"question": "a", "answer": "b"}\n', r"has the columns \['answer', 'question'\]; expected `messages`"),
+        ('{"question": "a", "answer": "b"}\n', r"line 1: the example has the keys \['answer', 'question'\]. Expected"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2: `completion` is None"),
+        ('{"messages": [{"role": "user"}]}\n', r"line 1: `messages` holds \{'role': 'user'\}, which is not a message"),
+        ('{"messages": "hello"}\n', "line 1: `messages` is 'hello'"),
+        ('{"messages": []}\n', r"line 1: `messages` is \[\]"),
+        ('{"text": ["hello"]}\n', r"line 1: `text` is \['hello'\]"),
         (None, "There is no data file"),
     ],
 )

@@ -1,5 +1,5 @@
 import pytest
-from peft import EvaConfig, LoraConfig
+from peft import LoraConfig
 
 from peft_ila import ILAConfig
 
@@ -31,12 +31,13 @@ def test_saved_and_loaded(tmp_path):
         ({"layer_replication": [(0, 2)]}, "does not support `layer_replication`"),
         ({"lora_bias": True}, "does not support `lora_bias`"),
         ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "does not support `alora_invocation_tokens`"),
+        ({"ensure_weight_tying": True}, "does not support `ensure_weight_tying`"),
         ({"use_qalora": True}, "does not support `use_qalora`"),
         ({"megatron_config": {"a": 1}}, "does not support `megatron_config`"),
         ({"kasa_config": {}}, None),
         *(
             ({"init_lora_weights": init}, f"does not support `init_lora_weights='{init}'`")
-            for init in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "mica")
+            for init in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "mica", "eva")
         ),
     ],
 )
@@ -48,10 +49,6 @@ def test_refused(options, message):
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_accepted_initialisations(init):
     assert ILAConfig(init_lora_weights=init).init_lora_weights == init
-
-
-def test_eva_is_accepted():
-    assert ILAConfig(init_lora_weights="eva", eva_config=EvaConfig()).init_lora_weights == "eva"
 
 
 def test_mask_as_a_string_is_refused():

@@ -299,6 +299,23 @@ def test_a_process_without_peft_ila_loads_the_export(tmp_path):
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_an_export_without_the_model_hits_no_other_stack(tmp_path):
+    model = get_peft_model(build("t5"), ILAConfig(r=2, target_modules=r"encoder\.block\..*\.(q|v)"))
+    model.apply_mask(["encoder.block.1"])
+    model.save_pretrained(tmp_path / "ila")
+    expected = {f"encoder.block.1.layer.0.SelfAttention.{name}" for name in "qv"}
+    assert injected(build("t5"), export_adapter(tmp_path / "ila", tmp_path / "plain")) == expected
+    assert injected(build("t5"), model.to_lora(tmp_path / "plain")) == expected
+
+
+def test_tied_weights_are_exported(tmp_path, input_ids):
+    options = {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "init_lora_weights": False}
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), ILAConfig(**options)).eval()
+    model.to_lora(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_only_ila_adapters_are_exported(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="adapter of type LORA, not ILA"):

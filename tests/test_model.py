@@ -15,7 +15,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
 
@@ -415,6 +415,19 @@ def test_hotswap(tmp_path, input_ids):
     second.save_pretrained(tmp_path / "open")
     with pytest.raises(ValueError, match="gate_mode"):
         hotswap_adapter(first, str(tmp_path / "open"), "default")
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_gates_survive_the_preparation_for_hotswapping(llama, input_ids, mode):
+    """It puts wider modules in the place of `lora_A` and `lora_B`."""
+    model = get_peft_model(llama, config()).eval()
+    spread_scores(model)
+    model.apply_mask(["model.layers.1"]) if mode == "hard" else model.set_gate_mode(mode)
+    expected = model(input_ids).logits
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(model(input_ids).logits, expected)
+    assert model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.shape[1] == 8
+    torch.testing.assert_close(model.merge_and_unload()(input_ids).logits, expected)
 
 
 def test_convert_to_lora(input_ids):

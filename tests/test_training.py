@@ -288,6 +288,35 @@ def test_gradient_accumulation_changes_nothing_but_the_memory(tmp_path, tokenize
     torch.testing.assert_close(torch.tensor(parts.scores), torch.tensor(whole.scores), rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_is_in_mode_soft_already(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    expected = learn_gates(trainer, steps=3)
+    trainer.model.set_gate_mode("soft")
+    again = learn_gates(trainer, steps=3)
+    assert again.scores == expected.scores and again.metadata == expected.metadata
+    assert not any("lora_gate" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    assert any("lora_B" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+def test_the_seed_rules_over_the_data_seed(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, data_seed=3)
+    trainer.train()
+    assert learn_gates(trainer, steps=3, seed=1).scores != learn_gates(trainer, steps=3, seed=2).scores
+
+
+def test_a_loss_that_fails_leaves_the_model_as_it_was(tmp_path, tokenizer, dialogues, input_ids):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=ila(mode="joint"))
+    trainer.train()
+    model = trainer.model.train()
+    outputs = model(input_ids).logits
+    trainer.compute_loss = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        learn_gates(trainer, steps=3)
+    assert model.training and model.peft_config["default"].gate_mode == "joint"
+    assert torch.equal(model(input_ids).logits, outputs)
+
+
 def test_pressure_pushes_gates_down_and_plain_descent_does_not(tmp_path, tokenizer, dialogues):
     trainer = sft_trainer(tmp_path, tokenizer, dialogues)
     trainer.train()
@@ -375,6 +404,7 @@ def test_measured_losses(tmp_path, tokenizer, dialogues):
     trainer.train()
     closed, opened = measure_losses(trainer, 100)  # all six batches
     losses = []
+    trainer.model.eval()
     for context in (trainer.model.disable_adapter, torch.no_grad):
         with context(), torch.no_grad():
             trainer.model.eval()
@@ -388,6 +418,7 @@ def test_measured_losses(tmp_path, tokenizer, dialogues):
     [
         ({"steps": 0}, "`steps` must be a whole number of at least 1, got 0"),
         ({"learning_rate": -1.0}, "`learning_rate` must be greater than 0, got -1.0"),
+        ({"initial_score": math.inf}, "`initial_score` must be finite, got inf"),
         ({"penalty": math.nan}, "`penalty` must be a finite number of at least 0, got nan"),
         ({"penalty_batches": 0}, "`penalty_batches` must be"),
     ],
