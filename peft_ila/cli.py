@@ -215,9 +215,7 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
         if is_main and not training_args.resume_from_checkpoint:
             _remove_earlier_run(output_dir)
         trainer.accelerator.wait_for_everyone()
-        trainer.train(
-            resume_from_checkpoint=_last_checkpoint(output_dir) if resume else training_args.resume_from_checkpoint
-        )
+        trainer.train(resume_from_checkpoint=_checkpoint(training_args))
         facts = {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None}
         if is_main:
             save_adapter()
@@ -266,6 +264,13 @@ def _last_checkpoint(directory: Path) -> str | None:
     return None
 
 
+def _checkpoint(training_args: Any) -> str | None:
+    """The checkpoint to resume from: the one that was named, or for `True` the last one in the output directory."""
+    if _is_true(training_args.resume_from_checkpoint):
+        return _last_checkpoint(Path(training_args.output_dir))
+    return training_args.resume_from_checkpoint
+
+
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> None:
     """Fine-tune with a plain LoRA on the selected units and write the adapter to TUNED."""
     from transformers import AutoConfig
@@ -283,10 +288,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     )
     config = importance.to_lora_config(**tune_args.kwargs(), model=model_config, **options)
     trainer = _trainer(script_args, training_args, model_args, config, [])
-    checkpoint = training_args.resume_from_checkpoint
-    if _is_true(checkpoint):
-        checkpoint = _last_checkpoint(Path(training_args.output_dir))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
         trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()

@@ -29,6 +29,11 @@ _UNSUPPORTED = {
 _UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "eva")
 
 
+def lora_options(config: LoraConfig) -> dict[str, Any]:
+    """The options of a configuration that are LoRA's, to make one of another class with them."""
+    return {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.name != "peft_type"}
+
+
 @dataclass
 class ILAConfig(LoraConfig):
     """
@@ -89,9 +94,7 @@ class ILAConfig(LoraConfig):
         """
         if type(config) is not LoraConfig:
             raise TypeError(f"Only a LoRA adapter can be gated, got a {type(config).__name__}.")
-        options = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
-        del options["peft_type"]
-        return cls(**options, **gate_options)
+        return cls(**lora_options(config), **gate_options)
 
     def __post_init__(self) -> None:
         super().__post_init__()

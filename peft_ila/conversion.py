@@ -4,7 +4,6 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .config import ILAConfig
+from .config import ILAConfig, lora_options
 from .files import whole_file
 from .importance import LayerImportance
 from .units import split_layer, unit_of
@@ -105,7 +104,7 @@ def to_plain_lora(
             tensor = (tensor * gates[unit].to(tensor.device)).to(tensor.dtype)
         tensors[key] = tensor.contiguous()
 
-    options = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.name != "peft_type"}
+    options = lora_options(config)
     if kept >= modules.keys():
         return tensors, LoraConfig(**options)
     for name in DECIDED_BY_SELECTION:

@@ -45,19 +45,16 @@ def _problem(row: dict) -> str | None:
         return f"the example has the keys {sorted(row)}"
     for key in needed:
         value = row.get(key)
-        if isinstance(value, list) and key != "text":
-            for message in value:
-                if (
-                    not isinstance(message, dict)
-                    or not isinstance(message.get("role"), str)
-                    or "content" not in message
-                ):
-                    return f"`{key}` holds {message!r}, which is not a message with `role` and `content`"
-            if value:
-                continue
-        if not isinstance(value, str) or not value or key == "messages":
+        if value and isinstance(value, list) and key != "text":
+            if wrong := [message for message in value if not _is_message(message)]:
+                return f"`{key}` holds {wrong[0]!r}, which is not a message with `role` and `content`"
+        elif not value or not isinstance(value, str) or key == "messages":
             return f"`{key}` is {value!r}"
     return None
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
 
 
 def _read_jsonl(path: Path) -> list[dict]:

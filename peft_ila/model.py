@@ -226,10 +226,9 @@ class ILAModel(LoraModel):
         for _, layer in self._gated_layers(adapter_name):
             if adapter_name in layer.lora_dropout:
                 layer.lora_dropout[adapter_name].train(layer.training and not soft)
-        if soft:
-            for gate in self.gates(adapter_name).values():
-                if gate.weight.dtype in (torch.float16, torch.bfloat16):
-                    gate.weight.data = gate.weight.data.float()
+            score = layer.gates[adapter_name].weight
+            if soft and score.dtype in (torch.float16, torch.bfloat16):
+                score.data = score.data.float()
 
     # ------------------------------------------------------------------------------------------------------------
     # Units and scores
