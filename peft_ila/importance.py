@@ -12,7 +12,7 @@ from .files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from peft import LoraConfig
+    from peft import PeftConfig
     from torch import nn
     from transformers import PretrainedConfig
 
@@ -207,8 +207,9 @@ class LayerImportance:
         top_k: int | None = None,
         threshold: float | None = None,
         model: "nn.Module | PretrainedConfig | None" = None,
+        config_cls: "type[PeftConfig] | None" = None,
         **kwargs: Any,
-    ) -> "LoraConfig":
+    ) -> Any:
         """
         A plain [`~peft.LoraConfig`] whose targets are exactly the modules of the selected units.
 
@@ -221,14 +222,18 @@ class LayerImportance:
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
                 The base model or its configuration: the result is then injected into it on the meta device, and
                 returned only if PEFT hits exactly the selected modules. It is not changed.
-            **kwargs: Further options of [`~peft.LoraConfig`], such as `r` and `lora_alpha`.
+            config_cls (`type`, *optional*):
+                Another configuration class of PEFT that can target single layers, such as [`~peft.AdaLoraConfig`],
+                [`~peft.LoKrConfig`] or [`~peft.OFTConfig`].
+            **kwargs: Further options of the configuration, such as `r` and `lora_alpha`.
 
         Raises:
+            TypeError: `config_cls` cannot target single layers.
             ValueError: A bad selection, an option that the selection decides, or a model without these modules.
         """
-        from .conversion import to_lora_config
+        from .conversion import LoraConfig, to_lora_config
 
-        return to_lora_config(self, self.select(top_p, top_k, threshold), model, **kwargs)
+        return to_lora_config(self, self.select(top_p, top_k, threshold), model, config_cls or LoraConfig, **kwargs)
 
     def freeze_unselected(
         self,

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import __version__
 from .config import GateMode, ILAConfig
-from .conversion import save_adapter, to_plain_lora
+from .conversion import SAVED_PREFIX, save_adapter, to_plain_lora
 from .importance import LayerImportance
 from .layer import Gate, add_gate, freeze_by_mode, is_gated
 from .units import unit_of
@@ -115,10 +115,22 @@ class ILAModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if not any(".lora_gate." in key for key in state_dict):  # an adapter of plain LoRA: its scores start anew
-            for name, module in model.named_modules():
-                if is_gated(module) and adapter_name in module.lora_gate:
-                    state_dict[f"{name}.lora_gate.{adapter_name}.weight"] = torch.full((1,), float(config.gate_init))
+        scores = [
+            f"{name}.lora_gate.{adapter_name}.weight"
+            for name, module in model.named_modules()
+            if is_gated(module) and adapter_name in module.lora_gate
+        ]
+        saved = {key for key in state_dict if ".lora_gate." in key}
+        if not saved:  # an adapter of plain LoRA: its scores start anew
+            state_dict |= {key: torch.full((1,), float(config.gate_init)) for key in scores}
+            return state_dict
+        # transformers' own loading strips this prefix later
+        ours, theirs = ({key.removeprefix(SAVED_PREFIX) for key in keys} for keys in (scores, saved))
+        if difference := sorted(ours ^ theirs):
+            raise ValueError(
+                f"The adapter has {len(saved)} gates, but the model has {len(scores)} for it, so they do not belong "
+                f"together: {difference[0]!r} is in only one of them. Load it into the model that it was made on."
+            )
         return state_dict
 
     # ------------------------------------------------------------------------------------------------------------
@@ -267,7 +279,7 @@ class ILAModel(LoraModel):
 
     def layer_importance(self, adapter_name: str | None = None) -> LayerImportance:
         """
-        The present scores as a ranking that outlives the model.
+        The present scores as a ranking that outlives the model. Under FSDP2 all processes must call it.
 
         Args:
             adapter_name (`str`, *optional*): The adapter, by default the active one.
@@ -284,7 +296,7 @@ class ILAModel(LoraModel):
         last_components = {name.rpartition(".")[2] for name in gated}
         return LayerImportance(
             units=list(modules),
-            scores=[gate.weight.item() for gate in self.gates(adapter_name).values()],
+            scores=[_whole(gate.weight).item() for gate in self.gates(adapter_name).values()],
             metadata={
                 "model": config.base_model_name_or_path,
                 "task_type": config.task_type,
@@ -377,3 +389,8 @@ def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:
     if adapter_name in layer.lora_B:
         return layer.lora_B[adapter_name].weight
     return layer.lora_embedding_B[adapter_name]
+
+
+def _whole(weight: Any) -> torch.Tensor:
+    # FSDP2 shards a score of shape (1,) too, so that it lies on one process only
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -1,4 +1,6 @@
 import os
+from collections import defaultdict
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,3 +73,56 @@ def dialogues() -> list[dict]:
             }
         )
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The support table: `pytest --support-table docs/support.md`
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SUPPORT_HEAD = """\
+# What is supported
+
+Written by `make test` from what its tests did; each row names the file of the tests that stand for it. *Refused*: an
+error at construction that says what to do. *Not run*: a package or a device was missing where this table was made.
+"""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support-table", type=Path, help="write what the tests marked `support` did to this file")
+
+
+class SupportTable:
+    """Collects the outcomes of the tests marked `@pytest.mark.support(section, row, refused=False)`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = defaultdict(lambda: defaultdict(list))
+        self.marks = {}
+
+    def pytest_collection_modifyitems(self, items):
+        self.marks = {item.nodeid: list(item.iter_markers("support")) for item in items}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.outcome == "passed":
+            return
+        for mark in self.marks.get(report.nodeid, ()):
+            section, row = mark.args
+            good = "refused" if mark.kwargs.get("refused") else "supported"
+            outcome = {"passed": good, "skipped": "not run", "failed": "**fails**"}[report.outcome]
+            self.rows[section][row].append((outcome, report.location[0]))
+
+    def pytest_sessionfinish(self):
+        text = _SUPPORT_HEAD
+        for section in sorted(self.rows):
+            text += f"\n## {section}\n\n| | | tests |\n|---|---|---|\n"
+            for row, results in sorted(self.rows[section].items()):
+                outcomes = {outcome for outcome, _ in results}
+                worst = next(o for o in ("**fails**", "refused", "supported", "not run") if o in outcomes)
+                files = ", ".join(sorted({f"`{file}`" for _, file in results}))
+                text += f"| {row} | {worst} | {files} |\n"
+        self.path.write_text(text, encoding="utf-8")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--support-table"):
+        config.pluginmanager.register(SupportTable(path))

@@ -6,12 +6,15 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_llama
 from peft import LoraConfig, PeftModel
+from transformers import AutoTokenizer
 
 from peft_ila import LayerImportance
 from peft_ila.cli import main
 from peft_ila.embedded import write_jsonl
+from peft_ila.recipes import recipe
 
 TRAINING = (
     "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 6 "
@@ -160,6 +163,63 @@ def test_a_published_lora_adapter_is_ranked_as_it_is(workspace, ranked, tmp_path
     first, second = (LayerImportance.load(path / "importance.json") for path in (ranked, tmp_path / "again"))
     assert second.scores == first.scores
     assert second.metadata["stage_1"] == {"adapter": str(tmp_path / "plain")}
+
+
+def test_an_ila_adapter_is_ranked_anew(workspace, ranked, tmp_path):
+    with pytest.raises(SystemExit, match="has one gate per layer: pass `--granularity layer`"):
+        rank(workspace, tmp_path / "x", "--adapter", str(ranked / "adapter"), "--granularity", "module")
+    rank(workspace, tmp_path / "again", "--adapter", str(ranked / "adapter"))
+    first, second = (LayerImportance.load(path / "importance.json") for path in (ranked, tmp_path / "again"))
+    assert second.scores == first.scores
+
+
+def test_an_adapter_of_another_size_is_refused(workspace, ranked, tmp_path):
+    tiny_llama(intermediate_size=32).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "model")
+    data = ["--dataset_name", str(workspace / "data.jsonl")]
+    with pytest.raises(SystemExit, match=r"adapter .*ranked/adapter does not fit .*model: .*size mismatch"):
+        rank(tmp_path, tmp_path / "x", "--adapter", str(ranked / "adapter"), *data)
+
+
+@pytest.mark.parametrize("truncation", [[], ["--tuned_rank", "4"]])
+def test_a_fully_fine_tuned_model_is_ranked(workspace, ranked, tmp_path, truncation, capsys):
+    """The tuned model is the LoRA of `ranked`, of rank 4, merged."""
+    PeftModel.from_pretrained(tiny_llama(), ranked / "adapter").merge_and_unload().save_pretrained(tmp_path / "tuned")
+    extra = ["--tuned_model", str(tmp_path / "tuned"), *truncation]
+    rank(workspace, tmp_path / "out", *extra)
+    first, second = (LayerImportance.load(path / "importance.json") for path in (ranked, tmp_path / "out"))
+    assert second.scores == pytest.approx(first.scores, abs=1e-3)
+    facts = second.metadata["stage_1"]
+    assert facts["energy_kept"] == pytest.approx(1, abs=1e-4) and facts["energy_outside"] == 0
+    assert "100.0% of the squared norm of the target modules' deltas; 0.0% of all" in capsys.readouterr().out
+
+    written = (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns
+    rank(workspace, tmp_path / "out", *extra, "--resume_from_checkpoint", "True")
+    assert (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--adapter", "a", "--tuned_model", "b"], "Pass `--adapter` or `--tuned_model`, not both."),
+        (["--tuned_rank", "4"], "`--tuned_rank` is of no use without `--tuned_model`."),
+        (["--tuned_model", "/nowhere"], "There is no model directory /nowhere."),
+    ],
+)
+def test_contradictory_starts(workspace, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        rank(workspace, tmp_path, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["axolotl", "axolotl-full", "llamafactory", "trl"])
+def test_convert_for_other_programs(ranked, tmp_path, program):
+    arguments = ["--top_k", "2", "--lora_r", "3", "--output_dir", str(tmp_path), "--format", program]
+    main(["convert", str(ranked / "importance.json"), *arguments])
+    importance = LayerImportance.load(ranked / "importance.json")
+    settings = yaml.safe_load((tmp_path / f"{program}.yaml").read_text())
+    lora = {"r": 3, "lora_alpha": 32, "lora_dropout": 0.0}
+    assert settings == recipe(importance, importance.select(top_k=2), program, tiny_llama(), **lora)
 
 
 def test_compare(ranked, capsys):

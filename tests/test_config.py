@@ -26,29 +26,11 @@ def test_saved_and_loaded(tmp_path):
         ({"gate_init": "4"}, "`gate_init` must be a finite number, got '4'"),
         ({"gate_mode": "hard"}, "needs at least one unit in `gate_mask`"),
         ({"gate_mode": "hard", "gate_mask": []}, "needs at least one unit in `gate_mask`"),
-        ({"use_dora": True}, "does not support `use_dora`"),
-        ({"target_parameters": ["experts.w"]}, "does not support `target_parameters`"),
-        ({"layer_replication": [(0, 2)]}, "does not support `layer_replication`"),
-        ({"lora_bias": True}, "does not support `lora_bias`"),
-        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "does not support `alora_invocation_tokens`"),
-        ({"ensure_weight_tying": True}, "does not support `ensure_weight_tying`"),
-        ({"use_qalora": True}, "does not support `use_qalora`"),
-        ({"megatron_config": {"a": 1}}, "does not support `megatron_config`"),
-        ({"kasa_config": {}}, None),
-        *(
-            ({"init_lora_weights": init}, f"does not support `init_lora_weights='{init}'`")
-            for init in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "mica", "eva")
-        ),
     ],
 )
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ILAConfig(**options)
-
-
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_accepted_initialisations(init):
-    assert ILAConfig(init_lora_weights=init).init_lora_weights == init
 
 
 def test_mask_as_a_string_is_refused():

@@ -5,11 +5,13 @@ import subprocess
 import sys
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers
 from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -112,7 +114,9 @@ def injected(model, config) -> set[str]:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "module"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.support("Architectures", f"`{MODELS[name][0]}`")) for name in MODELS]
+)
 def test_exactly_the_selected_modules_are_injected(name, granularity):
     importance = ranked(build(name), granularity)
     for top_p in (0.1, 0.3, 0.75, 1.0):
@@ -202,6 +206,43 @@ def test_options_pass_through_and_decided_ones_are_refused():
     assert config.task_type == "CAUSAL_LM"
     with pytest.raises(ValueError, match=r"\['layers_to_transform'\] follow from the selected units"):
         importance.to_lora_config(top_k=1, layers_to_transform=[1])
+
+
+OTHER_METHODS = [
+    (peft.AdaLoraConfig, {"total_step": 10}),
+    (peft.LoHaConfig, {}),
+    (peft.LoKrConfig, {}),
+    (peft.OFTConfig, {"oft_block_size": 8, "r": 0}),
+    (peft.BOFTConfig, {}),
+    (peft.HRAConfig, {}),
+    (peft.VeraConfig, {}),
+    (peft.RandLoraConfig, {"r": 2}),
+    (peft.FourierFTConfig, {"n_frequency": 10}),
+    (peft.MissConfig, {"r": 2}),
+    (ILAConfig, {}),
+]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize(
+    "config_cls, options",
+    [
+        pytest.param(cls, options, marks=pytest.mark.support("Conversion", f"`{cls.__name__}`"), id=cls.__name__)
+        for cls, options in OTHER_METHODS
+    ],
+)
+def test_other_methods_of_peft(config_cls, options, granularity):
+    importance = ranked(tiny_llama(), granularity)
+    config = importance.to_lora_config(top_p=0.4, model=tiny_llama(), config_cls=config_cls, **options)
+    assert type(config) is config_cls
+    adapted = get_peft_model(tiny_llama(), config).base_model.model
+    names = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert names == {module for unit in importance.select(top_p=0.4) for module in importance.modules[unit]}
+
+
+def test_methods_without_layers_are_refused():
+    with pytest.raises(TypeError, match="IA3Config cannot target single layers"):
+        ranked(tiny_llama()).to_lora_config(top_k=1, config_cls=peft.IA3Config)
 
 
 @pytest.mark.parametrize("as_config", [True, False])

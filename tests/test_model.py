@@ -18,6 +18,7 @@ from peft import (
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peft_ila import ILAConfig, ILAModel
 
@@ -181,6 +182,20 @@ def test_auto_peft_model(tmp_path, input_ids):
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
     assert loaded.layer_importance().units == model.layer_importance().units
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (tiny_llama(layers=2), r"adapter has 3 gates, but the model has 2 .*'model\.layers\.2\."),
+        (tiny_llama(layers=4), r"adapter has 3 gates, but the model has 4 .*'model\.layers\.3\."),
+        (GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=64)), "_proj.* not found in the base"),
+    ],
+)
+def test_an_adapter_of_another_architecture_is_refused(tmp_path, llama, other, message):
+    get_peft_model(llama, config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(other, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
