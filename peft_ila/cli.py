@@ -193,6 +193,8 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     """
     Fine-tune until stable, learn the gates, and write OUT/importance.json, OUT/importance.png and OUT/adapter.
 
+    With `--push_to_hub`, the adapter is uploaded with a card that holds the ranking.
+
     With `--resume_from_checkpoint True`, the same command goes on from what OUT holds, in either stage.
     """
     import matplotlib  # noqa: F401  better missed now than after the training
@@ -221,14 +223,18 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
             f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, or "
             "choose another `--output_dir`."
         )
+    # the ranked adapter is pushed at the end, not what the trainer saves on the way
+    push, training_args.push_to_hub = training_args.push_to_hub, False
     stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
     trainer = _trainer(script_args, training_args, model_args, config, [stability])
     is_main = trainer.is_world_process_zero()
 
-    def save_adapter() -> None:
+    def save_adapter(importance: LayerImportance | None = None) -> None:
         with whole_directory(output_dir / "adapter") as temporary:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
             (temporary / _STAGE_1).write_text(json.dumps(facts))
+            if importance is not None:
+                importance.save_card(temporary)
 
     if adapter:
         try:
@@ -256,11 +262,15 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     importance.metadata |= {"dataset": script_args.dataset_name, "stage_1": facts}
     if not is_main:
         return
-    save_adapter()
+    save_adapter(importance)
     importance.save(output_dir / "importance.json")
     importance.plot(output_dir / "importance.png")
     print_table(importance)
     print(f"Wrote {output_dir}/importance.json, importance.png and adapter/.")
+    if push:
+        name = training_args.hub_model_id or output_dir.resolve().name
+        access = {"token": training_args.hub_token, "private": training_args.hub_private_repo}
+        print(importance.push_to_hub(trainer.accelerator.unwrap_model(trainer.model), name, **access))
 
 
 def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .files import whole_file
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from matplotlib.figure import Figure
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PretrainedConfig
 
@@ -200,6 +201,30 @@ class LayerImportance:
         from .plotting import heatmap
 
         return heatmap(self, path)
+
+    def save_card(self, directory: str | os.PathLike[str]) -> None:
+        """
+        Add the ranking to an adapter's directory: a section of its model card, `importance.png`, `importance.json`.
+
+        Call it after `model.save_pretrained(directory)`, which writes the card that the section goes into. The
+        section of an earlier ranking is replaced.
+        """
+        from .card import save_card
+
+        save_card(self, directory)
+
+    def push_to_hub(self, model: "PeftModel", repo_id: str, **kwargs: Any) -> "CommitInfo":
+        """
+        Upload the model's adapters with a card that holds the ranking, see [`save_card`].
+
+        Args:
+            model ([`~peft.PeftModel`]): The model whose adapters are uploaded.
+            repo_id (`str`): The repository, which is created if it does not exist.
+            **kwargs: `token` and `private`, further arguments of [`~huggingface_hub.HfApi.upload_folder`].
+        """
+        from .card import push_to_hub
+
+        return push_to_hub(self, model, repo_id, **kwargs)
 
     def to_lora_config(
         self,

@@ -84,6 +84,7 @@ def test_settings_from_yaml(workspace, tmp_path):
     assert importance.metadata["learn_gates"]["steps"] == 2
 
 
+@pytest.mark.support("Trainers", "killed at any moment, resumed by the same command")
 @pytest.mark.parametrize("killed_at", ["checkpoint-2", "adapter", "gates/checkpoint-4"])
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, killed_at):
     """SIGKILL in stage 1, between the stages and in stage 2; then the same command with one flag more."""
@@ -181,6 +182,7 @@ def test_an_adapter_of_another_size_is_refused(workspace, ranked, tmp_path):
         rank(tmp_path, tmp_path / "x", "--adapter", str(ranked / "adapter"), *data)
 
 
+@pytest.mark.support("Operations", "rank a fully fine-tuned model, `--tuned_model`")
 @pytest.mark.parametrize("truncation", [[], ["--tuned_rank", "4"]])
 def test_a_fully_fine_tuned_model_is_ranked(workspace, ranked, tmp_path, truncation, capsys):
     """The tuned model is the LoRA of `ranked`, of rank 4, merged."""
@@ -220,6 +222,18 @@ def test_convert_for_other_programs(ranked, tmp_path, program):
     settings = yaml.safe_load((tmp_path / f"{program}.yaml").read_text())
     lora = {"r": 3, "lora_alpha": 32, "lora_dropout": 0.0}
     assert settings == recipe(importance, importance.select(top_k=2), program, tiny_llama(), **lora)
+
+
+def test_the_ranked_adapter_is_pushed(workspace, ranked, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(LayerImportance, "push_to_hub", lambda *args, **kwargs: pushed.append((args, kwargs)))
+    options = ["--push_to_hub", "--hub_model_id", "me/ranked", "--hub_token", "t"]
+    rank(workspace, tmp_path / "out", "--adapter", str(ranked / "adapter"), *options)
+    ((importance, model, name), access) = pushed.pop()
+    assert (name, access) == ("me/ranked", {"token": "t", "private": None}) and not pushed
+    assert importance.scores == model.layer_importance().scores
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert all(unit in card for unit in importance.units)
 
 
 def test_compare(ranked, capsys):

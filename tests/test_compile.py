@@ -1,5 +1,6 @@
 """`torch.compile` sees no more graph breaks than in LoRA, and compiles once for each mode."""
 
+import pytest
 import torch
 import torch._dynamo as dynamo
 from conftest import tiny_llama
@@ -11,6 +12,7 @@ from peft_ila import ILAConfig
 OPTIONS = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
 
+@pytest.mark.support("Operations", "`torch.compile`")
 def test_graph_breaks(input_ids):
     dynamo.reset()
     lora = get_peft_model(tiny_llama(), LoraConfig(**OPTIONS))
@@ -22,6 +24,7 @@ def test_graph_breaks(input_ids):
         assert dynamo.explain(model)(input_ids).graph_break_count == 0
 
 
+@pytest.mark.support("Operations", "`torch.compile`")
 def test_one_compilation_for_each_mode(input_ids):
     dynamo.reset()
     model = get_peft_model(tiny_llama(), ILAConfig(**OPTIONS))

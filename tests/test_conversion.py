@@ -294,6 +294,7 @@ def test_the_saved_config_is_plain_lora(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.support("Operations", "export to plain LoRA, `to_lora`")
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 @pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
 @pytest.mark.parametrize("from_disk", [True, False])

@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_ila import ILAConfig
 from peft_ila.layer import Gate, is_gated
@@ -129,6 +130,7 @@ def test_a_closed_gate_hides_what_is_not_finite(input_ids):
     assert torch.isfinite(ila(input_ids).logits).all()
 
 
+@pytest.mark.support("Operations", "gradient checkpointing, reentrant and not")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant, input_ids):
     ila, _ = gated_and_lora(gate_mode="soft")
@@ -143,6 +145,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, input_ids):
         torch.testing.assert_close(gate.weight.grad, gradient)
 
 
+@pytest.mark.support("Operations", "deepcopy, pickle")
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 def test_copies_are_whole_and_apart(duplicate, granularity, input_ids):
@@ -166,6 +169,7 @@ def test_bf16_activations_stay_bf16():
     assert gate.weight.shape == (1,) and gate.weight.dtype == torch.float32
 
 
+@pytest.mark.support("Operations", "autocast")
 def test_autocast(input_ids):
     ila, lora = gated_and_lora(gate_mode="open")
     with torch.autocast("cpu", torch.bfloat16):
@@ -185,6 +189,7 @@ class Layers(nn.Module):
         self.conv1d = nn.Conv1d(8, 8, 3, padding=1)
         self.conv2d = nn.Conv2d(1, 1, 3, padding=1)
         self.conv3d = nn.Conv3d(1, 1, 3, padding=1)
+        self.transposed = Conv1D(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x):
@@ -192,10 +197,29 @@ class Layers(nn.Module):
         x = self.conv1d(x.transpose(1, 2)).transpose(1, 2)
         x = self.conv2d(x[:, None])[:, 0]
         x = self.conv3d(x[:, None, None])[:, 0, 0]
+        x = self.transposed(x)
         return self.attention(x, x, x)[0]
 
 
-@pytest.mark.parametrize("target", ["embedding", "linear", "conv1d", "conv2d", "conv3d"])
+LAYER_TYPES = {
+    "embedding": "`Embedding`",
+    "linear": "`Linear`",
+    "conv1d": "`Conv1d`",
+    "conv2d": "`Conv2d`",
+    "conv3d": "`Conv3d`",
+    "transposed": "transformers `Conv1D`",
+    "attention": "`MultiheadAttention`",
+}
+
+
+def layer_types(*targets):
+    return [
+        pytest.param(target, marks=pytest.mark.support("Layer types", LAYER_TYPES[target]), id=target)
+        for target in targets
+    ]
+
+
+@pytest.mark.parametrize("target", layer_types("embedding", "linear", "conv1d", "conv2d", "conv3d", "transposed"))
 def test_mixed_adapter_batches_are_gated(target):
     x = torch.arange(10).reshape(2, 5)
     torch.manual_seed(0)
@@ -214,7 +238,7 @@ def test_mixed_adapter_batches_are_gated(target):
     torch.testing.assert_close(mixed, torch.cat([expected[1], base, expected[0]]))
 
 
-@pytest.mark.parametrize("target", ["embedding", "linear", "conv1d", "conv2d", "conv3d", "attention"])
+@pytest.mark.parametrize("target", layer_types(*LAYER_TYPES))
 def test_every_layer_type_is_gated(target):
     x = torch.arange(10).reshape(2, 5)
     models = []

@@ -141,6 +141,7 @@ def test_a_target_that_matches_nothing(llama):
         get_peft_model(llama, config(target_modules=["query_proj"]))
 
 
+@pytest.mark.support("Operations", "save, load, `low_cpu_mem_usage`, transformers' `load_adapter`")
 @pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 def test_saved_and_loaded_bit_for_bit(tmp_path, input_ids, mode, granularity):
@@ -173,6 +174,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, input_ids, mode, granularity):
     assert torch.equal(transformers_model(input_ids).logits, expected)
 
 
+@pytest.mark.support("Operations", "`AutoPeftModel`")
 def test_auto_peft_model(tmp_path, input_ids):
     tiny_llama().save_pretrained(tmp_path / "base")
     base = tiny_llama().from_pretrained(tmp_path / "base")
@@ -198,6 +200,7 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path, llama, other, m
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.support("Operations", "merge, safe merge, unmerge, `merge_and_unload`")
 @pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
 @pytest.mark.parametrize("safe_merge", [True, False])
 def test_merging_equals_the_forward_pass(llama, input_ids, mode, safe_merge):
@@ -221,12 +224,14 @@ def test_merging_equals_the_forward_pass(llama, input_ids, mode, safe_merge):
     assert not any("lora" in name for name, _ in plain.named_modules())
 
 
+@pytest.mark.support("Operations", "unload")
 def test_unload_gives_the_base_model_back(input_ids):
     expected = tiny_llama()(input_ids).logits
     model = get_peft_model(tiny_llama(), config())
     assert torch.equal(model.unload()(input_ids).logits, expected)
 
 
+@pytest.mark.support("Operations", "several adapters, switching, deleting, mixed batches")
 def test_several_adapters(llama, input_ids):
     model = get_peft_model(llama, config())
     model.add_adapter("fine", config(granularity="module", target_modules=["q_proj", "up_proj"]))
@@ -252,6 +257,7 @@ def test_several_adapters(llama, input_ids):
     assert not any(".fine." in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.support("Operations", "`add_weighted_adapter`, `get_delta_weight`")
 @pytest.mark.parametrize("combination, exact", [("linear", False), ("cat", True), ("svd", False)])
 def test_weighted_adapters_are_gated(llama, combination, exact):
     model = get_peft_model(llama, config())
@@ -280,6 +286,7 @@ def test_folding_keeps_the_outputs(llama, input_ids):
     assert model.peft_config["default"].gate_mode == "open"
 
 
+@pytest.mark.support("Operations", "`model.to(dtype)`, bf16 and fp16 models")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_are_fp32_when_they_are_learned_alone(input_ids, dtype):
     model = get_peft_model(tiny_llama().to(dtype), config(), autocast_adapter_dtype=False)
@@ -321,6 +328,7 @@ def test_gates_take_no_random_numbers():
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
+@pytest.mark.support("Operations", "`inject_adapter_in_model`")
 def test_inject_adapter_in_model(llama, input_ids):
     model = inject_adapter_in_model(config(gate_mode="soft"), llama)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -371,6 +379,7 @@ def trained_lora(**kwargs):
     return model.eval()
 
 
+@pytest.mark.support("Operations", "gate a LoRA from disk")
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_a_saved_lora_adapter_is_gated(tmp_path, input_ids, granularity, low_cpu_mem_usage, recwarn):
@@ -387,6 +396,7 @@ def test_a_saved_lora_adapter_is_gated(tmp_path, input_ids, granularity, low_cpu
     assert len(moved_by_a_step(model, input_ids)) == (3 if granularity == "layer" else 21)
 
 
+@pytest.mark.support("Operations", "gate a LoRA in memory")
 def test_a_lora_model_in_memory_is_gated(input_ids):
     model = trained_lora()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -415,6 +425,7 @@ def test_only_lora_can_be_gated():
         ILAModel.from_lora(trained_lora(use_dora=True))
 
 
+@pytest.mark.support("Operations", "hot-swap")
 def test_hotswap(tmp_path, input_ids):
     models = []
     for seed in range(2):
@@ -432,6 +443,7 @@ def test_hotswap(tmp_path, input_ids):
         hotswap_adapter(first, str(tmp_path / "open"), "default")
 
 
+@pytest.mark.support("Operations", "`prepare_model_for_compiled_hotswap`")
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_gates_survive_the_preparation_for_hotswapping(llama, input_ids, mode):
     """It puts wider modules in the place of `lora_A` and `lora_B`."""
@@ -445,6 +457,7 @@ def test_gates_survive_the_preparation_for_hotswapping(llama, input_ids, mode):
     torch.testing.assert_close(model.merge_and_unload()(input_ids).logits, expected)
 
 
+@pytest.mark.support("Operations", "`convert_to_lora`")
 def test_convert_to_lora(input_ids):
     model = get_peft_model(tiny_llama(), config()).eval()
     spread_scores(model)

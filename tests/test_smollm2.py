@@ -114,6 +114,7 @@ def test_nf4_merging(directory, short_ids):
     assert torch.nn.functional.cosine_similarity(merged.flatten(), expected.flatten(), dim=0) > 0.95
 
 
+@pytest.mark.support("Trainers", "QLoRA (NF4) in TRL, SmolLM2")
 def test_qlora_in_trl(directory, tmp_path):
     """Both stages on a 4-bit model, where SFTTrainer casts all trainable parameters to bf16."""
     tokenizer = AutoTokenizer.from_pretrained(directory)

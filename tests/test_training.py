@@ -171,7 +171,13 @@ def test_stability_needs_logging(tmp_path, tokenizer, dialogues):
         trainer.train()
 
 
-@pytest.mark.parametrize("make", [sft_trainer, plain_trainer])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(sft_trainer, marks=pytest.mark.support("Trainers", "TRL `SFTTrainer`")),
+        pytest.param(plain_trainer, marks=pytest.mark.support("Trainers", "transformers `Trainer`")),
+    ],
+)
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 def test_both_stages(tmp_path, tokenizer, dialogues, input_ids, make, granularity):
     trainer = make(tmp_path, tokenizer, dialogues, model=ila(granularity=granularity))
@@ -231,6 +237,7 @@ def test_the_scores_are_those_of_adam_on_loss_plus_penalty(tmp_path, tokenizer, 
     torch.testing.assert_close(torch.tensor(importance.scores), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.support("Trainers", "resume from `checkpoint-N`, both stages")
 def test_resumed_stages_end_as_unbroken_ones(tmp_path, tokenizer, dialogues):
     """Each stage is stopped half-way by an exception, and resumed by a new trainer from its checkpoint."""
 
@@ -276,6 +283,7 @@ def test_resumed_stages_end_as_unbroken_ones(tmp_path, tokenizer, dialogues):
         assert torch.equal(again.model.get_parameter(name), value)
 
 
+@pytest.mark.support("Trainers", "gradient accumulation")
 def test_gradient_accumulation_changes_nothing_but_the_memory(tmp_path, tokenizer, dialogues):
     model = ila()
     first = plain_trainer(tmp_path, tokenizer, dialogues, model=model)
@@ -443,6 +451,7 @@ def test_a_masked_or_foreign_model_is_refused(tmp_path, tokenizer, dialogues):
         learn_gates(plain_trainer(tmp_path, tokenizer, dialogues, model=lora))
 
 
+@pytest.mark.support("Trainers", "TRL `DPOTrainer`")
 def test_gates_are_learned_on_the_dpo_loss(tmp_path, tokenizer, dialogues):
     from trl import DPOConfig, DPOTrainer
 
