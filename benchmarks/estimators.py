@@ -23,11 +23,7 @@ from typing import Any
 
 import torch
 from kept import SHARES, fine_tune
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-from peft_ila import LayerImportance
-from peft_ila.embedded import smollm2
 from peft_ila.files import whole_file
 from peft_ila.layer import Gate
 from peft_ila.units import unit_of

@@ -25,7 +25,7 @@ def save_card(importance: "LayerImportance", directory: str | os.PathLike[str]) 
     directory = Path(directory)
     file = directory / "README.md"
     card = ModelCard(file.read_text(encoding="utf-8")) if file.exists() else ModelCard.from_template(ModelCardData())
-    card.data.tags = sorted({*(card.data.tags or []), *_TAGS})
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *_TAGS})
     before, _, after = card.text.partition(f"\n{_HEADING}\n")
     _, heading, after = after.partition("\n## ")  # what follows the section of an earlier ranking
     card.text = f"{before.rstrip()}\n\n{_section(importance)}{heading}{after}"
@@ -57,9 +57,20 @@ def _section(importance: "LayerImportance") -> str:
 
 def push_to_hub(importance: "LayerImportance", model: "PeftModel", repo_id: str, **kwargs: Any) -> "CommitInfo":
     """See [`LayerImportance.push_to_hub`]."""
-    api = HfApi(token=kwargs.pop("token", None))
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         save_card(importance, directory)
-        repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
-        return api.upload_folder(repo_id=repo_id, folder_path=directory, **kwargs)
+        return upload(directory, repo_id, **kwargs)
+
+
+def upload(
+    directory: str | Path,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    **kwargs: Any,
+) -> "CommitInfo":
+    """Upload a directory to a repository, which is created if it does not exist."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=repo_id, folder_path=directory, **kwargs)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from peft import PeftConfig
 
+from .card import upload
 from .config import ILAConfig
 from .conversion import DECIDED_BY_SELECTION, export_adapter
 from .delta import extract_lora
@@ -162,10 +163,12 @@ def _lora_config(model_args: Any) -> Any:
 
 def _trainer(script_args: Any, training_args: Any, model_args: Any, peft_config: Any, callbacks: list) -> Any:
     """An SFTTrainer as TRL's own script makes it."""
+    from transformers import set_seed
     from trl import SFTTrainer, get_quantization_config
 
     from .data import load_dataset
 
+    set_seed(training_args.seed)  # the trainer makes LoRA's first weights before it sets its seed
     name = _model_name(model_args.model_name_or_path)
     dataset = _required(script_args.dataset_name, "dataset_name")
     train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
@@ -209,7 +212,8 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
         raise ValueError("`--tuned_rank` is of no use without `--tuned_model`.")
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora_config = _lora_config(model_args)
-    adapter, facts = rank_args.adapter, {"adapter": rank_args.adapter}
+    adapter = rank_args.adapter
+    facts: dict[str, Any] = {"adapter": adapter}
     if rank_args.tuned_model:
         adapter, facts = _extract_delta(model_args, lora_config, rank_args, output_dir)
     config = (
@@ -230,8 +234,12 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     is_main = trainer.is_world_process_zero()
 
     def save_adapter(importance: LayerImportance | None = None) -> None:
+        # by all processes: under FSDP2 and ZeRO-3 each holds a part of the weights
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if not is_main:
+            return
         with whole_directory(output_dir / "adapter") as temporary:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=state_dict)
             (temporary / _STAGE_1).write_text(json.dumps(facts))
             if importance is not None:
                 importance.save_card(temporary)
@@ -251,8 +259,7 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
         trainer.accelerator.wait_for_everyone()
         trainer.train(resume_from_checkpoint=_checkpoint(training_args))
         facts = {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None}
-        if is_main:
-            save_adapter()
+        save_adapter()
     importance = learn_gates(
         trainer,
         steps=rank_args.gate_steps,
@@ -260,17 +267,16 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
         resume_from_checkpoint=_last_checkpoint(output_dir / "gates") if resume else None,
     )
     importance.metadata |= {"dataset": script_args.dataset_name, "stage_1": facts}
+    save_adapter(importance)
     if not is_main:
         return
-    save_adapter(importance)
     importance.save(output_dir / "importance.json")
     importance.plot(output_dir / "importance.png")
     print_table(importance)
     print(f"Wrote {output_dir}/importance.json, importance.png and adapter/.")
     if push:
         name = training_args.hub_model_id or output_dir.resolve().name
-        access = {"token": training_args.hub_token, "private": training_args.hub_private_repo}
-        print(importance.push_to_hub(trainer.accelerator.unwrap_model(trainer.model), name, **access))
+        print(upload(output_dir / "adapter", name, training_args.hub_token, training_args.hub_private_repo))
 
 
 def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
@@ -372,7 +378,7 @@ def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
     """Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program."""
     importance = LayerImportance.load(paths.importance)
     output_dir = Path(_required(args.output_dir, "output_dir"))
-    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    lora: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     model_config = _local_config(importance)
     if args.format == "peft":
         name = "adapter_config.json"

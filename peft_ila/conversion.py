@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -196,7 +196,7 @@ def check_injection(config: PeftConfig, skeleton: nn.Module, expected: set[str])
     config = copy.deepcopy(config)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # some other initialisations read the base weights
-    tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
     hit = set(tuner_cls(skeleton, config, "default", low_cpu_mem_usage=True).targeted_module_names)
     if hit != expected:
         raise ValueError(

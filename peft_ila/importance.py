@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from .files import whole_file
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "peft_ila.LayerImportance"
 _VERSION = 1
+_DRAWS = 1000
 
 
 @dataclass
@@ -37,6 +39,8 @@ class LayerImportance:
         lookalikes (`list[str]`, *optional*):
             Modules of the model that share the last part of their name with a target module but are none, so that
             [`to_lora_config`] can tell them apart without the model.
+        spread (`list[float]`, *optional*):
+            The standard error of each score, such as [`learn_gates`] finds it from the differences between batches.
 
     Raises:
         ValueError: No units, a repeated unit, scores of another number than units, or a score that is not finite.
@@ -47,6 +51,7 @@ class LayerImportance:
     metadata: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, list[str]] = field(default_factory=dict)
     lookalikes: list[str] = field(default_factory=list)
+    spread: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.units:
@@ -63,6 +68,10 @@ class LayerImportance:
             self.modules = {unit: [unit] for unit in self.units}
         if self.modules.keys() != set(self.units):
             raise ValueError("`modules` must list the target modules of exactly the given units.")
+        if self.spread and (len(self.spread) != len(self.units) or not all(0 <= s < math.inf for s in self.spread)):
+            raise ValueError(
+                f"`spread` must hold one finite number of at least 0 for each of {len(self.units)} units."
+            )
 
     @property
     def gates(self) -> list[float]:
@@ -75,24 +84,33 @@ class LayerImportance:
         return [self.units[i] for i in order]
 
     def select(
-        self, top_p: float | None = None, top_k: int | None = None, threshold: float | None = None
+        self,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        min_probability: float | None = None,
     ) -> list[str]:
         """
-        The most important units, most important first. Exactly one argument is needed.
+        The most important units, most important first. Exactly one of the first three arguments is needed.
 
         Args:
             top_p (`float`, *optional*): The share of the units to select, in (0, 1]; rounded, at least one unit.
             top_k (`int`, *optional*): The number of units to select.
             threshold (`float`, *optional*): The least gate γ of a selected unit, in [0, 1].
+            min_probability (`float`, *optional*):
+                Of the share or number, only units that belong to it with at least this probability, see
+                [`probability`].
 
         Raises:
-            ValueError: Not exactly one argument, one out of range, or no unit that reaches the threshold.
+            ValueError: Not exactly one of the first three, one out of range, or no unit that is left.
         """
         if sum(value is not None for value in (top_p, top_k, threshold)) != 1:
             raise ValueError(
                 f"Pass exactly one of `top_p`, `top_k` and `threshold`, got {top_p=}, {top_k=}, {threshold=}."
             )
         if threshold is not None:
+            if min_probability is not None:
+                raise ValueError("`min_probability` goes with `top_p` or `top_k`, not with `threshold`.")
             if not 0 <= threshold <= 1:
                 raise ValueError(f"`threshold` is compared with gates and must be in [0, 1], got {threshold}.")
             gates = dict(zip(self.units, self.gates))
@@ -100,13 +118,61 @@ class LayerImportance:
             if not selected:
                 raise ValueError(f"No gate reaches `threshold={threshold}`; the greatest is {max(self.gates):.3f}.")
             return selected
+        selected = self.ranking()[: self._number(top_p, top_k)]
+        if min_probability is not None:
+            if not 0 <= min_probability <= 1:
+                raise ValueError(f"`min_probability` must be in [0, 1], got {min_probability}.")
+            probability = self.probability(top_p, top_k)
+            selected = [unit for unit in selected if probability[unit] >= min_probability]
+            if not selected:
+                raise ValueError(f"No unit is selected with a probability of at least {min_probability}.")
+        return selected
+
+    def _number(self, top_p: float | None, top_k: int | None) -> int:
         if top_p is not None:
             if not 0 < top_p <= 1:
                 raise ValueError(f"`top_p` is the share of units to select and must be in (0, 1], got {top_p}.")
-            top_k = max(1, round(top_p * len(self.units)))
+            return max(1, round(top_p * len(self.units)))
         if not isinstance(top_k, int) or not 1 <= top_k <= len(self.units):
             raise ValueError(f"`top_k` must be a whole number from 1 to {len(self.units)}, got {top_k}.")
-        return self.ranking()[:top_k]
+        return top_k
+
+    def probability(self, top_p: float | None = None, top_k: int | None = None) -> dict[str, float]:
+        """
+        The probability of each unit to be selected, if the scores were measured anew on other batches.
+
+        From 1,000 draws of all scores, each from a normal distribution with the score as mean and its `spread` as
+        standard deviation. The noise of fine-tuning (another seed, other data) is not in it.
+
+        Args:
+            top_p, top_k: The share or the number of units to select, see [`select`].
+
+        Raises:
+            ValueError: The ranking has no `spread`, or a bad selection.
+        """
+        if not self.spread:
+            raise ValueError("This ranking does not say how sure its scores are: it has no `spread`.")
+        number = self._number(top_p, top_k)
+        random = Random(0)
+        counts = dict.fromkeys(self.units, 0)
+        for _ in range(_DRAWS):
+            drawn = [random.gauss(score, error) for score, error in zip(self.scores, self.spread)]
+            for i in sorted(range(len(drawn)), key=lambda i: -drawn[i])[:number]:
+                counts[self.units[i]] += 1
+        return {unit: count / _DRAWS for unit, count in counts.items()}
+
+    def coin_tosses(self, top_p: float | None = None, top_k: int | None = None) -> list[str]:
+        """
+        The units whose membership in the selection is open: selected with a probability between ¼ and ¾.
+
+        Args:
+            top_p, top_k: The share or the number of units to select, see [`select`].
+
+        Raises:
+            ValueError: The ranking has no `spread`, or a bad selection.
+        """
+        probability = self.probability(top_p, top_k)
+        return [unit for unit in self.ranking() if 0.25 < probability[unit] < 0.75]
 
     def overlap(self, other: "LayerImportance", top_p: float = 0.75) -> float:
         """
@@ -150,10 +216,12 @@ class LayerImportance:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ranking as JSON, one unit a line, in the order of the model."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"unit": unit, "score": score, "modules": self.modules[unit]}
             for unit, score in zip(self.units, self.scores)
         ]
+        for row, spread in zip(rows, self.spread):
+            row["spread"] = spread
         head = {"format": _FORMAT, "version": _VERSION, "metadata": self.metadata, "lookalikes": self.lookalikes}
         lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
         units = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
@@ -187,6 +255,7 @@ class LayerImportance:
                 metadata=content["metadata"],
                 modules={row["unit"]: row["modules"] for row in content["units"]},
                 lookalikes=content["lookalikes"],
+                spread=[row["spread"] for row in content["units"] if "spread" in row],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
@@ -231,6 +300,7 @@ class LayerImportance:
         top_p: float | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
+        min_probability: float | None = None,
         model: "nn.Module | PretrainedConfig | None" = None,
         config_cls: "type[PeftConfig] | None" = None,
         **kwargs: Any,
@@ -243,7 +313,7 @@ class LayerImportance:
         encoder-decoder model, the modules are named one by one.
 
         Args:
-            top_p, top_k, threshold: What to select, see [`select`].
+            top_p, top_k, threshold, min_probability: What to select, see [`select`].
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
                 The base model or its configuration: the result is then injected into it on the meta device, and
                 returned only if PEFT hits exactly the selected modules. It is not changed.
@@ -258,7 +328,8 @@ class LayerImportance:
         """
         from .conversion import LoraConfig, to_lora_config
 
-        return to_lora_config(self, self.select(top_p, top_k, threshold), model, config_cls or LoraConfig, **kwargs)
+        selected = self.select(top_p, top_k, threshold, min_probability)
+        return to_lora_config(self, selected, model, config_cls or LoraConfig, **kwargs)
 
     def freeze_unselected(
         self,
@@ -266,13 +337,14 @@ class LayerImportance:
         top_p: float | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
+        min_probability: float | None = None,
     ) -> list[str]:
         """
         Freeze the units that are not selected, for full fine-tuning. What belongs to no unit stays as it is.
 
         Args:
             model (`torch.nn.Module`): The plain model that was ranked, without adapters.
-            top_p, top_k, threshold: What to select, see [`select`].
+            top_p, top_k, threshold, min_probability: What to select, see [`select`].
 
         Returns:
             `list[str]`: The names of the frozen parameters.
@@ -282,7 +354,7 @@ class LayerImportance:
         """
         from .conversion import freeze
 
-        selected = set(self.select(top_p, top_k, threshold))
+        selected = set(self.select(top_p, top_k, threshold, min_probability))
         return freeze(model, [unit for unit in self.units if unit not in selected])
 
 

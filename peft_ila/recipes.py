@@ -42,12 +42,14 @@ def recipe(
     importance_of_modules = importance if program == "axolotl" else _by_module(importance)
     units = selected if program == "axolotl" else [name for unit in selected for name in importance.modules[unit]]
     config: LoraConfig = to_lora_config(importance_of_modules, units, model, **kwargs)
-    if isinstance(config.target_modules, str) and program != "axolotl":
+    targets: Any = config.target_modules
+    if not isinstance(targets, str):
+        targets = sorted(targets)
+    elif program != "axolotl":
         raise ValueError(
             f"{program} takes module names, but the name of one selected module ends in that of another that is not "
             "selected; use the LoraConfig instead."
         )
-    targets: Any = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     lora = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     if program == "axolotl":
         settings = {"adapter": "lora", **lora, "lora_target_modules": targets}

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import (
     DefaultFlowCallback,
     PrinterCallback,
@@ -187,7 +188,7 @@ def learn_gates(
     The trainer's training arguments hold here too (batch size, gradient accumulation, precision, logging), except
     for those of the optimiser: Adam with a constant learning rate, no weight decay, no clipping. Of its callbacks,
     those for logging and progress are called. Nothing is evaluated, checkpoints go to `gates/` in the output
-    directory if the trainer saves any, and the trainer's own state stays.
+    directory if the trainer saves any (none under FSDP2), and the trainer's own state stays.
 
     Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
     stage 1 was trained in mode "joint", its gates are first folded into B, so that Δθ is what was trained.
@@ -214,8 +215,11 @@ def learn_gates(
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range, the adapter is masked or merged, or the deltas do not lower the loss.
+        ValueError: A setting is out of range, the adapter is masked or merged, the deltas do not lower the loss, or
+            the trainer runs under DeepSpeed, FSDP1, or FSDP2 with its own activation checkpointing or with an adapter
+            in half precision.
     """
+    _check_engine(trainer.accelerator)
     ila = _ila_model(trainer)
     for name, value in (("steps", steps), ("penalty_batches", penalty_batches)):
         if not isinstance(value, int) or value < 1:
@@ -234,6 +238,7 @@ def learn_gates(
     if config.gate_mode == "soft":  # A and B were trained with open gates, whatever the scores are
         ila.set_gate_mode("open")
 
+    _shard(trainer)
     stage = _stage_trainer(trainer, steps, learning_rate, seed)
     seed = stage.args.seed
     settings: dict[str, Any] = {
@@ -256,6 +261,7 @@ def learn_gates(
                 )
         settings["penalty"] = penalty
 
+        _shard(trainer)  # the scores are changed, not a copy that a forward pass has gathered
         if config.gate_mode == "joint":
             ila.fold_gates()
         inference_mode = config.inference_mode
@@ -283,6 +289,45 @@ def learn_gates(
         "examples": len(data) if isinstance(data, Sized) else None,
     }
     return importance
+
+
+def _check_engine(accelerator: Any) -> None:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # its engine takes the step inside `backward`, before the pressure is added, and rounds the scores to bf16
+        engine = "DeepSpeed"
+    elif accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        engine = "version 1 of FSDP"  # which parameters need gradients is fixed when it wraps the model, for good
+    elif accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
+        # accelerate would wrap the layers again
+        engine = "FSDP's own activation checkpointing (the trainer's `gradient_checkpointing` is fine)"
+    else:
+        return
+    raise ValueError(
+        f"`learn_gates` does not run under {engine}. Save the adapter that stage 1 has trained, "
+        "`trainer.save_model(path)`, and rank it in a new run under DDP or FSDP2, on the command line by "
+        "`peft-ila rank --adapter path`."
+    )
+
+
+def _shard(trainer: Trainer) -> None:
+    """Under FSDP2, shard a model that has not been trained before, and one that a forward pass left whole."""
+    if not trainer.accelerator.is_fsdp2:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    model: Any = trainer.model
+    half = (torch.float16, torch.bfloat16)
+    if any(ILAModel.prefix in name and p.dtype in half for name, p in model.named_parameters()):
+        raise ValueError(
+            "Under FSDP2 `learn_gates` needs an adapter in fp32, as PEFT makes it by `autocast_adapter_dtype=True`: "
+            "sharded scores cannot be cast."
+        )
+    if not isinstance(model, FSDPModule):
+        # accelerate takes a model only with an optimiser; this one has nothing to train
+        trainer.accelerator.prepare(model, torch.optim.SGD([next(model.parameters())]))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _ila_model(trainer: Trainer) -> ILAModel:
@@ -318,6 +363,10 @@ def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int
     stage.args.push_to_hub = False
     stage.model_init = stage.optimizer = stage.lr_scheduler = None
     stage.optimizer_cls_and_kwargs = (torch.optim.Adam, {"lr": learning_rate})
+    if stage.accelerator.is_fsdp2:
+        # For a model that is sharded already, accelerate finds an optimiser's parameters by the address of their
+        # shards, which an empty shard does not have: the state of the optimiser cannot be saved.
+        stage.args.save_strategy = "no"
     stage.model_wrapped = stage.model  # which parameters need gradients is fixed when a model is wrapped
     stage.control = TrainerControl()
     callbacks = [

@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_llama
+from huggingface_hub import HfApi, RepoUrl
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from peft_ila import LayerImportance
@@ -226,14 +228,25 @@ def test_convert_for_other_programs(ranked, tmp_path, program):
 
 def test_the_ranked_adapter_is_pushed(workspace, ranked, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr(LayerImportance, "push_to_hub", lambda *args, **kwargs: pushed.append((args, kwargs)))
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://huggingface.co/{repo_id}")
+    )
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: pushed.append((self.token, kwargs)))
     options = ["--push_to_hub", "--hub_model_id", "me/ranked", "--hub_token", "t"]
     rank(workspace, tmp_path / "out", "--adapter", str(ranked / "adapter"), *options)
-    ((importance, model, name), access) = pushed.pop()
-    assert (name, access) == ("me/ranked", {"token": "t", "private": None}) and not pushed
-    assert importance.scores == model.layer_importance().scores
+    assert pushed == [("t", {"repo_id": "me/ranked", "folder_path": tmp_path / "out" / "adapter"})]
     card = (tmp_path / "out" / "adapter" / "README.md").read_text()
-    assert all(unit in card for unit in importance.units)
+    assert all(unit in card for unit in LayerImportance.load(tmp_path / "out" / "importance.json").units)
+
+
+def test_the_seed_decides_on_the_first_weights(workspace, tmp_path):
+    weights = []
+    for i, seed in enumerate("112"):
+        rank(workspace, tmp_path / str(i), "--seed", seed, "--learning_rate", "1e-3", "--gate_steps", "1")
+        weights.append(load_file(tmp_path / str(i) / "adapter" / "adapter_model.safetensors"))
+    key = next(key for key in weights[0] if "lora_A" in key)
+    assert torch.equal(weights[0][key], weights[1][key])
+    assert not torch.allclose(weights[0][key], weights[2][key], atol=0.02)  # training moves them by less
 
 
 def test_compare(ranked, capsys):

@@ -329,6 +329,27 @@ def test_an_exported_adapter_is_plain_lora_with_the_same_outputs(tmp_path, input
         assert torch.equal(loaded(input_ids).logits, expected)
 
 
+@pytest.mark.support("Other programs", "vLLM, exported adapter")
+def test_vllm_reads_an_exported_adapter(tmp_path):
+    helper = pytest.importorskip("vllm.lora.peft_helper")
+    utils = pytest.importorskip("vllm.lora.utils")
+    config = ILAConfig(r=4, lora_alpha=6, target_modules="all-linear", rank_pattern={"up_proj": 2})
+    model = get_peft_model(tiny_llama(), config)
+    model.apply_mask(["model.layers.0", "model.layers.2"])
+    model.to_lora(tmp_path)
+    read = helper.PEFTHelper.from_local_dir(str(tmp_path), max_position_embeddings=None)
+    assert read._validate_features() == []
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    modules = set()
+    for key, tensor in tensors.items():
+        name, is_a = utils.parse_fine_tuned_lora_name(key)
+        rank, scaling = read.get_rank_and_scaling(name)
+        assert rank == tensor.shape[0 if is_a else 1] == (2 if "up_proj" in name else 4)
+        assert scaling == 6 / rank
+        modules.add(name)
+    assert len(modules) == 14 and not any(".layers.1." in name for name in modules)
+
+
 def test_a_process_without_peft_ila_loads_the_export(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     model = get_peft_model(tiny_llama(), ILAConfig(target_modules=["q_proj"]))

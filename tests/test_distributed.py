@@ -1,32 +1,97 @@
-"""Two gloo processes on the CPU against one process on the same global batch."""
+"""Two gloo processes on the CPU, started by `accelerate launch`, against one process on the same global batch."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import distributed_script
 import pytest
+from accelerate.utils import DistributedType
+from conftest import tiny_llama
+from peft import PeftModel
 
-SCRIPT = Path(__file__).parent / "distributed_script.py"
+from peft_ila import LayerImportance, learn_gates
+from peft_ila.embedded import write_jsonl
 
-
-def run(output: Path, processes: int, mode: str) -> list[dict]:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    )
-    command = [sys.executable, *launcher, str(SCRIPT), str(output), mode]
-    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads((output / f"rank_{rank}.json").read_text()) for rank in range(processes)]
+ENGINES = Path(__file__).parent.parent / "benchmarks" / "engines"
 
 
-@pytest.mark.parametrize("mode", ["open", "joint"])
-def test_two_processes_equal_one(tmp_path, mode):
-    (single,) = run(tmp_path / "one", 1, mode)
-    first, second = run(tmp_path / "two", 2, mode)
-    assert first["world_size"] == 2 and first["batch_size"] == single["batch_size"] == 8
+def launch(engine: str, *arguments: str) -> subprocess.CompletedProcess:
+    # not by `--cpu`, with which accelerate starts one process whatever the configuration says
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    options = ["--config_file", str(ENGINES / f"{engine}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    distributed_script.main(output)
+    return json.loads((output / "rank_0.json").read_text())
+
+
+@pytest.mark.parametrize("engine, name", [("ddp", "DistributedType.MULTI_CPU"), ("fsdp2", "FSDP2")])
+def test_two_processes_equal_one(tmp_path, single, engine, name):
+    process = launch(engine, distributed_script.__file__, str(tmp_path))
+    assert process.returncode == 0, process.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert first == second  # the same stop and, bit for bit, the same scores
-    assert first["stopped_at"] == single["stopped_at"] is not None
-    assert first["penalty"] == pytest.approx(single["penalty"], rel=1e-3)
-    assert first["scores"] == pytest.approx(single["scores"], abs=2e-3)
+    for mode, result in first.items():
+        assert (result["engine"], result["world_size"]) == (name, 2)
+        assert result["batch_size"] == single[mode]["batch_size"] == 8
+        assert result["stopped_at"] == single[mode]["stopped_at"]
+        assert result["penalty"] == pytest.approx(single[mode]["penalty"], rel=1e-3)
+        assert result["scores"] == pytest.approx(single[mode]["scores"], abs=2e-3)
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path / mode / "adapter")
+        assert model.layer_importance().scores == result["scores"]
+    assert first["open"]["stopped_at"] is not None
+
+
+def test_rank_by_accelerate_launch(tmp_path, tokenizer, dialogues):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(dialogues, tmp_path / "data.jsonl")
+
+    def arguments(output, batch):
+        data = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data.jsonl")]
+        options = "--learning_rate 2e-2 --max_steps 6 --report_to none --disable_tqdm True --lora_r 4 --lora_dropout 0"
+        steps = ["--per_device_train_batch_size", batch, "--gate_steps", "4", "--use_cpu", "True"]
+        return ["peft_ila.cli", "rank", *data, "--output_dir", str(tmp_path / output), *options.split(), *steps]
+
+    # a process of its own, since LoRA's first weights depend on what was drawn before
+    single = subprocess.run([sys.executable, "-m", *arguments("one", "8")], capture_output=True, text=True)
+    process = launch("ddp", "-m", *arguments("two", "4"))
+    assert single.returncode == process.returncode == 0, single.stderr[-2000:] + process.stderr[-4000:]
+    one, two = (LayerImportance.load(tmp_path / output / "importance.json") for output in ("one", "two"))
+    assert two.metadata["learn_gates"]["batch_size"] == one.metadata["learn_gates"]["batch_size"] == 8
+    assert two.scores == pytest.approx(one.scores, abs=2e-3)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "two" / "adapter")
+    assert model.layer_importance().scores == two.scores
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_trains_stage_1_and_says_where_stage_2_runs(tmp_path, engine):
+    pytest.importorskip("deepspeed")
+    process = launch(engine, distributed_script.__file__, str(tmp_path))
+    assert process.returncode != 0
+    assert "'train_runtime'" in process.stdout
+    assert "`learn_gates` does not run under DeepSpeed" in process.stderr
+
+
+@pytest.mark.parametrize(
+    "kind, is_fsdp2, message",
+    [
+        (DistributedType.DEEPSPEED, False, "under DeepSpeed"),
+        (DistributedType.FSDP, False, "under version 1 of FSDP"),
+        (DistributedType.FSDP, True, "under FSDP's own activation checkpointing"),
+    ],
+)
+def test_engines_without_stage_2(kind, is_fsdp2, message):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(activation_checkpointing=True))
+    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=is_fsdp2, state=state)
+    with pytest.raises(ValueError, match=message):
+        learn_gates(SimpleNamespace(accelerator=accelerator))

@@ -45,6 +45,9 @@ def test_select():
         ({"top_k": 11}, "`top_k` must be a whole number from 1 to 10, got 11"),
         ({"top_k": 2.5}, "`top_k` must be a whole number"),
         ({"threshold": 2.0}, r"`threshold` .* \[0, 1\], got 2.0"),
+        ({"threshold": 0.5, "min_probability": 0.5}, "`min_probability` goes with `top_p` or `top_k`"),
+        ({"top_k": 2, "min_probability": 2}, r"`min_probability` must be in \[0, 1\], got 2"),
+        ({"top_k": 2, "min_probability": 0.9}, "it has no `spread`"),
         ({"threshold": 0.99999}, r"No gate reaches `threshold=0.99999`; the greatest is 0.989"),
     ],
 )
@@ -53,11 +56,38 @@ def test_bad_selections(arguments, message):
         importance([0.5 * i for i in range(10)]).select(**arguments)
 
 
+def test_probability_of_being_selected():
+    sure = importance([3.0, 1.0, 2.0, 0.0], spread=[0.0] * 4)
+    assert list(sure.probability(top_k=2).values()) == [1.0, 0.0, 1.0, 0.0]
+    assert sure.coin_tosses(top_k=2) == []
+
+    # two units: the difference of their scores is normal too
+    difference, spread = 0.5, [0.3, 0.4]
+    unsure = importance([1.0 + difference, 1.0], spread=spread)
+    expected = 0.5 * (1 + math.erf(difference / math.hypot(*spread) / math.sqrt(2)))
+    probability = unsure.probability(top_k=1)
+    assert probability["model.layers.0"] == pytest.approx(expected, abs=0.04)  # three standard errors of 1,000 draws
+    assert sum(probability.values()) == pytest.approx(1)
+    assert probability == unsure.probability(top_p=0.5)  # the draws are the same
+
+
+def test_sure_units_alone_are_selected_and_coin_tosses_are_named():
+    ranked = importance([5.0, 1.02, 1.0, -5.0], spread=[0.1] * 4)
+    assert ranked.select(top_k=2) == ["model.layers.0", "model.layers.1"]
+    assert ranked.select(top_k=2, min_probability=0.9) == ["model.layers.0"]
+    assert ranked.coin_tosses(top_k=2) == ["model.layers.1", "model.layers.2"]
+    assert ranked.to_lora_config(top_k=2, min_probability=0.9).target_modules == {"model.layers.0"}
+    with pytest.raises(ValueError, match=r"No unit is selected with a probability of at least 0\.9"):
+        importance([1.0, 1.0], spread=[1.0, 1.0]).select(top_k=1, min_probability=0.9)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"units": [], "scores": []}, "at least one unit"),
         ({"units": ["a", "b"], "scores": [1.0]}, "1 scores for 2 units"),
+        ({"units": ["a"], "scores": [1.0], "spread": [0.1, 0.1]}, "`spread` must hold one finite number"),
+        ({"units": ["a"], "scores": [1.0], "spread": [math.nan]}, "`spread` must hold one finite number"),
         ({"units": ["a", "a"], "scores": [1.0, 2.0]}, "'a' is repeated"),
         ({"units": ["a"], "scores": [math.inf]}, "score of 'a' is inf"),
         ({"units": ["a"], "scores": [1.0], "modules": {"b": ["b"]}}, "`modules` must list"),
@@ -100,6 +130,7 @@ def test_saved_and_loaded(tmp_path):
         metadata={"model": "größe", "learn_gates": {"steps": 3}},
         modules={f"model.layers.{i}": [f"model.layers.{i}.q_proj"] for i in range(3)},
         lookalikes=["vision.layers.0.q_proj"],
+        spread=[0.5, 0.25, 0.0],
     )
     path = tmp_path / "new" / "importance.json"
     ranked.save(path)
