@@ -10,7 +10,8 @@ from .config import ILAConfig  # noqa: E402
 from .importance import LayerImportance  # noqa: E402
 from .model import ILAModel  # noqa: E402
 from .training import EpsilonStability, learn_gates  # noqa: E402
+from .tuning import FrozenPrefix  # noqa: E402
 
 register(ILAConfig, ILAModel)
 
-__all__ = ["EpsilonStability", "ILAConfig", "ILAModel", "LayerImportance", "learn_gates"]
+__all__ = ["EpsilonStability", "FrozenPrefix", "ILAConfig", "ILAModel", "LayerImportance", "learn_gates"]

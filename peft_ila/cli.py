@@ -28,6 +28,7 @@ from .files import whole_directory, whole_file
 from .importance import LayerImportance
 from .recipes import RecipeFormat, recipe, write_recipe
 from .training import EpsilonStability, learn_gates
+from .tuning import FrozenPrefix
 from .units import Granularity
 
 _TOP_ROWS = 40  # of a longer ranking, the terminal shows these
@@ -366,7 +367,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
         trust_remote_code=training_args.trust_remote_code,
     )
     config = importance.to_lora_config(**tune_args.kwargs(), model=model_config, **options)
-    trainer = _trainer(script_args, training_args, model_args, config, [])
+    trainer = _trainer(script_args, training_args, model_args, config, [FrozenPrefix()])
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
