@@ -1,12 +1,15 @@
 """Path attribution: how much of the loss gain each gate is worth, as an optimiser that any trainer can run."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .importance import LayerImportance
 
 # Midpoints of four equal parts of the path from γ = 0 to γ = 1.
 PATH = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -25,7 +28,7 @@ class PathAttribution(torch.optim.Optimizer):
     with respect to the gates: over all units, they add up to L(0) − L(1). All gates stand at one point of the path; a
     step reads the gradients of the scores there and moves all gates to the next point, round and round.
 
-    What was measured is in the state of the optimiser, so it is saved and resumed with a trainer's checkpoints.
+    What was measured is in `param_groups`, so it is saved and resumed with a trainer's checkpoints.
 
     Args:
         params (`Iterable[torch.nn.Parameter]`): The scores, of shape (1,), set to `score_of(PATH[0])`.
@@ -39,19 +42,38 @@ class PathAttribution(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take the gradients of the scores down as one sample and go on to the next point of the path."""
         for group in self.param_groups:
+            if not group["params"]:
+                continue
+            row = torch.cat([self._sample(score) for score in group["params"]])[None]
+            # With the group, not with each score: accelerate, which tells the scores of a sharded model apart by their
+            # address, takes all empty shards for one.
+            group["samples"] = torch.cat([group["samples"], row]) if "samples" in group else row
             for score in group["params"]:
-                gradient = torch.zeros_like(score) if score.grad is None else score.grad  # no batch reached the unit
-                gamma = torch.sigmoid(score)
-                sample = -gradient / (gamma * (1 - gamma))
-                if isinstance(sample, DTensor):
-                    sample = sample.full_tensor()
-                state = self.state[score]
-                state["samples"] = torch.cat([state.get("samples", sample[:0]), sample])
-                score.fill_(score_of(PATH[len(state["samples"]) % len(PATH)]))
+                score.fill_(score_of(PATH[len(group["samples"]) % len(PATH)]))
 
-    def samples(self, scores: Sequence[nn.Parameter]) -> torch.Tensor:
-        """What was measured: shape (steps, scores), fp32 on the CPU, in the unit of the loss."""
-        return torch.stack([self.state[score]["samples"].float().cpu() for score in scores], dim=1)
+    @staticmethod
+    def _sample(score: torch.Tensor) -> torch.Tensor:
+        gamma = torch.sigmoid(_local(score)).float()
+        gradient = torch.zeros_like(gamma) if score.grad is None else _local(score.grad)  # no batch reached the unit
+        # an empty shard, of a score that another process holds, adds 0
+        return -(gradient / (gamma * (1 - gamma))).sum().reshape(1)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def samples_of(optimizer: Any) -> torch.Tensor:
+    """
+    What a [`PathAttribution`] has measured: shape (steps, scores), fp32 on the CPU, in the unit of the loss.
+
+    Under FSDP2 to be called by all processes.
+    """
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    samples = torch.cat([group["samples"] for group in groups], dim=1)
+    if isinstance(score := groups[0]["params"][0], DTensor):
+        torch.distributed.all_reduce(samples, group=score.device_mesh.get_group(score.device_mesh.ndim - 1))
+    return samples.cpu()
 
 
 def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,3 +93,35 @@ def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         means.append(rows.mean(0))
         errors.append(rows.var(0, correction=1) / len(rows) if len(rows) > 1 else torch.zeros_like(rows[0]))
     return torch.stack(means).mean(0), torch.stack(errors).sum(0).sqrt() / len(means)
+
+
+def agreement(samples: torch.Tensor) -> float:
+    """How well the ranking from the first half of the samples agrees with that from all, at most 1."""
+    names = [str(unit) for unit in range(samples.shape[1])]
+    half = len(samples) // len(PATH) // 2 * len(PATH)
+    part, whole = (LayerImportance(names, attributions(rows)[0].tolist()) for rows in (samples[:half], samples))
+    return min(part.overlap(whole, 0.3), part.overlap(whole, 0.75), part.spearman(whole))
+
+
+class StopWhenSettled(TrainerCallback):
+    """
+    Ends training when the ranking has settled: its [`agreement`] was at least `bound` three times in a row.
+
+    Asked after each round of the path. It keeps nothing itself, so a resumed run stops where an unbroken one does.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        samples = samples_of(optimizer)
+        ends = [len(samples) - i * len(PATH) for i in range(3)]
+        if len(samples) % len(PATH) == 0 and ends[-1] >= 2 * len(PATH):
+            control.should_training_stop = all(agreement(samples[:end]) >= self.bound for end in ends)

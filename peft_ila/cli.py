@@ -44,7 +44,7 @@ class RankArguments:
         adapter (`str`): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
         tuned_model (`str`), tuned_rank (`int`): A fully fine-tuned model to rank as it is, see [`extract_lora`].
         epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`].
-        gate_steps (`int`), gate_learning_rate (`float`): See [`learn_gates`].
+        gate_steps (`int`), min_agreement (`float`): See [`learn_gates`].
     """
 
     granularity: Granularity = field(
@@ -66,8 +66,11 @@ class RankArguments:
         default=None,
         metadata={"help": "Truncate the deltas of `tuned_model` to this rank; by default they are whole."},
     )
-    gate_steps: int = field(default=128, metadata={"help": "Optimiser steps of stage 2."})
-    gate_learning_rate: float = field(default=0.15, metadata={"help": "Learning rate of the scores."})
+    gate_steps: int = field(default=128, metadata={"help": "The greatest number of steps of stage 2."})
+    min_agreement: float = field(
+        default=0.95,
+        metadata={"help": "Stage 2 ends when the rankings from half and from all of its steps agree so well."},
+    )
 
 
 @dataclass
@@ -264,7 +267,7 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     importance = learn_gates(
         trainer,
         steps=rank_args.gate_steps,
-        learning_rate=rank_args.gate_learning_rate,
+        min_agreement=rank_args.min_agreement,
         resume_from_checkpoint=_last_checkpoint(output_dir / "gates") if resume else None,
     )
     importance.metadata |= {"dataset": script_args.dataset_name, "stage_1": facts}

@@ -135,7 +135,9 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name
 
-    Gated.__name__ = Gated.__qualname__ = base.__name__  # what PEFT prints, and tells linear layers by
+    # what PEFT prints, and tells linear layers by
+    Gated.__name__ = Gated.__qualname__ = base.__name__
+    Gated.__module__ = base.__module__
     return Gated
 
 

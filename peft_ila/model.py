@@ -1,6 +1,8 @@
 """ILAModel: injection, modes, masks and scores of gated LoRA."""
 
+import copy
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, cast, get_args
 
@@ -9,10 +11,12 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from . import __version__
-from .config import GateMode, ILAConfig
+from .config import GateMode, ILAConfig, lora_options
 from .conversion import SAVED_PREFIX, save_adapter, to_plain_lora
 from .importance import LayerImportance
 from .layer import Gate, add_gate, freeze_by_mode, is_gated
@@ -72,7 +76,32 @@ class ILAModel(LoraModel):
                 return module.gates[adapter_name]
         return None
 
+    # PEFT makes the next three checks for adapters of the type LORA only.
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        state_dict = super()._get_adapter_state_dict(*args, **kwargs)
+        _validate_lora_adapter_state_dict(state_dict, adapter_name=kwargs["adapter_name"])
+        return state_dict
+
+    def _warn_of_experts(self, model: nn.Module, adapter_name: str) -> None:
+        # LoRA reaches experts that transformers fuses into parameters by turning their names, and "all-linear", into
+        # `target_parameters`. They may be names of linear modules too (shared experts), so this is no error.
+        config = copy.deepcopy(LoraConfig(**lora_options(self.peft_config[adapter_name])))
+        convert_peft_config_for_transformers(config, model, None)
+        if config.target_parameters:
+            names = ", ".join(sorted(config.target_parameters))
+            warnings.warn(
+                f"ILA gates linear modules only: the experts of this model are parameters ({names}) and stay as they "
+                "are, although `target_modules` covers them.",
+                stacklevel=2,
+            )
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._warn_of_experts(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._apply_mode(adapter_name)
 

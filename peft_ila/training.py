@@ -25,6 +25,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
+from .attribution import PATH, PathAttribution, StopWhenSettled, attributions, samples_of, score_of
 from .importance import LayerImportance
 from .model import ILAModel
 
@@ -149,46 +150,29 @@ class EpsilonStability(TrainerCallback):
             )
 
 
-class _BudgetPressure(TrainerCallback):
-    """Adds λ·mean(γ) to the objective, by its gradient: whatever loss the trainer computes, and once per step."""
-
-    def __init__(self, gates: list["Gate"], penalty: float) -> None:
-        self.gates = gates
-        self.penalty = penalty
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for gate in self.gates:
-            if gate.weight.grad is None:  # no batch reached the unit
-                gate.weight.grad = torch.zeros_like(gate.weight)
-            gamma = torch.sigmoid(gate.weight)
-            gate.weight.grad += self.penalty / len(self.gates) * gamma * (1 - gamma)
-
-
 def learn_gates(
     trainer: Trainer,
     steps: int = 128,
-    learning_rate: float = 0.15,
-    initial_score: float = 2.0,
-    penalty: float | None = None,
-    penalty_batches: int = 8,
+    min_agreement: float | None = 0.95,
+    loss_batches: int = 8,
     seed: int | None = None,
     resume_from_checkpoint: str | bool | None = None,
 ) -> LayerImportance:
     """
     Learn the gates of a fine-tuned ILA model and rank its units (stage 2).
 
-    The weight deltas are frozen and only the scores are trained, all from one initial value, on the trainer's own
-    data and loss. The objective is L(γ) + λ·mean(γ): the paper limits the number of units (‖γ‖ ≤ H), and without the
-    pressure of that budget the loss is flat in every gate and the ranking is noise. All gates are pushed down, and
-    the units that the loss needs resist.
+    The weight deltas are frozen and only the scores get gradients, on the trainer's own data and loss. Each step
+    measures −∂L/∂γ of all gates at one point of the path from γ = 0, the base model, to γ = 1, the fine-tuned one. The
+    mean over the path, the attribution of a unit, is its part of L(0) − L(1), what all deltas together are worth; its
+    score is n·attribution / Σ attributions − 1, so that a gate above ½ means: worth more than the mean of the n units.
+
+    The paper descends on the scores instead. At a stable point the loss is flat in every gate, and that ranks little
+    better than chance; a budget's pressure mends it, but ranks worse than the path (docs/results.md compares them).
 
     The trainer's training arguments hold here too (batch size, gradient accumulation, precision, logging), except
-    for those of the optimiser: Adam with a constant learning rate, no weight decay, no clipping. Of its callbacks,
-    those for logging and progress are called. Nothing is evaluated, checkpoints go to `gates/` in the output
-    directory if the trainer saves any (none under FSDP2), and the trainer's own state stays.
+    for those of the optimiser. Of its callbacks, those for logging and progress are called. Nothing is evaluated,
+    checkpoints go to `gates/` in the output directory if the trainer saves any (none under FSDP2), and the trainer's
+    own state stays.
 
     Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
     stage 1 was trained in mode "joint", its gates are first folded into B, so that Δθ is what was trained.
@@ -197,13 +181,12 @@ def learn_gates(
         trainer (`transformers.Trainer`):
             The trainer of stage 1, such as TRL's `SFTTrainer`, whose model is a `PeftModel` with one active ILA
             adapter.
-        steps (`int`): The number of optimiser steps. The paper's figure is about 128 batches, recalled, not checked.
-        learning_rate (`float`): Of the scores. Assumed default, measured in `benchmarks/`.
-        initial_score (`float`): The score from which all units start, σ(2) = 0.88. Assumed default.
-        penalty (`float`, *optional*):
-            λ, in the unit of the loss. By default L(0) − L(1), what all deltas together are worth, measured on
-            training batches with all gates closed and all open. 0 means plain descent.
-        penalty_batches (`int`): The number of batches to measure λ on.
+        steps (`int`): The greatest number of steps. The paper's figure is about 128 batches, recalled, not checked.
+        min_agreement (`float`, *optional*):
+            Stop when the ranking has settled: when the rankings from the first half of the steps and from all of them
+            have overlaps of the top 30 % and 75 % and a Spearman correlation of at least this much, three times in a
+            row. `None` takes all steps.
+        loss_batches (`int`): The number of batches to measure L(0) and L(1) on, before anything else.
         seed (`int`, *optional*): For the order of the data, by default the trainer's `seed` and `data_seed`. The
             same seed gives the same scores.
         resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -211,7 +194,8 @@ def learn_gates(
             the run that wrote it; the scores are then those of an unbroken run.
 
     Returns:
-        [`LayerImportance`]: The ranking. Its metadata holds the settings and the losses that λ was measured from.
+        [`LayerImportance`]: The ranking, with the standard error of each score over the batches. Its metadata holds
+        the settings, both losses and the sum of the attributions.
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
@@ -221,15 +205,11 @@ def learn_gates(
     """
     _check_engine(trainer.accelerator)
     ila = _ila_model(trainer)
-    for name, value in (("steps", steps), ("penalty_batches", penalty_batches)):
+    for name, value in (("steps", steps), ("loss_batches", loss_batches)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
-    if not learning_rate > 0:
-        raise ValueError(f"`learning_rate` must be greater than 0, got {learning_rate}.")
-    if not math.isfinite(initial_score):
-        raise ValueError(f"`initial_score` must be finite, got {initial_score}.")
-    if penalty is not None and not 0 <= penalty < math.inf:
-        raise ValueError(f"`penalty` must be a finite number of at least 0, got {penalty}.")
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise ValueError(f"`min_agreement` must be in (0, 1], got {min_agreement}.")
     (adapter_name,) = ila.active_adapters
     config = ila.peft_config[adapter_name]
     if config.gate_mode == "hard":
@@ -239,28 +219,16 @@ def learn_gates(
         ila.set_gate_mode("open")
 
     _shard(trainer)
-    stage = _stage_trainer(trainer, steps, learning_rate, seed)
+    stage = _stage_trainer(trainer, steps, seed)
     seed = stage.args.seed
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "initial_score": initial_score,
-        "seed": seed,
-        "batch_size": stage.get_total_train_batch_size(stage.args),
-    }
     with _data_seed(stage):
-        if penalty is None:
-            set_seed(seed)
-            closed, opened = measure_losses(stage, penalty_batches)
-            penalty = closed - opened
-            settings |= {"loss_closed": closed, "loss_open": opened}
-            if not penalty > 0:
-                raise ValueError(
-                    f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, "
-                    f"{opened:.4f} with it), so there is nothing to rank; fine-tune longer, or pass `penalty`."
-                )
-        settings["penalty"] = penalty
-
+        set_seed(seed)
+        closed, opened = measure_losses(stage, loss_batches)
+        if not closed > opened:
+            raise ValueError(
+                f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, "
+                f"{opened:.4f} with it), so there is nothing to rank; fine-tune longer."
+            )
         _shard(trainer)  # the scores are changed, not a copy that a forward pass has gathered
         if config.gate_mode == "joint":
             ila.fold_gates()
@@ -271,10 +239,18 @@ def learn_gates(
             ila.set_gate_mode("soft")
             gates = list(ila.gates().values())
             for gate in gates:
-                gate.weight.data.fill_(initial_score)
-            stage.add_callback(_BudgetPressure(gates, penalty))
+                gate.weight.data.fill_(score_of(PATH[0]))
+            if min_agreement is not None:
+                stage.add_callback(StopWhenSettled(min_agreement))
             set_seed(seed)
             stage.train(resume_from_checkpoint=resume_from_checkpoint)
+            worth, error = attributions(samples_of(stage.optimizer))
+            mean = worth.mean()
+            if not mean > 0:
+                raise ValueError(f"The attributions add up to {worth.sum():.4f}: there is nothing to rank by.")
+            _shard(trainer)
+            for gate, value in zip(gates, (worth / mean - 1).tolist()):
+                gate.weight.data.fill_(value)
         finally:
             config.inference_mode = inference_mode
             ila.set_gate_mode("open")
@@ -282,7 +258,18 @@ def learn_gates(
                 parameter.requires_grad_(requires_grad[name])
 
     importance = ila.layer_importance()
-    importance.metadata["learn_gates"] = settings
+    importance.spread = (error / mean).tolist()
+    importance.metadata["learn_gates"] = {
+        "steps": steps,
+        "steps_taken": stage.state.global_step,
+        "min_agreement": min_agreement,
+        "path": PATH,
+        "seed": seed,
+        "batch_size": stage.get_total_train_batch_size(stage.args),
+        "loss_closed": closed,
+        "loss_open": opened,
+        "attributed": worth.sum().item(),
+    }
     data = trainer.train_dataset
     importance.metadata["data"] = {
         "name": getattr(getattr(data, "info", None), "dataset_name", None),
@@ -293,7 +280,7 @@ def learn_gates(
 
 def _check_engine(accelerator: Any) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # its engine takes the step inside `backward`, before the pressure is added, and rounds the scores to bf16
+        # its engine takes the optimiser's step inside `backward`, and rounds the scores to bf16
         engine = "DeepSpeed"
     elif accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         engine = "version 1 of FSDP"  # which parameters need gradients is fixed when it wraps the model, for good
@@ -343,26 +330,25 @@ def _ila_model(trainer: Trainer) -> ILAModel:
     return ila
 
 
-def _stage_trainer(trainer: Trainer, steps: int, learning_rate: float, seed: int | None) -> Any:
+def _stage_trainer(trainer: Trainer, steps: int, seed: int | None) -> Any:
     """A second trainer on the model, data and loss of the first, which keeps its own state."""
     stage: Any = copy.copy(trainer)
     stage.args = copy.copy(trainer.args)
     stage.args.output_dir = os.path.join(stage.args.output_dir, "gates")
     stage.args.max_steps = steps
-    stage.args.learning_rate = learning_rate
     if seed is not None:
         stage.args.seed = stage.args.data_seed = seed
     stage.args.lr_scheduler_type = "constant"
     stage.args.lr_scheduler_kwargs = {}
     stage.args.warmup_steps = 0
     stage.args.weight_decay = 0.0
-    stage.args.max_grad_norm = math.inf  # nothing is clipped, but fp16 gradients are unscaled before the penalty
+    stage.args.max_grad_norm = math.inf  # nothing is clipped, but fp16 gradients are unscaled
     stage.args.eval_strategy = "no"
     stage.args.eval_on_start = False
     stage.args.load_best_model_at_end = False
     stage.args.push_to_hub = False
     stage.model_init = stage.optimizer = stage.lr_scheduler = None
-    stage.optimizer_cls_and_kwargs = (torch.optim.Adam, {"lr": learning_rate})
+    stage.optimizer_cls_and_kwargs = (PathAttribution, {"lr": 0.0})
     if stage.accelerator.is_fsdp2:
         # For a model that is sharded already, accelerate finds an optimiser's parameters by the address of their
         # shards, which an empty shard does not have: the state of the optimiser cannot be saved.

@@ -25,10 +25,11 @@ class FrozenPrefix(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         embeddings = model.get_input_embeddings()
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if reentrant:
+        options: Any = args.gradient_checkpointing_kwargs or {}
+        if args.gradient_checkpointing and options.get("use_reentrant"):
             logger.warning(
-                "Reentrant gradient checkpointing computes the gradients of all layers, `use_reentrant=False` would not."
+                "Reentrant gradient checkpointing computes the gradients of all layers; with `use_reentrant=False` "
+                "the backward pass would end at the lowest layer that trains."
             )
         elif not any(parameter.requires_grad for parameter in embeddings.parameters()):
             # called after the hook that sets `requires_grad`, which cannot be removed once it was set twice

@@ -52,7 +52,7 @@ def train(output: Path, mode: str) -> dict:
         "world_size": args.world_size,
         "stopped_at": stability.stopped_at,
         "scores": importance.scores,
-        "penalty": importance.metadata["learn_gates"]["penalty"],
+        "loss_closed": importance.metadata["learn_gates"]["loss_closed"],
         "batch_size": importance.metadata["learn_gates"]["batch_size"],
     }
 

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+import peft_ila.attribution
 from peft_ila import EpsilonStability, ILAConfig, LayerImportance, learn_gates
 from peft_ila.training import measure_losses
 
@@ -200,7 +201,8 @@ def test_both_stages(tmp_path, tokenizer, dialogues, input_ids, make, granularit
     assert not list(tmp_path.glob("checkpoint*"))
     settings = importance.metadata["learn_gates"]
     assert settings["steps"] == 12 and settings["seed"] == trainer.args.seed
-    assert settings["penalty"] == settings["loss_closed"] - settings["loss_open"] > 0
+    assert settings["loss_closed"] > settings["loss_open"]
+    assert len(importance.spread) == len(importance.units) and all(spread > 0 for spread in importance.spread)
     # the model can be used on: masked, trained further, saved
     model.apply_mask(importance.select(top_k=1))
     model.save_pretrained(tmp_path / "adapter")
@@ -215,26 +217,54 @@ def test_same_seed_same_scores(tmp_path, tokenizer, dialogues):
     assert learn_gates(trainer, steps=5, seed=4).scores != first.scores
 
 
-def test_the_scores_are_those_of_adam_on_loss_plus_penalty(tmp_path, tokenizer, dialogues):
-    """Against an independent loop; each batch is the whole data set, so that their order does not matter."""
+def gradients_at(model, batch, gamma):
+    """∂L/∂γ of each unit with all gates at γ, by plain LoRA whose B is multiplied by a leaf tensor."""
+    gates = {unit: torch.tensor(gamma, requires_grad=True) for unit in model.gates()}
+    model.set_gate_mode("open")
+    weights = {}
+    for name, parameter in model.named_parameters():
+        (gate,) = [gates[unit] for unit in gates if f".{unit}." in name] or [None]
+        weights[name] = parameter.detach() * gate if gate is not None and "lora_B" in name else parameter.detach()
+    torch.func.functional_call(model, weights, kwargs=dict(batch)).loss.backward()
+    return torch.stack([gate.grad for gate in gates.values()])
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_the_scores_are_the_loss_gain_attributed_along_the_path(tmp_path, tokenizer, dialogues, steps):
+    """Against an independent reference; each batch is the whole data set, so that their order does not matter."""
     trainer = plain_trainer(tmp_path, tokenizer, dialogues, per_device_train_batch_size=len(dialogues))
     trainer.train()
-    importance = learn_gates(trainer, steps=4, learning_rate=0.1, initial_score=1.0, penalty=0.7)
-
-    model = trainer.model
-    model.set_gate_mode("soft")
-    scores = [gate.weight for gate in model.gates().values()]
-    for score in scores:
-        score.data.fill_(1.0)
-    optimizer = torch.optim.Adam(scores, lr=0.1)
+    importance = learn_gates(trainer, steps=steps)
     batch = trainer.data_collator(list(trainer.train_dataset))
-    for _ in range(4):
-        loss = model(**batch).loss + 0.7 * torch.stack([torch.sigmoid(score) for score in scores]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    expected = torch.cat([score.detach() for score in scores])
-    torch.testing.assert_close(torch.tensor(importance.scores), expected, rtol=1e-4, atol=1e-5)
+    trainer.model.eval()
+    worth = -torch.stack([gradients_at(trainer.model, batch, c) for c in (1 / 8, 3 / 8, 5 / 8, 7 / 8)]).mean(0)
+    expected = worth / worth.mean() - 1
+    torch.testing.assert_close(torch.tensor(importance.scores), expected, rtol=1e-4, atol=1e-4)
+    assert importance.spread == pytest.approx([0.0] * 3, abs=1e-4)  # the batches do not differ
+
+    assert importance.metadata["learn_gates"]["attributed"] == pytest.approx(worth.sum().item(), rel=1e-4)
+
+
+def test_attributions_add_up_to_what_all_deltas_are_worth(tmp_path, tokenizer, dialogues, monkeypatch):
+    """Up to the error of the integral, which four points of the path leave and 64 do not."""
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, per_device_train_batch_size=len(dialogues))
+    trainer.train()
+    monkeypatch.setattr("peft_ila.attribution.PATH", tuple((2 * i + 1) / 128 for i in range(64)))
+    monkeypatch.setattr("peft_ila.training.PATH", peft_ila.attribution.PATH)
+    settings = learn_gates(trainer, steps=64, min_agreement=None).metadata["learn_gates"]
+    assert settings["attributed"] == pytest.approx(settings["loss_closed"] - settings["loss_open"], rel=2e-3)
+
+
+def test_stops_when_the_ranking_has_settled(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    settled = learn_gates(trainer, steps=60, min_agreement=0.9)
+    taken = settled.metadata["learn_gates"]["steps_taken"]
+    assert 16 <= taken < 60 and taken % 4 == 0
+    assert learn_gates(trainer, steps=taken, min_agreement=None).scores == settled.scores
+    everything = learn_gates(trainer, steps=60, min_agreement=None)
+    assert everything.metadata["learn_gates"]["steps_taken"] == 60
+    assert everything.ranking() == settled.ranking()
 
 
 @pytest.mark.support("Trainers", "resume from `checkpoint-N`, both stages")
@@ -288,11 +318,11 @@ def test_gradient_accumulation_changes_nothing_but_the_memory(tmp_path, tokenize
     model = ila()
     first = plain_trainer(tmp_path, tokenizer, dialogues, model=model)
     first.train()
-    whole = learn_gates(first, steps=6, penalty=0.5)
+    whole = learn_gates(first, steps=6)
     split = plain_trainer(
         tmp_path, tokenizer, dialogues, model=model, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
-    parts = learn_gates(split, steps=6, penalty=0.5)
+    parts = learn_gates(split, steps=6)
     torch.testing.assert_close(torch.tensor(parts.scores), torch.tensor(whole.scores), rtol=1e-4, atol=1e-4)
 
 
@@ -325,15 +355,6 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was(tmp_path, tokenizer, dialo
     assert torch.equal(model(input_ids).logits, outputs)
 
 
-def test_pressure_pushes_gates_down_and_plain_descent_does_not(tmp_path, tokenizer, dialogues):
-    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
-    trainer.train()
-    pressed = learn_gates(trainer, steps=10, penalty=100.0)
-    assert max(pressed.scores) < 2.0 - 10 * 0.15 * 0.9
-    plain = learn_gates(trainer, steps=10, penalty=0.0)
-    assert max(plain.scores) > max(pressed.scores)
-
-
 def test_the_layer_that_was_tuned_wins(tmp_path, tokenizer, dialogues):
     """Where only one layer has a delta, the ranking must find it."""
     trainer = sft_trainer(tmp_path, tokenizer, dialogues)
@@ -341,7 +362,8 @@ def test_the_layer_that_was_tuned_wins(tmp_path, tokenizer, dialogues):
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name and ".layers.1." not in name:
             parameter.data.zero_()
-    assert learn_gates(trainer, steps=20).ranking()[0] == "model.layers.1"
+    importance = learn_gates(trainer, steps=20)
+    assert importance.scores == pytest.approx([-1.0, 2.0, -1.0], abs=1e-4)  # all of the gain is its own
 
 
 def test_joint_gates_are_folded_first(tmp_path, tokenizer, dialogues, input_ids):
@@ -425,10 +447,8 @@ def test_measured_losses(tmp_path, tokenizer, dialogues):
     "arguments, message",
     [
         ({"steps": 0}, "`steps` must be a whole number of at least 1, got 0"),
-        ({"learning_rate": -1.0}, "`learning_rate` must be greater than 0, got -1.0"),
-        ({"initial_score": math.inf}, "`initial_score` must be finite, got inf"),
-        ({"penalty": math.nan}, "`penalty` must be a finite number of at least 0, got nan"),
-        ({"penalty_batches": 0}, "`penalty_batches` must be"),
+        ({"min_agreement": 1.5}, r"`min_agreement` must be in \(0, 1\], got 1.5"),
+        ({"loss_batches": 0}, "`loss_batches` must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_arguments(tmp_path, tokenizer, dialogues, arguments, message):
