@@ -32,6 +32,7 @@ from .tuning import FrozenPrefix
 from .units import Granularity
 
 _TOP_ROWS = 40  # of a longer ranking, the terminal shows these
+_SHARE = 0.3  # and how sure it is that a unit belongs to this share
 
 
 @dataclass
@@ -75,14 +76,17 @@ class RankArguments:
 
 @dataclass
 class SelectionArguments:
-    """What to select: exactly one of these, see [`LayerImportance.select`]."""
+    """What to select: exactly one of the first three, see [`LayerImportance.select`]."""
 
     top_p: float | None = field(default=None, metadata={"help": "The share of the units to select, in (0, 1]."})
     top_k: int | None = field(default=None, metadata={"help": "The number of units to select."})
     threshold: float | None = field(default=None, metadata={"help": "The least gate of a selected unit, in [0, 1]."})
+    min_probability: float | None = field(
+        default=None, metadata={"help": "Of the share or number, only units that belong to it with this probability."}
+    )
 
     def kwargs(self) -> dict[str, Any]:
-        return {"top_p": self.top_p, "top_k": self.top_k, "threshold": self.threshold}
+        return {name: getattr(self, name) for name in ("top_p", "top_k", "threshold", "min_probability")}
 
 
 @dataclass
@@ -131,18 +135,23 @@ class DemoArguments:
 
 
 def print_table(importance: LayerImportance) -> None:
-    """Print the ranking, most important unit first, with a bar for each gate."""
+    """Print the ranking, most important unit first, with a bar for each gate and how sure the top 30 % are."""
     gates = dict(zip(importance.units, importance.gates))
     scores = dict(zip(importance.units, importance.scores))
+    spread = dict(zip(importance.units, importance.spread))
+    probability = importance.probability(top_p=_SHARE) if spread else {}
     ranking = importance.ranking()
     width = max(len(unit) for unit in ranking)
-    print(f"{'rank':>4}  {'unit':<{width}}  {'score':>7}  {'gate':>5}")
+    sure = f"  {'±':>5}  p(top {_SHARE:.0%})" if spread else ""
+    print(f"{'rank':>4}  {'unit':<{width}}  {'score':>7}{sure}  {'gate':>5}")
     for rank, unit in enumerate(ranking[:_TOP_ROWS], start=1):
-        print(
-            f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}  {gates[unit]:>5.3f}  {'█' * round(30 * gates[unit])}"
-        )
+        sure = f"  {spread[unit]:>5.2f}  {probability[unit]:>10.2f}" if spread else ""
+        bar = "█" * round(30 * gates[unit])
+        print(f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}{sure}  {gates[unit]:>5.3f}  {bar}")
     if len(ranking) > _TOP_ROWS:
         print(f"      … and {len(ranking) - _TOP_ROWS} more")
+    if spread and (open_ones := importance.coin_tosses(top_p=_SHARE)):
+        print(f"In the top {_SHARE:.0%} or not by a coin toss: {', '.join(open_ones)}")
 
 
 def _required(value: str | None, flag: str) -> str:

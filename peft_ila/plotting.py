@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def heatmap(importance: "LayerImportance", path: str | os.PathLike[str] | None = None) -> "Figure":
-    """See [`LayerImportance.plot`]. Units outside every stack of layers, such as `lm_head`, get a last column."""
+    """
+    See [`LayerImportance.plot`]. Units outside every stack of layers, such as `lm_head`, get a last column. Where the
+    ranking says how sure it is, a dot marks the units that are in the top 30 % or not by a coin toss.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -27,7 +30,9 @@ def heatmap(importance: "LayerImportance", path: str | os.PathLike[str] | None =
     if None in layers.values():
         columns.append("–")
 
+    unsure = set(importance.coin_tosses(top_p=0.3)) if importance.spread else set()
     rows: dict[str, list[float]] = {}
+    dots: list[tuple[int, str]] = []
     for unit, gate in zip(importance.units, importance.gates):
         if layer := layers[unit]:
             stack, column = layer[0], str(layer[1])
@@ -37,10 +42,14 @@ def heatmap(importance: "LayerImportance", path: str | os.PathLike[str] | None =
             column, label = "–", unit
         row = rows.setdefault(label, [math.nan] * len(columns))
         row[columns.index(column)] = gate
+        if unit in unsure:
+            dots.append((columns.index(column), label))
 
     figure = Figure(figsize=(2.5 + 0.3 * max(len(columns), 8), 1.3 + 0.3 * max(len(rows), 2)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(list(rows.values()), aspect="auto", cmap="viridis", interpolation="nearest")
+    if dots:
+        axes.scatter([x for x, _ in dots], [list(rows).index(label) for _, label in dots], s=8, color="white")
     step = math.ceil(len(columns) / 40)
     axes.set_xticks(range(0, len(columns), step), columns[::step], fontsize=8)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)

@@ -65,7 +65,12 @@ def test_rank_prints_a_table(workspace, tmp_path, capsys):
     importance = LayerImportance.load(tmp_path / "importance.json")
     assert len(importance.units) == 21
     lines = [line.split() for line in output.splitlines() if ".layers." in line]
+    lines, tosses = [line for line in lines if line[0].isdigit()], importance.coin_tosses(top_p=0.3)
     assert [line[1] for line in lines] == importance.ranking()
+    assert [float(line[4]) for line in lines] == pytest.approx(
+        [importance.probability(top_p=0.3)[unit] for unit in importance.ranking()], abs=0.005
+    )
+    assert (f"In the top 30% or not by a coin toss: {', '.join(tosses)}\n" in output) == bool(tosses)
 
 
 def test_rank_ends_stage_1_when_it_is_stable(workspace, tmp_path):
@@ -133,6 +138,14 @@ def test_convert(ranked, tmp_path, capsys):
     assert (config.r, config.peft_type, config.task_type) == (3, "LORA", "CAUSAL_LM")
     assert "adapter_config.json" in capsys.readouterr().out
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_only_sure_units_are_converted(ranked, tmp_path):
+    path = tmp_path / "importance.json"
+    LayerImportance([f"model.layers.{i}" for i in range(3)], [4.0, 1.1, 1.0], spread=[0.1, 0.5, 0.5]).save(path)
+    arguments = ["--top_k", "2", "--min_probability", "0.9", "--output_dir", str(tmp_path)]
+    main(["convert", str(path), *arguments])
+    assert LoraConfig.from_pretrained(tmp_path).target_modules == {"model.layers.0"}
 
 
 def test_convert_without_the_model_at_hand(ranked, tmp_path, capsys):

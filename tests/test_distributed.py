@@ -14,6 +14,7 @@ from conftest import tiny_llama
 from peft import PeftModel
 
 from peft_ila import LayerImportance, learn_gates
+from peft_ila.cli import main
 from peft_ila.embedded import write_jsonl
 
 ENGINES = Path(__file__).parent.parent / "benchmarks" / "engines"
@@ -34,7 +35,13 @@ def single(tmp_path_factory):
     return json.loads((output / "rank_0.json").read_text())
 
 
-@pytest.mark.parametrize("engine, name", [("ddp", "DistributedType.MULTI_CPU"), ("fsdp2", "FSDP2")])
+@pytest.mark.parametrize(
+    "engine, name",
+    [
+        pytest.param("ddp", "DistributedType.MULTI_CPU", marks=pytest.mark.support("Engines", "DDP, both stages")),
+        pytest.param("fsdp2", "FSDP2", marks=pytest.mark.support("Engines", "FSDP2, both stages")),
+    ],
+)
 def test_two_processes_equal_one(tmp_path, single, engine, name):
     process = launch(engine, distributed_script.__file__, str(tmp_path))
     assert process.returncode == 0, process.stderr[-4000:]
@@ -51,6 +58,7 @@ def test_two_processes_equal_one(tmp_path, single, engine, name):
     assert first["open"]["stopped_at"] is not None
 
 
+@pytest.mark.support("Engines", "`accelerate launch` of `peft-ila rank`")
 def test_rank_by_accelerate_launch(tmp_path, tokenizer, dialogues):
     tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -62,10 +70,9 @@ def test_rank_by_accelerate_launch(tmp_path, tokenizer, dialogues):
         steps = ["--per_device_train_batch_size", batch, "--gate_steps", "4", "--use_cpu", "True"]
         return ["peft_ila.cli", "rank", *data, "--output_dir", str(tmp_path / output), *options.split(), *steps]
 
-    # a process of its own, since LoRA's first weights depend on what was drawn before
-    single = subprocess.run([sys.executable, "-m", *arguments("one", "8")], capture_output=True, text=True)
+    main(arguments("one", "8")[1:])
     process = launch("ddp", "-m", *arguments("two", "4"))
-    assert single.returncode == process.returncode == 0, single.stderr[-2000:] + process.stderr[-4000:]
+    assert process.returncode == 0, process.stderr[-4000:]
     one, two = (LayerImportance.load(tmp_path / output / "importance.json") for output in ("one", "two"))
     assert two.metadata["learn_gates"]["batch_size"] == one.metadata["learn_gates"]["batch_size"] == 8
     assert two.scores == pytest.approx(one.scores, abs=2e-3)
@@ -73,7 +80,13 @@ def test_rank_by_accelerate_launch(tmp_path, tokenizer, dialogues):
     assert model.layer_importance().scores == two.scores
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("zero2", marks=pytest.mark.support("Engines", "DeepSpeed ZeRO-2, stage 1")),
+        pytest.param("zero3", marks=pytest.mark.support("Engines", "DeepSpeed ZeRO-3, stage 1")),
+    ],
+)
 def test_deepspeed_trains_stage_1_and_says_where_stage_2_runs(tmp_path, engine):
     pytest.importorskip("deepspeed")
     process = launch(engine, distributed_script.__file__, str(tmp_path))
@@ -85,8 +98,18 @@ def test_deepspeed_trains_stage_1_and_says_where_stage_2_runs(tmp_path, engine):
 @pytest.mark.parametrize(
     "kind, is_fsdp2, message",
     [
-        (DistributedType.DEEPSPEED, False, "under DeepSpeed"),
-        (DistributedType.FSDP, False, "under version 1 of FSDP"),
+        pytest.param(
+            DistributedType.DEEPSPEED,
+            False,
+            "under DeepSpeed",
+            marks=pytest.mark.support("Engines", "DeepSpeed, stage 2", refused=True),
+        ),
+        pytest.param(
+            DistributedType.FSDP,
+            False,
+            "under version 1 of FSDP",
+            marks=pytest.mark.support("Engines", "FSDP1, stage 2", refused=True),
+        ),
         (DistributedType.FSDP, True, "under FSDP's own activation checkpointing"),
     ],
 )

@@ -37,6 +37,14 @@ def test_two_stacks_and_a_head():
     assert filled == [[True, True, False], [True, False, False], [False, False, True]]
 
 
+def test_units_that_are_selected_by_a_coin_toss_are_marked():
+    units = [f"h.{i}.{name}" for i in range(5) for name in "ab"]
+    scores = [3.0, -3.0, 2.0, -3.0, 0.01, -3.0, 0.0, -3.0, -2.0, -3.0]  # top 30 %: 3.0, 2.0 and one of 0.01 and 0.0
+    axes = axes_of(LayerImportance(units, scores, spread=[0.1] * 10))
+    assert axes.collections[0].get_offsets().tolist() == [[2, 0], [3, 0]]
+    assert not axes_of(LayerImportance(units, scores)).collections
+
+
 def test_many_layers_keep_readable_ticks():
     importance = LayerImportance(units=[f"h.{i}" for i in range(126)], scores=[0.1 * i for i in range(126)])
     assert len(labels(axes_of(importance), "x")) <= 40
