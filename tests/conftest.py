@@ -76,7 +76,7 @@ def dialogues() -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The support table: `pytest --support-table docs/support.md`
+# The support table: `pytest --support-table=docs/support.md`
 # ---------------------------------------------------------------------------------------------------------------------
 
 _SUPPORT_HEAD = """\

@@ -3,23 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from test_conversion import build
+from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
 from peft_ila import ILAConfig
-
-
-def mixtral() -> MixtralForCausalLM:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            num_local_experts=4,
-            vocab_size=64,
-        )
-    )
 
 
 def test_mamba_modules_whose_weight_is_read_directly_are_refused():
@@ -38,10 +25,10 @@ def test_saving_a_shard_warns(llama, tmp_path):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"], r".*\.(q_proj|w2)"])
 def test_experts_that_lora_would_reach_are_named_in_a_warning(targets):
-    assert get_peft_model(mixtral(), LoraConfig(target_modules=targets)).base_model.targeted_parameter_names
+    assert get_peft_model(build("mixtral"), LoraConfig(target_modules=targets)).base_model.targeted_parameter_names
     with pytest.warns(UserWarning, match="the experts of this model are parameters"):
-        model = get_peft_model(mixtral(), ILAConfig(target_modules=targets))
-    assert len(model.gates()) == 2
+        model = get_peft_model(build("mixtral"), ILAConfig(target_modules=targets))
+    assert len(model.gates()) == 5
 
 
 def test_gated_layers_are_printed_as_those_of_lora(llama):
