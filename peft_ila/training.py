@@ -163,8 +163,8 @@ def learn_gates(
 
     The weight deltas are frozen and only the scores get gradients, on the trainer's own data and loss. Each step
     measures −∂L/∂γ of all gates at one point of the path from γ = 0, the base model, to γ = 1, the fine-tuned one. The
-    mean over the path, the attribution of a unit, is its part of L(0) − L(1), what all deltas together are worth; its
-    score is n·attribution / Σ attributions − 1, so that a gate above ½ means: worth more than the mean of the n units.
+    mean over the path, the attribution of a unit, is its part of L(0) − L(1), what all n deltas are worth together.
+    The score is n·attribution / (L(0) − L(1)) − 1: a gate above ½ means that the unit is worth more than the mean.
 
     The paper descends on the scores instead. At a stable point the loss is flat in every gate, and that ranks little
     better than chance; a budget's pressure mends it, but ranks worse than the path (docs/results.md compares them).
@@ -245,9 +245,8 @@ def learn_gates(
             set_seed(seed)
             stage.train(resume_from_checkpoint=resume_from_checkpoint)
             worth, error = attributions(samples_of(stage.optimizer))
-            mean = worth.mean()
-            if not mean > 0:
-                raise ValueError(f"The attributions add up to {worth.sum():.4f}: there is nothing to rank by.")
+            # the mean of what the units are worth: their attributions add up to it but for the error of the integral
+            mean = (closed - opened) / len(gates)
             _shard(trainer)
             for gate, value in zip(gates, (worth / mean - 1).tolist()):
                 gate.weight.data.fill_(value)
@@ -257,6 +256,13 @@ def learn_gates(
             for name, parameter in ila.model.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
 
+    attributed = worth.sum().item()
+    if not 0.5 < attributed / (closed - opened) < 2:
+        logger.warning(
+            f"The attributions add up to {attributed:.4f}, but all deltas together are worth {closed - opened:.4f}. "
+            "The loss changes too fast between the points of the path, or there were too few batches: the ranking may "
+            "be wrong. Fine-tune with a lower learning rate, or take more steps."
+        )
     importance = ila.layer_importance()
     importance.spread = (error / mean).tolist()
     importance.metadata["learn_gates"] = {
@@ -268,7 +274,7 @@ def learn_gates(
         "batch_size": stage.get_total_train_batch_size(stage.args),
         "loss_closed": closed,
         "loss_open": opened,
-        "attributed": worth.sum().item(),
+        "attributed": attributed,
     }
     data = trainer.train_dataset
     importance.metadata["data"] = {

@@ -3,6 +3,7 @@ from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two threads, and differ on each machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -27,6 +28,11 @@ def tiny_llama(layers: int = 3, seed: int = 0, **kwargs) -> LlamaForCausalLM:
         }
     )
     return LlamaForCausalLM(config)
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    torch.set_num_threads(os.cpu_count() if request.node.get_closest_marker("smollm2") else 1)
 
 
 @pytest.fixture

@@ -127,6 +127,7 @@ def test_accepted(options, granularity, input_ids, tmp_path):
 def test_refused(options):
     (name,) = (name for name in options if name != "task_type")
     if options[name] == "loftq":
+        pytest.importorskip("scipy")  # PEFT asks for it first
         options = {**options, "loftq_config": {"loftq_bits": 4}}
     with pytest.raises(ValueError, match=f"ILA does not support `{name}"):
         ILAConfig(**options)

