@@ -97,23 +97,24 @@ def pytest_addoption(parser):
     parser.addoption("--support-table", type=Path, help="write what the tests marked `support` did to this file")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in item.iter_markers("support"):
+            good = "refused" if mark.kwargs.get("refused") else "supported"
+            item.user_properties.append(("support", [*mark.args, good]))  # goes with the reports of other processes
+
+
 class SupportTable:
     """Collects the outcomes of the tests marked `@pytest.mark.support(section, row, refused=False)`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = defaultdict(lambda: defaultdict(list))
-        self.marks = {}
-
-    def pytest_collection_modifyitems(self, items):
-        self.marks = {item.nodeid: list(item.iter_markers("support")) for item in items}
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.outcome == "passed":
             return
-        for mark in self.marks.get(report.nodeid, ()):
-            section, row = mark.args
-            good = "refused" if mark.kwargs.get("refused") else "supported"
+        for section, row, good in (value for name, value in report.user_properties if name == "support"):
             outcome = {"passed": good, "skipped": "not run", "failed": "**fails**"}[report.outcome]
             self.rows[section][row].append((outcome, report.location[0]))
 
@@ -130,5 +131,6 @@ class SupportTable:
 
 
 def pytest_configure(config):
-    if path := config.getoption("--support-table"):
+    path = config.getoption("--support-table")
+    if path and not hasattr(config, "workerinput"):  # not in the processes of pytest-xdist
         config.pluginmanager.register(SupportTable(path))
