@@ -30,9 +30,13 @@ def tiny_llama(layers: int = 3, seed: int = 0, **kwargs) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+# more threads than cores are several times slower than one thread
+THREADS_OF_BIG_MODELS = max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
 @pytest.fixture(autouse=True)
 def threads(request):
-    torch.set_num_threads(os.cpu_count() if request.node.get_closest_marker("smollm2") else 1)
+    torch.set_num_threads(THREADS_OF_BIG_MODELS if request.node.get_closest_marker("smollm2") else 1)
 
 
 @pytest.fixture

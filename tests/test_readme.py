@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import THREADS_OF_BIG_MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.smollm2
 def test_the_python_example_runs(tmp_path):
     (example,) = blocks("python")
-    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS_OF_BIG_MODELS)}
     result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
