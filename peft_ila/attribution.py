@@ -121,7 +121,7 @@ class StopWhenSettled(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        samples = samples_of(optimizer)
-        ends = [len(samples) - i * len(PATH) for i in range(3)]
-        if len(samples) % len(PATH) == 0 and ends[-1] >= 2 * len(PATH):
+        ends = [state.global_step - i * len(PATH) for i in range(3)]
+        if state.global_step % len(PATH) == 0 and ends[-1] >= 2 * len(PATH):
+            samples = samples_of(optimizer)
             control.should_training_stop = all(agreement(samples[:end]) >= self.bound for end in ends)

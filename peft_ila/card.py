@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .importance import LayerImportance
 
 _HEADING = "## Layer importance"
-_TOP_ROWS = 40
+TOP_ROWS = 40  # of a longer ranking, the card and the terminal show these
 _TAGS = ("peft-ila", "arxiv:2410.17875")
 
 
@@ -36,7 +36,7 @@ def save_card(importance: "LayerImportance", directory: str | os.PathLike[str]) 
 
 
 def _section(importance: "LayerImportance") -> str:
-    rows = importance.ranking()[:_TOP_ROWS]
+    rows = importance.ranking()[:TOP_ROWS]
     gates = dict(zip(importance.units, importance.gates))
     lines = [
         _HEADING,

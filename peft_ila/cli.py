@@ -20,7 +20,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from peft import PeftConfig
 
-from .card import upload
+from .card import TOP_ROWS, upload
 from .config import ILAConfig
 from .conversion import DECIDED_BY_SELECTION, export_adapter
 from .delta import extract_lora
@@ -31,8 +31,7 @@ from .training import EpsilonStability, learn_gates
 from .tuning import FrozenPrefix
 from .units import Granularity
 
-_TOP_ROWS = 40  # of a longer ranking, the terminal shows these
-_SHARE = 0.3  # and how sure it is that a unit belongs to this share
+_SHARE = 0.3  # the terminal shows how sure it is that a unit belongs to this share
 
 
 @dataclass
@@ -144,12 +143,12 @@ def print_table(importance: LayerImportance) -> None:
     width = max(len(unit) for unit in ranking)
     sure = f"  {'±':>5}  p(top {_SHARE:.0%})" if spread else ""
     print(f"{'rank':>4}  {'unit':<{width}}  {'score':>7}{sure}  {'gate':>5}")
-    for rank, unit in enumerate(ranking[:_TOP_ROWS], start=1):
+    for rank, unit in enumerate(ranking[:TOP_ROWS], start=1):
         sure = f"  {spread[unit]:>5.2f}  {probability[unit]:>10.2f}" if spread else ""
         bar = "█" * round(30 * gates[unit])
         print(f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}{sure}  {gates[unit]:>5.3f}  {bar}")
-    if len(ranking) > _TOP_ROWS:
-        print(f"      … and {len(ranking) - _TOP_ROWS} more")
+    if len(ranking) > TOP_ROWS:
+        print(f"      … and {len(ranking) - TOP_ROWS} more")
     if spread and (open_ones := importance.coin_tosses(top_p=_SHARE)):
         print(f"In the top {_SHARE:.0%} or not by a coin toss: {', '.join(open_ones)}")
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .conversion import SAVED_PREFIX, meta_skeleton, save_adapter
+from .conversion import DECIDED_BY_SELECTION, SAVED_PREFIX, meta_skeleton, save_adapter
 
 
 def extract_lora(
@@ -85,8 +85,9 @@ def extract_lora(
         module, norm = name.removesuffix(".weight"), float(delta.square().sum(dtype=torch.float64))
         if module in targets:
             # the weight of Conv1D is transposed
-            a, b, kept[module] = _factorise(delta.T if isinstance(targets[module], Conv1D) else delta, rank)
+            a, b, held = _factorise(delta.T if isinstance(targets[module], Conv1D) else delta, rank)
             energy[module] = norm
+            kept[module] = 1.0 if held is None or not norm else min(held / norm, 1.0)
             factors[f"{SAVED_PREFIX}{module}.lora_A.weight"] = a
             factors[f"{SAVED_PREFIX}{module}.lora_B.weight"] = b
         else:
@@ -120,7 +121,7 @@ def extract_lora(
 
 def _linear_targets(skeleton: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     modules = dict(skeleton.named_modules())
-    plain = LoraConfig(target_modules=config.target_modules, exclude_modules=config.exclude_modules)
+    plain = LoraConfig(**{name: getattr(config, name) for name in DECIDED_BY_SELECTION})
     names = LoraModel(skeleton, plain, "default", low_cpu_mem_usage=True).targeted_module_names
     for name in names:
         if not isinstance(modules[name], (nn.Linear, Conv1D)):
@@ -128,13 +129,13 @@ def _linear_targets(skeleton: nn.Module, config: LoraConfig) -> dict[str, nn.Mod
     return {name: modules[name] for name in names}
 
 
-def _factorise(delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A of shape (r, in), B of shape (out, r), and the share of ‖delta‖² that B·A holds."""
+def _factorise(delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """A of shape (r, in), B of shape (out, r), and ‖B·A‖², or `None` where B·A is the whole delta."""
     rows, columns = delta.shape
     if rank is None or rank >= min(rows, columns):
         if columns <= rows:
-            return torch.eye(columns), delta.contiguous(), 1.0
-        return delta.contiguous(), torch.eye(rows), 1.0
+            return torch.eye(columns), delta.contiguous(), None
+        return delta.contiguous(), torch.eye(rows), None
     if 4 * rank >= min(rows, columns):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:  # much faster for a large matrix, and with power iterations as good
@@ -143,9 +144,8 @@ def _factorise(delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, tor
             u, s, v = torch.svd_lowrank(delta, q=2 * rank, niter=4)
         vh = v.T
     root = s[:rank].sqrt()
-    energy = float(delta.square().sum(dtype=torch.float64))
-    share = float(s[:rank].double().square().sum()) / energy if energy else 1.0
-    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous(), min(share, 1.0)
+    held = float(s[:rank].double().square().sum())
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous(), held
 
 
 class _Checkpoint:

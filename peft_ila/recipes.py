@@ -38,10 +38,10 @@ def recipe(
     """
     if program == "axolotl-full":
         return {"unfrozen_parameters": _unfrozen(importance, selected, model)}
-    # only axolotl can name layers by their index
-    importance_of_modules = importance if program == "axolotl" else _by_module(importance)
-    units = selected if program == "axolotl" else [name for unit in selected for name in importance.modules[unit]]
-    config: LoraConfig = to_lora_config(importance_of_modules, units, model, **kwargs)
+    if program != "axolotl":  # the others cannot name layers by their index
+        selected = [name for unit in selected for name in importance.modules[unit]]
+        importance = _by_module(importance)
+    config: LoraConfig = to_lora_config(importance, selected, model, **kwargs)
     targets: Any = config.target_modules
     if not isinstance(targets, str):
         targets = sorted(targets)

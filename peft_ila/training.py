@@ -269,7 +269,7 @@ def learn_gates(
         "steps": steps,
         "steps_taken": stage.state.global_step,
         "min_agreement": min_agreement,
-        "path": PATH,
+        "path": list(PATH),  # as it is read back
         "seed": seed,
         "batch_size": stage.get_total_train_batch_size(stage.args),
         "loss_closed": closed,

@@ -63,6 +63,12 @@ def test_the_whole_delta(checkpoints, input_ids):
     torch.testing.assert_close(model(input_ids).logits, tuned(input_ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_the_layers_of_the_configuration_alone(checkpoints):
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])
+    report = extract_lora(str(checkpoints / "base"), str(checkpoints / "tuned"), config, checkpoints / "x")
+    assert list(report["energy_kept_by_module"]) == ["model.layers.1.self_attn.q_proj"]
+
+
 @pytest.mark.parametrize("rank", [1, 3, 12])
 def test_truncated_to_a_rank(checkpoints, rank):
     report = extract_lora(

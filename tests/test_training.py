@@ -199,6 +199,8 @@ def test_both_stages(tmp_path, tokenizer, dialogues, input_ids, make, granularit
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
     assert (len(trainer.state.log_history), trainer.state.global_step) == (logs, step)
     assert not list(tmp_path.glob("checkpoint*"))
+    importance.save(tmp_path / "importance.json")
+    assert LayerImportance.load(tmp_path / "importance.json") == importance
     settings = importance.metadata["learn_gates"]
     assert settings["steps"] == 12 and settings["seed"] == trainer.args.seed
     assert settings["loss_closed"] > settings["loss_open"]
