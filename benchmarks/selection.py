@@ -1,34 +1,35 @@
 """
-What tuning a selection costs, against LoRA on all layers: bytes that autograd keeps, and the time of a step.
+What tuning a selection costs, against LoRA on all layers: bytes that autograd keeps, FLOPs and the time of a step.
 
 The selection is the ranking's own, scattered as it is. Gradient checkpointing is off and on, there without and with
-`FrozenPrefix`. Times are medians of ratios to full LoRA's step just before, since the machine's speed drifts.
+`FrozenPrefix`; on NF4 (whose products PyTorch's counter does not see) with it. Times are medians of ratios to full
+LoRA's step just before, since the machine's speed drifts.
 
-    python benchmarks/selection.py --importance demo_output/part_a/importance.json
+    python benchmarks/selection.py --importance demo_output/part_a/importance.json \
+        --output benchmarks/results/selection.json
 
-SmolLM2-135M, r = 16, 4×128 tokens; 10 minutes on 2 cores.
+SmolLM2-135M, r = 16, 4×128 tokens; 10 minutes on 2 quiet cores.
 """
 
 import argparse
 import statistics
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from record import save
+from step_cost import load, loss, seconds
+from torch.utils.flop_counter import FlopCounterMode
 
 from peft_ila import FrozenPrefix, LayerImportance
-from peft_ila.embedded import smollm2
 from peft_ila.measure import saved_tensor_bytes
 
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
 REPEATS = 5
-IDS = torch.randint(0, 49152, (4, 128), generator=torch.Generator().manual_seed(0))
 
 
-def adapted(config: LoraConfig, checkpointing: bool, prefix: bool) -> PeftModel:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32), config).train()
+def adapted(config: LoraConfig, nf4: bool, checkpointing: bool, prefix: bool) -> PeftModel:
+    model = get_peft_model(load(nf4), config).train()
     if checkpointing:
         model.enable_input_require_grads()  # as TRL does
         model.get_base_model().gradient_checkpointing_enable()
@@ -38,34 +39,51 @@ def adapted(config: LoraConfig, checkpointing: bool, prefix: bool) -> PeftModel:
     return model
 
 
-def step(model: PeftModel) -> float:
-    start = time.perf_counter()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    return time.perf_counter() - start
+def count(model: PeftModel) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and FLOPs of a step."""
+    with FlopCounterMode(display=False) as flops:
+        loss(model).backward()
+    return saved_tensor_bytes(model, lambda: loss(model)), flops.get_total_flops()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--importance", required=True, help="a ranking of SmolLM2's decoder layers")
+    parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     importance = LayerImportance.load(args.importance)
 
     def config(share: float) -> LoraConfig:
         return importance.to_lora_config(top_p=share, r=16, lora_alpha=32)
 
-    print("| checkpointing | share | lowest layer | bytes | time |\n|---|---|---|---|---|")
-    for checkpointing, prefix in ((False, False), (True, False), (True, True)):
-        full = adapted(config(1.0), checkpointing, False)
-        whole = saved_tensor_bytes(full, lambda model=full: model(input_ids=IDS, labels=IDS).loss)
+    rows = []
+    print("| base | checkpointing | share | layers | lowest | bytes | FLOPs | time |\n" + "|---" * 8 + "|")
+    for nf4, checkpointing, prefix in (
+        (False, False, False),
+        (False, True, False),
+        (False, True, True),
+        (True, True, True),
+    ):
+        full = adapted(config(1.0), nf4, checkpointing, False)
+        whole, work = count(full)
         label = "on, `FrozenPrefix`" if prefix else "on" if checkpointing else "off"
         for share in SHARES:
             selection = config(share)
-            model = adapted(selection, checkpointing, prefix)
-            kept = saved_tensor_bytes(model, lambda model=model: model(input_ids=IDS, labels=IDS).loss)
-            seconds = [(step(full), step(model)) for _ in range(REPEATS)]
-            ratio = statistics.median(b / a for a, b in seconds)
-            lowest = min(selection.layers_to_transform)
-            print(f"| {label} | {share:.0%} | {lowest} | {kept / whole:.2f} | {ratio:.2f} |", flush=True)
+            model = adapted(selection, nf4, checkpointing, prefix)
+            kept, flops = count(model)
+            row = {
+                "base": "NF4" if nf4 else "fp32",
+                "checkpointing": label,
+                "share": share,
+                "layers": len(selection.layers_to_transform),
+                "lowest layer": min(selection.layers_to_transform),
+                "bytes": kept / whole,
+                "FLOPs": None if nf4 else flops / work,
+                "time": statistics.median(1 / (seconds(full) / seconds(model)) for _ in range(REPEATS)),
+            }
+            rows.append(row)
+            print("| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    save(args.output, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -310,7 +310,12 @@ def _extract_delta(
 ) -> tuple[str, dict[str, Any]]:
     """Write the delta of a fully fine-tuned model as an adapter, once."""
     delta, report = output_dir / "delta", output_dir / "delta" / "delta.json"
-    wanted = {"tuned_model": rank_args.tuned_model, "tuned_rank": rank_args.tuned_rank}
+    wanted = {
+        "base_model": model_args.model_name_or_path,
+        "tuned_model": rank_args.tuned_model,
+        "tuned_rank": rank_args.tuned_rank,
+        "target_modules": model_args.lora_target_modules,
+    }
     with PartialState().main_process_first():
         facts = json.loads(report.read_text()) if report.exists() else {}
         if not facts.items() >= wanted.items():

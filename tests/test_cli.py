@@ -213,6 +213,9 @@ def test_a_fully_fine_tuned_model_is_ranked(workspace, ranked, tmp_path, truncat
     written = (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns
     rank(workspace, tmp_path / "out", *extra, "--resume_from_checkpoint", "True")
     assert (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns == written
+    rank(workspace, tmp_path / "out", *extra, "--lora_target_modules", "q_proj", "v_proj")
+    targets = LoraConfig.from_pretrained(tmp_path / "out" / "delta").target_modules
+    assert {target.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""A benchmark's figures on disk, with what one needs to repeat them."""
+
+import importlib.metadata
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from peft_ila.files import whole_file
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "peft-ila")
+
+
+def save(path: Path, figures: dict[str, Any]) -> None:
+    """Write the figures as JSON, with the command that made them and the versions of the packages."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made_by = {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({"made_by": made_by, **figures}))
