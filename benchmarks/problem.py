@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -50,8 +51,9 @@ def fine_tune(
         .shuffle(seed=0)
     )
     model = base_model()
+    trained = (adapter / SAFETENSORS_WEIGHTS_NAME).exists()  # the directory alone is made by any trainer
     trainer = SFTTrainer(
-        model=PeftModel.from_pretrained(model, adapter) if adapter.exists() else get_peft_model(model, config),
+        model=PeftModel.from_pretrained(model, adapter) if trained else get_peft_model(model, config),
         args=SFTConfig(
             output_dir=str(adapter),
             per_device_train_batch_size=8,
@@ -75,7 +77,7 @@ def fine_tune(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    if not adapter.exists():
+    if not trained:
         trainer.train()
         trainer.model.save_pretrained(adapter)
     return trainer

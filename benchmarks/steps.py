@@ -1,31 +1,36 @@
 """
-How many steps of either stage does a ranking need? What the defaults of `learn_gates` rest on, see `docs/results.md`.
+How many steps of either stage does a ranking need? What the defaults of `learn_gates` rest on, see `docs/defaults.md`.
 
 One long LoRA run is kept at several steps, and the path is measured on each of these adapters. All rankings are
 compared with that of the last one from batches that no other ranking has seen. "Agreement" is what `learn_gates` looks
 at. The last line says whether the spread of the scores is right: the differences between rankings from disjoint
 batches, in units of their standard errors, should have a standard deviation of 1.
 
-    python benchmarks/steps.py --data ../shared/data/sft_alpaca_gpt4.jsonl --output benchmarks/results/steps.json
+    python benchmarks/steps.py --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
+        --output benchmarks/results/steps.json --plot docs/steps.png
 
-40 minutes on one core.
+40 minutes on one core. An output that is there already is only printed and drawn.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from problem import Problem, fine_tune
 from record import save
 from transformers import TrainerCallback
 
 from peft_ila import LayerImportance
 from peft_ila.attribution import agreement, attributions
+from peft_ila.files import whole_file
 
 STAGE_1 = (8, 15, 30, 60, 120)
 STAGE_2 = (8, 12, 16, 24, 32, 48)
 BATCHES = 48  # for the rankings, and as many again for the one they are compared with
+UNITS = ("modules", "decoder layers")
 
 
 class KeepAdapters(TrainerCallback):
@@ -47,19 +52,11 @@ def ranking(samples: torch.Tensor) -> LayerImportance:
     return LayerImportance([str(i) for i in range(samples.shape[1])], attributions(samples)[0].tolist())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a JSONL file with `messages`")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where stage 1 is kept")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-
-    path = args.adapters / f"{Path(args.data).stem}_{args.seed}"
-    fine_tune(args.data, args.seed, STAGE_1[-1], adapter(path, STAGE_1[-1]), callbacks=[KeepAdapters(path)])
+def measure(data: str, seed: int, path: Path) -> dict[str, Any]:
+    fine_tune(data, seed, STAGE_1[-1], adapter(path, STAGE_1[-1]), callbacks=[KeepAdapters(path)])
     samples, losses = {}, {}
     for steps in reversed(STAGE_1):
-        problem = Problem(args.data, args.seed, steps, adapter(path, steps), 2 * BATCHES)
+        problem = Problem(data, seed, steps, adapter(path, steps), 2 * BATCHES)
         losses[steps] = problem.loss_open
         samples[steps] = problem.path_samples(2 * BATCHES if steps == STAGE_1[-1] else STAGE_2[-2])
         print(f"stage 1, {steps} steps: held-out loss {losses[steps]:.3f}", flush=True)
@@ -67,28 +64,66 @@ def main() -> None:
     layers = torch.tensor([[own == layer for layer in dict.fromkeys(problem.layers)] for own in problem.layers])
     summed = {steps: rows @ layers.float() for steps, rows in samples.items()}
     figures: dict[str, Any] = {"losses": losses}
-    for units, measured in (("modules", samples), ("decoder layers", summed)):
-        reference = measured[STAGE_1[-1]][BATCHES:]
+    for units, measured in zip(UNITS, (samples, summed)):
+        own, other = measured[STAGE_1[-1]][:BATCHES], measured[STAGE_1[-1]][BATCHES:]
+        reference = ranking(other)
         figures[units] = [
             {
                 "stage 1": steps,
                 "stage 2": batches,
                 "agreement": agreement(rows[:batches]),
-                "overlap@30": ranking(rows[:batches]).overlap(ranking(reference), 0.3),
-                "overlap@75": ranking(rows[:batches]).overlap(ranking(reference), 0.75),
-                "Spearman": ranking(rows[:batches]).spearman(ranking(reference)),
+                "overlap@30": ranking(rows[:batches]).overlap(reference, 0.3),
+                "overlap@75": ranking(rows[:batches]).overlap(reference, 0.75),
+                "Spearman": ranking(rows[:batches]).spearman(reference),
             }
             for steps, rows in measured.items()
             for batches in STAGE_2
             if batches <= len(rows)
         ]
-        (first, error), (second, other) = attributions(measured[STAGE_1[-1]][:BATCHES]), attributions(reference)
-        figures[f"z of {units}"] = ((first - second) / (error.square() + other.square()).sqrt()).std().item()
+        (first, error), (second, other_error) = attributions(own), attributions(other)
+        z = (first - second) / (error.square() + other_error.square()).sqrt()
+        figures[f"z of {units}"] = z.std().item()
+        figures[f"signal to noise of {units}"] = (first.std() / error.square().mean().sqrt()).item()
+    return figures
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Overlaps and Spearman of modules and layers, over the batches of stage 2, one line a length of stage 1."""
+    measures = ("overlap@30", "overlap@75", "Spearman")
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, units in zip(figure.subplots(len(UNITS), len(measures), sharex=True), UNITS):
+        for axis, name in zip(axes, measures):
+            for steps in STAGE_1:
+                rows = [row for row in figures[units] if row["stage 1"] == steps]
+                axis.plot([row["stage 2"] for row in rows], [row[name] for row in rows], marker=".", label=steps)
+            axis.set(title=f"{units}: {name}", xlabel="batches of stage 2", xscale="log")
+            axis.set_xticks(STAGE_2, labels=STAGE_2, minor=False)
+            axis.minorticks_off()
+    figure.axes[-1].legend(title="steps of stage 1")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a JSONL file with `messages`")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where stage 1 is kept")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="a picture of the figures")
+    args = parser.parse_args()
+
+    if not args.output.exists():
+        save(args.output, measure(args.data, args.seed, args.adapters / f"{Path(args.data).stem}_{args.seed}"))
+    figures = json.loads(args.output.read_text())
+    for units in UNITS:
         print(f"\n| {units}: {' | '.join(figures[units][0])} |\n|{'---|' * len(figures[units][0])}")
         for row in figures[units]:
             print("| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
-        print(f"\nstandard deviation of the differences, in standard errors: {figures[f'z of {units}']:.2f}")
-    save(args.output, figures)
+        print(f"\nsignal to noise {figures[f'signal to noise of {units}']:.2f}")
+        print(f"standard deviation of the differences, in standard errors: {figures[f'z of {units}']:.2f}")
+    if args.plot:
+        plot(figures, args.plot)
 
 
 if __name__ == "__main__":

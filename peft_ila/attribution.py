@@ -124,4 +124,5 @@ class StopWhenSettled(TrainerCallback):
         ends = [state.global_step - i * len(PATH) for i in range(3)]
         if state.global_step % len(PATH) == 0 and ends[-1] >= 2 * len(PATH):
             samples = samples_of(optimizer)
-            control.should_training_stop = all(agreement(samples[:end]) >= self.bound for end in ends)
+            if all(agreement(samples[:end]) >= self.bound for end in ends):
+                control.should_training_stop = True

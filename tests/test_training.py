@@ -270,6 +270,13 @@ def test_stops_when_the_ranking_has_settled(tmp_path, tokenizer, dialogues):
     assert everything.ranking() == settled.ranking()
 
 
+def test_a_ranking_that_does_not_settle_ends_at_the_cap(tmp_path, tokenizer, dialogues, monkeypatch):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, learning_rate=5e-3)
+    trainer.train()
+    monkeypatch.setattr("peft_ila.attribution.agreement", lambda samples: 0.0)
+    assert learn_gates(trainer, steps=16).metadata["learn_gates"]["steps_taken"] == 16
+
+
 @pytest.mark.support("Trainers", "resume from `checkpoint-N`, both stages")
 def test_resumed_stages_end_as_unbroken_ones(tmp_path, tokenizer, dialogues):
     """Each stage is stopped half-way by an exception, and resumed by a new trainer from its checkpoint."""
