@@ -40,16 +40,23 @@ class PathAttribution(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take the gradients of the scores down as one sample and go on to the next point of the path."""
-        for group in self.param_groups:
-            if not group["params"]:
-                continue
-            row = torch.cat([self._sample(score) for score in group["params"]])[None]
-            # With the group, not with each score: accelerate, which tells the scores of a sharded model apart by their
-            # address, takes all empty shards for one.
-            group["samples"] = torch.cat([group["samples"], row]) if "samples" in group else row
-            for score in group["params"]:
-                score.fill_(score_of(PATH[len(group["samples"]) % len(PATH)]))
+        """
+        Take the gradients of the scores down as one sample and go on to the next point of the path.
+
+        Raises:
+            ValueError: A gradient is NaN or infinite.
+        """
+        (group,) = self.param_groups
+        row = torch.cat([self._sample(score) for score in group["params"]])[None]
+        if not row.isfinite().all():
+            raise ValueError(
+                "The gradient of the gates is not finite on a training batch. Check the data and the loss."
+            )
+        # With the group, not with each score: accelerate, which tells the scores of a sharded model apart by their
+        # address, takes all empty shards for one.
+        group["samples"] = torch.cat([group["samples"], row]) if "samples" in group else row
+        for score in group["params"]:
+            score.fill_(score_of(PATH[len(group["samples"]) % len(PATH)]))
 
     @staticmethod
     def _sample(score: torch.Tensor) -> torch.Tensor:
@@ -67,11 +74,16 @@ def samples_of(optimizer: Any) -> torch.Tensor:
     """
     What a [`PathAttribution`] has measured: shape (steps, scores), fp32 on the CPU, in the unit of the loss.
 
-    Under FSDP2 to be called by all processes.
+    Under fp16, steps that the gradient scaler skipped are not among them. Under FSDP2 to be called by all processes.
+
+    Raises:
+        ValueError: No step was taken.
     """
-    groups = [group for group in optimizer.param_groups if group["params"]]
-    samples = torch.cat([group["samples"] for group in groups], dim=1)
-    if isinstance(score := groups[0]["params"][0], DTensor):
+    (group,) = optimizer.param_groups
+    if "samples" not in group:
+        raise ValueError("Not one step of stage 2 was taken: no gradient was finite. Train in bf16 or fp32.")
+    samples = group["samples"].clone()  # what is added up below is not kept
+    if isinstance(score := group["params"][0], DTensor):
         torch.distributed.all_reduce(samples, group=score.device_mesh.get_group(score.device_mesh.ndim - 1))
     return samples.cpu()
 
@@ -84,14 +96,14 @@ def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         samples: Of shape (steps, units).
 
     Returns:
-        Two tensors of shape (units,). The errors are those of the mean over batches; they are 0 where there is only
-        one batch at each point.
+        Two tensors of shape (units,). The errors are those of the mean over batches; NaN if a point of the path has
+        fewer than two.
     """
     means, errors = [], []
     for point in range(min(len(PATH), len(samples))):
         rows = samples[point :: len(PATH)]
         means.append(rows.mean(0))
-        errors.append(rows.var(0, correction=1) / len(rows) if len(rows) > 1 else torch.zeros_like(rows[0]))
+        errors.append(rows.var(0, correction=1) / len(rows) if len(rows) > 1 else torch.full_like(rows[0], math.nan))
     return torch.stack(means).mean(0), torch.stack(errors).sum(0).sqrt() / len(means)
 
 
@@ -103,11 +115,21 @@ def agreement(samples: torch.Tensor) -> float:
     return min(part.overlap(whole, 0.3), part.overlap(whole, 0.75), part.spearman(whole))
 
 
+def steps_to_settle(samples: torch.Tensor, bound: float) -> int | None:
+    """The first step after which the [`agreement`] had been at least `bound` for three rounds of the path, if any."""
+    agreeing = 0
+    for end in range(2 * len(PATH), len(samples) + 1, len(PATH)):
+        agreeing = agreeing + 1 if agreement(samples[:end]) >= bound else 0
+        if agreeing == 3:
+            return end
+    return None
+
+
 class StopWhenSettled(TrainerCallback):
     """
-    Ends training when the ranking has settled: its [`agreement`] was at least `bound` three times in a row.
+    Ends training when the ranking has settled, see [`steps_to_settle`].
 
-    Asked after each round of the path. It keeps nothing itself, so a resumed run stops where an unbroken one does.
+    It keeps nothing itself, so a resumed run stops where an unbroken one does.
     """
 
     def __init__(self, bound: float) -> None:
@@ -121,8 +143,6 @@ class StopWhenSettled(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        ends = [state.global_step - i * len(PATH) for i in range(3)]
-        if state.global_step % len(PATH) == 0 and ends[-1] >= 2 * len(PATH):
-            samples = samples_of(optimizer)
-            if all(agreement(samples[:end]) >= self.bound for end in ends):
-                control.should_training_stop = True
+        taken = len(optimizer.param_groups[0].get("samples", ()))  # fewer than `state.global_step` under fp16
+        if taken and taken % len(PATH) == 0 and steps_to_settle(samples_of(optimizer), self.bound):
+            control.should_training_stop = True

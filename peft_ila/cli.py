@@ -10,6 +10,7 @@ The command line. Settings come from dataclasses as in TRL's scripts, so each wo
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .card import TOP_ROWS, upload
 from .config import ILAConfig
@@ -69,7 +71,9 @@ class RankArguments:
     gate_steps: int = field(default=128, metadata={"help": "The greatest number of steps of stage 2."})
     min_agreement: float = field(
         default=0.95,
-        metadata={"help": "Stage 2 ends when the rankings from half and from all of its steps agree so well."},
+        metadata={
+            "help": "Stage 2 ends when the rankings from half and from all of its steps agree so well; 0: never."
+        },
     )
 
 
@@ -244,10 +248,15 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
     trainer = _trainer(script_args, training_args, model_args, config, [stability])
     is_main = trainer.is_world_process_zero()
+    if is_main and not training_args.resume_from_checkpoint:
+        _remove_earlier_run(output_dir, keep_adapter=adapter is not None)
+    trainer.accelerator.wait_for_everyone()
 
     def save_adapter(importance: LayerImportance | None = None) -> None:
         # by all processes: under FSDP2 and ZeRO-3 each holds a part of the weights
-        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        # and of the model without torch.compile's wrapper, which gives every weight another name
+        model = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+        state_dict = trainer.accelerator.get_state_dict(model)
         if not is_main:
             return
         with whole_directory(output_dir / "adapter") as temporary:
@@ -266,16 +275,19 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
         trainer.model.load_adapter(str(stage_1.parent), "default", is_trainable=True)
         trainer.model.set_gate_mode("open")
     else:
-        if is_main and not training_args.resume_from_checkpoint:
-            _remove_earlier_run(output_dir)
-        trainer.accelerator.wait_for_everyone()
-        trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+        checkpoint = _checkpoint(training_args)
+        if checkpoint and (ended := _ended_at(checkpoint, training_args)):  # the trainer would take a step too many
+            trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
+            trainer.state = ended
+            stability.on_train_begin(training_args, ended, trainer.control)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
         facts = {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None}
         save_adapter()
     importance = learn_gates(
         trainer,
         steps=rank_args.gate_steps,
-        min_agreement=rank_args.min_agreement,
+        min_agreement=rank_args.min_agreement or None,
         resume_from_checkpoint=_last_checkpoint(output_dir / "gates") if resume else None,
     )
     importance.metadata |= {"dataset": script_args.dataset_name, "stage_1": facts}
@@ -312,6 +324,7 @@ def _extract_delta(
     delta, report = output_dir / "delta", output_dir / "delta" / "delta.json"
     wanted = {
         "base_model": model_args.model_name_or_path,
+        "revision": model_args.model_revision,
         "tuned_model": rank_args.tuned_model,
         "tuned_rank": rank_args.tuned_rank,
         "target_modules": model_args.lora_target_modules,
@@ -322,7 +335,8 @@ def _extract_delta(
             with whole_directory(delta) as temporary:
                 base = _model_name(model_args.model_name_or_path)
                 tuned = _model_name(rank_args.tuned_model, "tuned_model")
-                facts = wanted | extract_lora(base, tuned, config, temporary, rank_args.tuned_rank)
+                revision = model_args.model_revision
+                facts = wanted | extract_lora(base, tuned, config, temporary, rank_args.tuned_rank, revision)
                 (temporary / report.name).write_text(json.dumps(facts))
     print(
         f"The adapter holds {facts['energy_kept']:.1%} of the squared norm of the target modules' deltas; "
@@ -335,12 +349,13 @@ def _extract_delta(
 _STAGE_1 = "stage_1.json"
 
 
-def _remove_earlier_run(output_dir: Path) -> None:
-    """Remove what a finished run left in the directory, so that a resumed run cannot go on from it."""
-    if not (output_dir / "adapter" / _STAGE_1).exists():
-        return
+def _remove_earlier_run(output_dir: Path, keep_adapter: bool) -> None:
+    """Remove what an earlier run left in the directory, so that a resumed run cannot go on from it."""
     (output_dir / "importance.json").unlink(missing_ok=True)
-    for directory in (output_dir / "adapter", output_dir / "gates", *output_dir.glob("checkpoint-*")):
+    directories = [output_dir / "gates"]
+    if (output_dir / "adapter" / _STAGE_1).exists() and not keep_adapter:  # which may be the one to rank
+        directories += [output_dir / "adapter", *output_dir.glob("checkpoint-*")]
+    for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -365,6 +380,18 @@ def _checkpoint(training_args: Any) -> str | None:
     if _is_true(training_args.resume_from_checkpoint):
         return _last_checkpoint(Path(training_args.output_dir))
     return training_args.resume_from_checkpoint
+
+
+def _ended_at(checkpoint: str, training_args: Any) -> Any:
+    """The state of a run that ended with this checkpoint, if the arguments do not ask for more steps than it had."""
+    from transformers import TrainerState
+
+    if not (Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME).exists():  # sharded by FSDP2
+        return None
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    control: Any = state.stateful_callbacks.get("TrainerControl", {})
+    ended = control.get("args", {}).get("should_training_stop", False)
+    return state if ended and max(training_args.max_steps, 0) <= state.max_steps else None
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> None:

@@ -20,16 +20,22 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
     Args:
         name: A path that ends in `.jsonl` or `.json` (one JSON object a line), or the name of a data set on the hub.
         config: The configuration of a data set on the hub.
-        split: The split of a data set on the hub.
+        split: The split of a data set on the hub; a file is its train split.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is empty, a line is not a JSON object, or the columns are not in a format of TRL.
+        ValueError: A file was asked for another split, the file is empty, a line is not a JSON object, or the columns
+            are not in a format of TRL.
     """
     import datasets
 
     path = Path(name)
     if path.suffix in (".jsonl", ".json") or path.is_file():
+        if split != "train":
+            raise ValueError(
+                f"{name} is a file without a split {split!r}. Train on it by `--dataset_train_split train`, without "
+                "evaluation (`--eval_strategy no`)."
+            )
         dataset = datasets.Dataset.from_list(_read_jsonl(path))
     else:
         dataset = datasets.load_dataset(name, name=config, split=split)

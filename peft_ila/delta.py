@@ -27,6 +27,7 @@ def extract_lora(
     config: LoraConfig,
     output_dir: str | os.PathLike[str],
     rank: int | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """
     Write the weight deltas Δθ of a fully fine-tuned checkpoint as a LoRA adapter, which can then be gated and ranked.
@@ -43,6 +44,7 @@ def extract_lora(
         rank (`int`, *optional*):
             Keep the largest `rank` singular values of each delta. By default all: the factors are then the delta
             itself and an identity, and B·A is exact.
+        revision (`str`, *optional*): Of the base model, if it comes from the hub.
 
     Returns:
         `dict`: `energy_kept`, the share of Σ‖Δθ‖² over the target modules that the adapter holds, the same for each
@@ -55,11 +57,11 @@ def extract_lora(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}; leave it out to keep the whole delta.")
-    skeleton = meta_skeleton(AutoConfig.from_pretrained(base_model))
+    skeleton = meta_skeleton(AutoConfig.from_pretrained(base_model, revision=revision))
     weights = [name for name, _ in skeleton.named_parameters()]  # tied ones once, as they are saved
     targets = _linear_targets(skeleton, config)
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
-    base, tuned = _Checkpoint(base_model, prefix), _Checkpoint(tuned_model, prefix)
+    base, tuned = _Checkpoint(base_model, prefix, revision), _Checkpoint(tuned_model, prefix)
     names = [name for name in weights if name in base and name in tuned]
     if missing := sorted({f"{name}.weight" for name in targets}.difference(names)):
         raise ValueError(
@@ -151,10 +153,11 @@ def _factorise(delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, tor
 class _Checkpoint:
     """The weights of a saved model, each read when it is asked for."""
 
-    def __init__(self, name: str, prefix: str) -> None:
+    def __init__(self, name: str, prefix: str, revision: str | None = None) -> None:
         directory = Path(name).expanduser()
         if not directory.is_dir():
-            directory = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+            files_wanted = ["*.safetensors", "*.safetensors.index.json"]
+            directory = Path(snapshot_download(name, revision=revision, allow_patterns=files_wanted))
         index = directory / SAFE_WEIGHTS_INDEX_NAME
         if index.exists():
             files: Iterable[str] = set(json.loads(index.read_text())["weight_map"].values())

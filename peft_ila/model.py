@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import peft
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -129,6 +129,7 @@ class ILAModel(LoraModel):
             for name, config in tuner.peft_config.items()
         }
         tuner.__class__ = cls
+        model.peft_type = PeftType("ILA")
         tuner.peft_config.update(configs)  # the dict is shared by the model, the tuner and the base model
         targets = [(key, layer) for key, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)]
         for key, layer in targets:
@@ -213,6 +214,7 @@ class ILAModel(LoraModel):
                 )
             if not kept:
                 raise ValueError("The mask keeps no unit; select at least one.")
+            self.check_unmerged(name)
             self.peft_config[name].gate_mask = [unit for unit in known if unit in kept]
             self.set_gate_mode("hard", name)
 

@@ -25,7 +25,15 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
-from .attribution import PATH, PathAttribution, StopWhenSettled, attributions, samples_of, score_of
+from .attribution import (
+    PATH,
+    PathAttribution,
+    StopWhenSettled,
+    attributions,
+    samples_of,
+    score_of,
+    steps_to_settle,
+)
 from .importance import LayerImportance
 from .model import ILAModel
 
@@ -103,6 +111,7 @@ class EpsilonStability(TrainerCallback):
         for log in state.log_history:  # of the run that is resumed
             if "loss" in log:
                 self._observe(log["loss"])
+        self.stopped_at = state.global_step if self._stable >= self.patience else None
         needed = math.ceil((2 * self.window + self.patience - 1) * state.logging_steps)
         if args.logging_strategy == "steps" and needed > state.max_steps:
             logger.warning(
@@ -133,8 +142,8 @@ class EpsilonStability(TrainerCallback):
             f"step {state.global_step}: the smoothed loss changed by {self.change:+.4f} over {self.window} logs, "
             f"stable for {self._stable} of {self.patience} (epsilon {self.epsilon})"
         )
-        if self._stable >= self.patience:
-            self.stopped_at = state.global_step
+        self.stopped_at = state.global_step if self._stable >= self.patience else None
+        if self.stopped_at is not None:
             control.should_training_stop = True
 
     def on_train_end(
@@ -181,7 +190,9 @@ def learn_gates(
         trainer (`transformers.Trainer`):
             The trainer of stage 1, such as TRL's `SFTTrainer`, whose model is a `PeftModel` with one active ILA
             adapter.
-        steps (`int`): The greatest number of steps. The paper's figure is about 128 batches, recalled, not checked.
+        steps (`int`):
+            The greatest number of steps, at least 4, one for each point of the path. The paper's figure is about 128
+            batches, recalled, not checked.
         min_agreement (`float`, *optional*):
             Stop when the ranking has settled: when the rankings from the first half of the steps and from all of them
             have overlaps of the top 30 % and 75 % and a Spearman correlation of at least this much, three times in a
@@ -194,20 +205,20 @@ def learn_gates(
             the run that wrote it; the scores are then those of an unbroken run.
 
     Returns:
-        [`LayerImportance`]: The ranking, with the standard error of each score over the batches. Its metadata holds
-        the settings, both losses and the sum of the attributions.
+        [`LayerImportance`]: The ranking, from 8 steps on with the standard error of each score over the batches. Its
+        metadata holds the settings, both losses and the sum of the attributions.
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range, the adapter is masked or merged, the deltas do not lower the loss, or
-            the trainer runs under DeepSpeed, FSDP1, or FSDP2 with its own activation checkpointing or with an adapter
-            in half precision.
+        ValueError: A setting is out of range, the adapter is masked or merged, the deltas do not lower the loss, a
+            loss or gradient is not finite, or the trainer runs under DeepSpeed, FSDP1, or FSDP2 with its own
+            activation checkpointing or with an adapter in half precision.
     """
     _check_engine(trainer.accelerator)
     ila = _ila_model(trainer)
-    for name, value in (("steps", steps), ("loss_batches", loss_batches)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+    for name, value, least in (("steps", steps, len(PATH)), ("loss_batches", loss_batches, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
     if min_agreement is not None and not 0 < min_agreement <= 1:
         raise ValueError(f"`min_agreement` must be in (0, 1], got {min_agreement}.")
     (adapter_name,) = ila.active_adapters
@@ -234,22 +245,34 @@ def learn_gates(
             ila.fold_gates()
         inference_mode = config.inference_mode
         requires_grad = {name: p.requires_grad for name, p in ila.model.named_parameters()}
+        gates = list(ila.gates().values())
+        scores = [gate.weight.detach().clone() for gate in gates]
         try:
             config.inference_mode = False
             ila.set_gate_mode("soft")
-            gates = list(ila.gates().values())
             for gate in gates:
                 gate.weight.data.fill_(score_of(PATH[0]))
+            # The trainer would group the scores by the names of their parameters, which changes their order.
+            stage.optimizer = PathAttribution(gate.weight for gate in gates)
             if min_agreement is not None:
                 stage.add_callback(StopWhenSettled(min_agreement))
             set_seed(seed)
             stage.train(resume_from_checkpoint=resume_from_checkpoint)
-            worth, error = attributions(samples_of(stage.optimizer))
+            # A run that is resumed at its end takes a step too many.
+            samples = samples_of(stage.optimizer)[:steps]
+            if min_agreement is not None:
+                samples = samples[: steps_to_settle(samples, min_agreement)]
+            worth, error = attributions(samples)
             # the mean of what the units are worth: their attributions add up to it but for the error of the integral
             mean = (closed - opened) / len(gates)
             _shard(trainer)
             for gate, value in zip(gates, (worth / mean - 1).tolist()):
                 gate.weight.data.fill_(value)
+        except BaseException:  # scores that stand at a point of the path would pass for a ranking
+            _shard(trainer)
+            for gate, score in zip(gates, scores):
+                gate.weight.data.copy_(score)
+            raise
         finally:
             config.inference_mode = inference_mode
             ila.set_gate_mode("open")
@@ -264,10 +287,11 @@ def learn_gates(
             "be wrong. Fine-tune with a lower learning rate, or take more steps."
         )
     importance = ila.layer_importance()
-    importance.spread = (error / mean).tolist()
+    if len(samples) >= 2 * len(PATH):
+        importance.spread = (error / mean).tolist()
     importance.metadata["learn_gates"] = {
         "steps": steps,
-        "steps_taken": stage.state.global_step,
+        "steps_taken": len(samples),
         "min_agreement": min_agreement,
         "path": list(PATH),  # as it is read back
         "seed": seed,
@@ -353,8 +377,8 @@ def _stage_trainer(trainer: Trainer, steps: int, seed: int | None) -> Any:
     stage.args.eval_on_start = False
     stage.args.load_best_model_at_end = False
     stage.args.push_to_hub = False
+    stage.args.save_only_model = False  # what was measured is in the optimiser
     stage.model_init = stage.optimizer = stage.lr_scheduler = None
-    stage.optimizer_cls_and_kwargs = (PathAttribution, {"lr": 0.0})
     if stage.accelerator.is_fsdp2:
         # For a model that is sharded already, accelerate finds an optimiser's parameters by the address of their
         # shards, which an empty shard does not have: the state of the optimiser cannot be saved.
@@ -401,13 +425,13 @@ def measure_losses(trainer: Any, batches: int) -> tuple[float, float]:
 
     Args:
         trainer: A trainer whose model is an ILA model.
-        batches: The number of batches, each weighted alike.
+        batches: The number of batches, each weighted alike. Batches without a label, whose mean is NaN, are left out.
 
     Returns:
         Both means over all processes, the one with closed gates first.
 
     Raises:
-        ValueError: The data give no batch.
+        ValueError: No batch gives a finite loss.
     """
     gates = list(_ila_model(trainer).gates().values())
     losses: list[list[float]] = []
@@ -421,10 +445,11 @@ def measure_losses(trainer: Any, batches: int) -> tuple[float, float]:
                 with context, trainer.compute_loss_context_manager():
                     loss = trainer.compute_loss(trainer.model, copy.copy(inputs))
                 row.append(trainer.accelerator.gather(loss.detach().reshape(1)).mean().item())
-            losses.append(row)
+            if math.isfinite(row[0]):
+                losses.append(row)
     finally:
         trainer.model.train(was_training)
     if not losses:
-        raise ValueError("The training data give no batch.")
+        raise ValueError(f"None of the first {batches} training batches gives a finite loss of the base model.")
     closed, opened = zip(*losses)
     return sum(closed) / len(losses), sum(opened) / len(losses)

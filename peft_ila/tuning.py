@@ -24,6 +24,7 @@ class FrozenPrefix(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        self.on_train_end(args, state, control)  # of a run that was broken off
         embeddings = model.get_input_embeddings()
         options: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and options.get("use_reentrant"):

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def workspace(tmp_path_factory, tokenizer, dialogues):
 
 def rank(workspace, output, *extra):
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    main(["rank", *data, "--output_dir", str(output), *TRAINING, "--gate_steps", "4", *extra])
+    main(["rank", *data, "--output_dir", str(output), *TRAINING, "--gate_steps", "8", *extra])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_settings_from_yaml(workspace, tmp_path):
     config = tmp_path / "rank.yaml"
     config.write_text(
         f"model_name_or_path: {workspace / 'model'}\ndataset_name: {workspace / 'data.jsonl'}\n"
-        f"output_dir: {tmp_path / 'out'}\ngranularity: module\ngate_steps: 2\nlora_target_modules: [q_proj, up_proj]\n"
+        f"output_dir: {tmp_path / 'out'}\ngranularity: module\ngate_steps: 4\nlora_target_modules: [q_proj, up_proj]\n"
     )
     main(["rank", "--config", str(config), *TRAINING])
     importance = LayerImportance.load(tmp_path / "out" / "importance.json")
@@ -115,6 +116,63 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, k
     assert start(tmp_path, "--resume_from_checkpoint", "True").wait() == 0
     for name in ("importance.json", "adapter/adapter_model.safetensors", "adapter/stage_1.json"):
         assert (tmp_path / name).read_bytes() == (workspace / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("left", ["checkpoint-", "gates/checkpoint-"])
+def test_a_run_that_was_killed_after_a_last_checkpoint(workspace, tmp_path, left):
+    """Of stage 1, before its adapter was written, and of stage 2, before the ranking was."""
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    rank(workspace, tmp_path, *saving)
+    results = [tmp_path / name for name in ("importance.json", "adapter/adapter_model.safetensors")]
+    expected = [path.read_bytes() for path in results]
+    facts = (tmp_path / "adapter" / "stage_1.json").read_text()
+    results[0].unlink()
+    if left == "checkpoint-":
+        shutil.rmtree(tmp_path / "adapter")
+        shutil.rmtree(tmp_path / "gates")
+    rank(workspace, tmp_path, *saving, "--resume_from_checkpoint", "True")
+    assert [path.read_bytes() for path in results] == expected
+    assert (tmp_path / "adapter" / "stage_1.json").read_text() == facts
+    # more steps than it had are more steps
+    shutil.rmtree(tmp_path / "adapter")
+    rank(workspace, tmp_path, *saving, "--resume_from_checkpoint", "True", "--max_steps", "8")
+    assert json.loads((tmp_path / "adapter" / "stage_1.json").read_text())["steps"] == 8
+
+
+def test_another_adapter_in_the_same_directory(workspace, ranked, tmp_path, monkeypatch):
+    """Killed in stage 2 and resumed, it does not go on with the gates of the first."""
+    rank(workspace, tmp_path / "other", "--seed", "7", "--save_strategy", "no")
+    saving = ["--output_dir", str(tmp_path / "out"), "--save_strategy", "steps", "--save_steps", "2"]
+    rank(workspace, tmp_path / "out", *saving, "--adapter", str(ranked / "adapter"))
+    assert (tmp_path / "out" / "gates").exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("peft_ila.cli.learn_gates", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        rank(workspace, tmp_path / "out", *saving, "--adapter", str(tmp_path / "other" / "adapter"))
+    arguments = ["--adapter", str(tmp_path / "other" / "adapter"), "--resume_from_checkpoint", "True"]
+    rank(workspace, tmp_path / "out", *saving, *arguments)
+    other, out = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("other", "out"))
+    for name, value in other.items():
+        if "lora_gate" not in name:
+            assert torch.equal(out[name], value)
+    # the adapter that is ranked may be that of the same directory
+    rank(workspace, tmp_path / "other", "--adapter", str(tmp_path / "other" / "adapter"))
+    again = load_file(tmp_path / "other" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in other.items() if "lora_gate" not in name)
+
+
+def test_a_compiled_model_is_saved(workspace, tmp_path):
+    """In a process of its own: compilation is set up by environment variables."""
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager", "--save_strategy", "no"]
+    arguments = [*data, *TRAINING, *compiled, "--gate_steps", "4", "--output_dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "peft_ila.cli", "rank", *arguments], check=True, capture_output=True)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 3 * (7 * 2 + 1)  # A and B of each module, a gate for each decoder layer
+
+
+def test_a_file_has_no_split_to_evaluate_on(workspace, tmp_path):
+    with pytest.raises(SystemExit, match=r"data.jsonl is a file without a split 'test'. Train on it by"):
+        rank(workspace, tmp_path, "--eval_strategy", "steps")
 
 
 def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
@@ -258,7 +316,7 @@ def test_the_ranked_adapter_is_pushed(workspace, ranked, tmp_path, monkeypatch):
 def test_the_seed_decides_on_the_first_weights(workspace, tmp_path):
     weights = []
     for i, seed in enumerate("112"):
-        rank(workspace, tmp_path / str(i), "--seed", seed, "--learning_rate", "1e-3", "--gate_steps", "1")
+        rank(workspace, tmp_path / str(i), "--seed", seed, "--learning_rate", "1e-3", "--gate_steps", "4")
         weights.append(load_file(tmp_path / str(i) / "adapter" / "adapter_model.safetensors"))
     key = next(key for key in weights[0] if "lora_A" in key)
     assert torch.equal(weights[0][key], weights[1][key])

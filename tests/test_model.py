@@ -134,6 +134,11 @@ def test_bad_modes_and_masks(llama):
     with pytest.raises(ValueError, match="Adapter 'other' does not exist"):
         model.set_gate_mode("open", "other")
     assert model.peft_config["default"].gate_mode == "joint"
+    model.apply_mask(["model.layers.0"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged with its gates"):
+        model.apply_mask(["model.layers.1"])
+    assert model.peft_config["default"].gate_mask == ["model.layers.0"]
 
 
 def test_a_target_that_matches_nothing(llama):
@@ -413,6 +418,9 @@ def test_a_lora_model_in_memory_is_gated(input_ids):
     model.set_gate_mode("soft")
     assert all("lora_gate.default" in name for name, p in model.named_parameters() if p.requires_grad)
     assert not torch.equal(model(input_ids).logits, outputs["default"])
+    model.add_adapter("third", config())
+    with pytest.raises(ValueError, match="Found PeftType.ILA and PeftType.LORA"):
+        model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
 
 
 def test_only_lora_can_be_gated():

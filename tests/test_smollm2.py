@@ -143,7 +143,7 @@ def test_qlora_in_trl(directory, tmp_path):
     trainer.train()
     model.fold_gates()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_gate" not in name}
-    importance = learn_gates(trainer, steps=3, loss_batches=3)
+    importance = learn_gates(trainer, steps=4, loss_batches=3)
     assert {gate.weight.dtype for gate in model.gates().values()} == {torch.float32}
     assert len(set(importance.scores)) == 30
     for name, value in before.items():

@@ -74,3 +74,22 @@ def test_trained_embeddings_and_reentrant_checkpointing_are_left_alone(tmp_path,
         gradient.any() for n, gradient in spared.gradients.items() if "lora_B" in n
     )
     assert "with `use_reentrant=False` the backward pass would end" in caplog.text
+
+
+def test_a_run_that_was_broken_off_leaves_no_hook_behind(tmp_path, tokenizer, dialogues):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", layers_to_transform=[2], target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama(), lora)
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, model=model, max_steps=2, callbacks=[FrozenPrefix()])
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train()
+    hooks = model.get_input_embeddings()._forward_hooks.values()
+    assert not any("FrozenPrefix" in hook.__qualname__ for hook in hooks)
