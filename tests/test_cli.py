@@ -89,7 +89,7 @@ def test_settings_from_yaml(workspace, tmp_path):
     main(["rank", "--config", str(config), *TRAINING])
     importance = LayerImportance.load(tmp_path / "out" / "importance.json")
     assert len(importance.units) == 6
-    assert importance.metadata["learn_gates"]["steps"] == 2
+    assert importance.metadata["learn_gates"]["steps"] == 4
 
 
 @pytest.mark.support("Trainers", "killed at any moment, resumed by the same command")
