@@ -391,7 +391,11 @@ def _ended_at(checkpoint: str, training_args: Any) -> Any:
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     control: Any = state.stateful_callbacks.get("TrainerControl", {})
     ended = control.get("args", {}).get("should_training_stop", False)
-    return state if ended and max(training_args.max_steps, 0) <= state.max_steps else None
+    if training_args.max_steps > 0:
+        more = training_args.max_steps > state.max_steps
+    else:
+        more = training_args.num_train_epochs > state.num_train_epochs
+    return state if ended and not more else None
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> None:
