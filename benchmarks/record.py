@@ -20,4 +20,4 @@ def save(path: Path, figures: dict[str, Any]) -> None:
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({"made_by": made_by, **figures}))
+        temporary.write_text(json.dumps({**figures, "made_by": made_by}))

@@ -2,9 +2,9 @@
 How many steps of either stage does a ranking need? What the defaults of `learn_gates` rest on, see `docs/defaults.md`.
 
 One long LoRA run is kept at several steps, and the path is measured on each of these adapters. All rankings are
-compared with that of the last one from batches that no other ranking has seen. "Agreement" is what `learn_gates` looks
-at. The last line says whether the spread of the scores is right: the differences between rankings from disjoint
-batches, in units of their standard errors, should have a standard deviation of 1.
+compared with that of the last one from batches that no other ranking has seen, and applied to the last adapter as a
+hard mask. "Agreement" is what `learn_gates` looks at. The spread of the scores is right if the differences between
+rankings from disjoint batches, in units of their standard errors, have a standard deviation of 1.
 
     python benchmarks/steps.py --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/steps.json --plot docs/steps.png
@@ -31,6 +31,7 @@ STAGE_1 = (8, 15, 30, 60, 120)
 STAGE_2 = (8, 12, 16, 24, 32)
 BATCHES = 32  # for the rankings, and as many again for the one they are compared with
 UNITS = ("modules", "decoder layers")
+SHARES = (0.1, 0.3)
 
 
 class KeepAdapters(TrainerCallback):
@@ -87,6 +88,18 @@ def measure(data: str, seed: int, path: Path) -> dict[str, Any]:
     return figures
 
 
+def kept(data: str, seed: int, path: Path) -> dict[str, list[float]]:
+    """What the top modules of each adapter's ranking keep of the last adapter's gain: is an early ranking right?"""
+    last = Problem(data, seed, STAGE_1[-1], adapter(path, STAGE_1[-1]), STAGE_2[0])
+    figures = {}
+    for steps in STAGE_1:
+        problem = Problem(data, seed, steps, adapter(path, steps), STAGE_2[0])
+        scores = attributions(problem.path_samples(STAGE_2[0]))[0]
+        figures[str(steps)] = [last.kept(scores, share) for share in SHARES]
+        print(f"stage 1, {steps} steps: kept {figures[str(steps)]}", flush=True)
+    return figures
+
+
 def plot(figures: dict[str, Any], path: Path) -> None:
     """Overlaps and Spearman of modules and layers, over the batches of stage 2, one line a length of stage 1."""
     measures = ("overlap@30", "overlap@75", "Spearman")
@@ -106,22 +119,28 @@ def plot(figures: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a JSONL file with `messages`")
+    parser.add_argument("--data", required=True, help="a JSONL file with `messages`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where stage 1 is kept")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="a picture of the figures")
     args = parser.parse_args()
 
-    if not args.output.exists():
-        save(args.output, measure(args.data, args.seed, args.adapters / f"{Path(args.data).stem}_{args.seed}"))
-    figures = json.loads(args.output.read_text())
+    path = args.adapters / f"{Path(args.data).stem}_{args.seed}"
+    figures = json.loads(args.output.read_text()) if args.output.exists() else measure(args.data, args.seed, path)
+    if "kept" not in figures:
+        save(args.output, figures)
+        figures["kept"] = kept(args.data, args.seed, path)
+        save(args.output, figures)
     for units in UNITS:
         print(f"\n| {units}: {' | '.join(figures[units][0])} |\n|{'---|' * len(figures[units][0])}")
         for row in figures[units]:
             print("| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
         print(f"\nsignal to noise {figures[f'signal to noise of {units}']:.2f}")
         print(f"standard deviation of the differences, in standard errors: {figures[f'z of {units}']:.2f}")
+    print(f"\n| stage 1 | {' | '.join(f'kept at {share:.0%}' for share in SHARES)} |\n|---|---|---|")
+    for steps, row in figures["kept"].items():
+        print(f"| {steps} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
     if args.plot:
         plot(figures, args.plot)
 

@@ -68,9 +68,9 @@ class RankArguments:
         default=None,
         metadata={"help": "Truncate the deltas of `tuned_model` to this rank; by default they are whole."},
     )
-    gate_steps: int = field(default=128, metadata={"help": "The greatest number of steps of stage 2."})
+    gate_steps: int = field(default=32, metadata={"help": "The greatest number of steps of stage 2."})
     min_agreement: float = field(
-        default=0.95,
+        default=0.8,
         metadata={
             "help": "Stage 2 ends when the rankings from half and from all of its steps agree so well; 0: never."
         },
