@@ -25,7 +25,7 @@ from peft_ila import FrozenPrefix, LayerImportance
 from peft_ila.measure import saved_tensor_bytes
 
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
-REPEATS = 5
+REPEATS = 3
 
 
 def adapted(config: LoraConfig, nf4: bool, checkpointing: bool, prefix: bool) -> PeftModel:
