@@ -1,5 +1,5 @@
 """
-Is tuning the important modules, or the important decoder layers, as good as tuning all? See `docs/results.md`.
+Is tuning the important modules, or the important decoder layers, as good as tuning all? See `docs/defaults.md`.
 
 A new LoRA on each selection, trained as long as the full one that was ranked, from the rankings that `estimators.py`
 left. All selections have at most as many trainable parameters as the given share of the decoder layers: modules are
