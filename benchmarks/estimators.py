@@ -30,6 +30,7 @@ from record import save
 
 from peft_ila import LayerImportance
 from peft_ila.attribution import PATH, attributions
+from peft_ila.units import unit_of
 
 SHARES = (0.1, 0.3, 0.5, 0.75)
 BATCHES = 32
@@ -265,7 +266,7 @@ def ranking(run: dict[str, Any], estimator: str, by_layer: bool = False) -> Laye
     if by_layer:
         modules, scores = scores, {}
         for unit, score in modules.items():
-            layer = ".".join(unit.split(".")[:3])
+            layer = unit_of(unit, "layer")
             scores[layer] = scores.get(layer, 0.0) + score
     return LayerImportance(list(scores), list(scores.values()))
 

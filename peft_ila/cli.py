@@ -10,7 +10,6 @@ The command line. Settings come from dataclasses as in TRL's scripts, so each wo
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -388,7 +387,7 @@ def _ended_at(checkpoint: str, training_args: Any) -> Any:
 
     if not (Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME).exists():  # sharded by FSDP2
         return None
-    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     control: Any = state.stateful_callbacks.get("TrainerControl", {})
     ended = control.get("args", {}).get("should_training_stop", False)
     if training_args.max_steps > 0:
