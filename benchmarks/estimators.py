@@ -70,16 +70,17 @@ def descent(
     start: torch.Tensor | float = 2.0,
     lr: float = 0.15,
     batches: slice = slice(BATCHES),
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> torch.Tensor:
     """Descent on L + λ·mean(γ), γ = σ(s), where `penalty` gives λ for a progress from 0 to 1."""
     n = len(problem.units)
     s = (torch.zeros(n) + start).requires_grad_()
-    adam = torch.optim.Adam([s], lr=lr)
+    steps = optimizer([s], lr=lr)
     for i, batch in enumerate(problem.batches[batches]):
         gamma = torch.sigmoid(s.detach())
         gradient = problem.gradient(gamma, batch) + penalty(i / len(problem.batches[batches])) / n
         s.grad = gradient * gamma * (1 - gamma)
-        adam.step()
+        steps.step()
     return s.detach()
 
 
@@ -162,6 +163,15 @@ def path(problem: Problem, batches: int = BATCHES) -> torch.Tensor:
     return attributions(problem.path_samples(batches))[0]
 
 
+def path_of(problem: Problem, points: int) -> torch.Tensor:
+    """With another number of points; each sees as many batches."""
+    return problem.path_samples(BATCHES, [(i + 0.5) / points for i in range(points)]).mean(0)
+
+
+def path_per_example(problem: Problem) -> torch.Tensor:
+    return attributions(problem.path_samples(BATCHES, loss=problem.loss_per_example))[0]
+
+
 def zscore(scores: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean()) / scores.std()
 
@@ -169,6 +179,10 @@ def zscore(scores: torch.Tensor) -> torch.Tensor:
 SECOND_HALF = slice(BATCHES // 2, BATCHES)
 ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "path": path,
+    "path, 1 point": lambda p: path_of(p, 1),
+    "path, 2 points": lambda p: path_of(p, 2),
+    "path, 8 points": lambda p: path_of(p, 8),
+    "path, loss per example": path_per_example,
     "random masks": random_masks,
     "shrinking masks": shrinking_masks,
     "path 16 + pressure 16": lambda p: descent(
@@ -176,6 +190,9 @@ ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     ),
     "path 16 + straight-through 16 at 30 %": lambda p: straight_through(p, path(p, BATCHES // 2), 0.3, SECOND_HALF),
     "pressure": lambda p: descent(p, lambda _: p.worth),
+    "pressure, Adam, lr 0.05": lambda p: descent(p, lambda _: p.worth, lr=0.05),
+    "pressure, Adam, lr 0.5": lambda p: descent(p, lambda _: p.worth, lr=0.5),
+    "pressure, SGD": lambda p: descent(p, lambda _: p.worth, lr=len(p.units) / p.worth, optimizer=torch.optim.SGD),
     "annealed pressure": lambda p: descent(p, lambda progress: 2 * progress * p.worth),
     "Lagrangian, 30 %": lagrangian,
     "hard-concrete": hard_concrete,

@@ -6,11 +6,11 @@ PEFT's own test suites, run for LoRA and with ILA in its place, and the cases th
     python benchmarks/peft_suites.py --tests peft-0.21.2/tests --output benchmarks/results/peft_suites.json
 
 The tests run without a network, on tiny random stand-ins for the models of the hub. Needs the extra `dev`, and
-`parameterized`, `scipy`, `attrs` and `scikit-learn`. 40 minutes on 2 cores; name some files to run only those.
+`parameterized`, `scipy`, `attrs` and `scikit-learn`. 40 minutes on 2 cores; `--files test_config test_auto` runs only
+these.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -23,12 +23,8 @@ from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-import peft
-import torch
-import transformers
 from peft_suites_plugin import REFUSED, build_hub
-
-from peft_ila.files import whole_file
+from record import save
 
 FILES = """
     test_custom_models test_decoder_models test_encoder_decoder_models test_feature_extraction_models
@@ -79,7 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", type=Path, required=True, help="the folder `tests` of PEFT's sdist")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
-    parser.add_argument("files", nargs="*", default=FILES, help="names such as test_config; by default all that apply")
+    parser.add_argument(
+        "--files", nargs="+", default=FILES, choices=FILES, metavar="FILE", help="by default all of them"
+    )
     args = parser.parse_args()
 
     suites, differs = {}, {}
@@ -110,10 +108,7 @@ def main() -> None:
     for name, message in differs.items():
         print(f"\n{name}\n    {message}")
     if args.output:
-        versions = {module.__name__: module.__version__ for module in (peft, torch, transformers)}
-        figures = {"versions": versions, "suites": suites, "differs": differs}
-        with whole_file(args.output) as file:
-            file.write_text(json.dumps(figures, indent=2) + "\n")
+        save(args.output, {"suites": suites, "differs": differs})
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 import functools
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -132,16 +133,32 @@ class Problem:
         self.set_gates(gamma)
         return self.model(**batch, use_cache=False).loss
 
-    def gradient(self, gamma: torch.Tensor, batch: Any) -> torch.Tensor:
+    def loss_per_example(self, gamma: torch.Tensor, batch: Any) -> torch.Tensor:
+        """The loss if each example counts alike, not each token."""
+        self.set_gates(gamma)
+        labels = batch["labels"][:, 1:]
+        logits = self.model(**batch, use_cache=False).logits[:, :-1]
+        losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # 0 where the label is ignored
+        return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+    def gradient(
+        self, gamma: torch.Tensor, batch: Any, loss: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
         self.cost += 1
         gamma = gamma.detach().clone().requires_grad_()
-        return torch.autograd.grad(self.loss(gamma, batch), gamma)[0]
+        return torch.autograd.grad((loss or self.loss)(gamma, batch), gamma)[0]
 
-    def path_samples(self, batches: int) -> torch.Tensor:
+    def path_samples(
+        self, batches: int, points: Sequence[float] = PATH, loss: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """What `learn_gates` measures: −∂L/∂γ of each batch, at the points of the path in turn."""
         ones = torch.ones(len(self.units))
-        rows = [-self.gradient(ones * PATH[i % len(PATH)], batch) for i, batch in enumerate(self.batches[:batches])]
-        return torch.stack(rows)
+        return torch.stack(
+            [
+                -self.gradient(ones * points[i % len(points)], batch, loss)
+                for i, batch in enumerate(self.batches[:batches])
+            ]
+        )
 
     def held_out_loss(self, gamma: torch.Tensor) -> float:
         self.set_gates(gamma)

@@ -93,7 +93,7 @@ def kept(data: str, seed: int, path: Path) -> dict[str, list[float]]:
     last = Problem(data, seed, STAGE_1[-1], adapter(path, STAGE_1[-1]), STAGE_2[0])
     figures = {}
     for steps in STAGE_1:
-        problem = Problem(data, seed, steps, adapter(path, steps), STAGE_2[0])
+        problem = last if steps == STAGE_1[-1] else Problem(data, seed, steps, adapter(path, steps), STAGE_2[0])
         scores = attributions(problem.path_samples(STAGE_2[0]))[0]
         figures[str(steps)] = [last.kept(scores, share) for share in SHARES]
         print(f"stage 1, {steps} steps: kept {figures[str(steps)]}", flush=True)
