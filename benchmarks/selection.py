@@ -28,8 +28,8 @@ SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
 REPEATS = 3
 
 
-def adapted(config: LoraConfig, nf4: bool, checkpointing: bool, prefix: bool) -> PeftModel:
-    model = get_peft_model(load(nf4), config).train()
+def adapted(config: LoraConfig, base: str, checkpointing: bool, prefix: bool) -> PeftModel:
+    model = get_peft_model(load(base), config).train()
     if checkpointing:
         model.enable_input_require_grads()  # as TRL does
         model.get_base_model().gradient_checkpointing_enable()
@@ -58,27 +58,27 @@ def main() -> None:
 
     rows = []
     print("| base | checkpointing | share | layers | lowest | bytes | FLOPs | time |\n" + "|---" * 8 + "|")
-    for nf4, checkpointing, prefix in (
-        (False, False, False),
-        (False, True, False),
-        (False, True, True),
-        (True, True, True),
+    for base, checkpointing, prefix in (
+        ("fp32", False, False),
+        ("fp32", True, False),
+        ("fp32", True, True),
+        ("NF4", True, True),
     ):
-        full = adapted(config(1.0), nf4, checkpointing, False)
+        full = adapted(config(1.0), base, checkpointing, False)
         whole, work = count(full)
         label = "on, `FrozenPrefix`" if prefix else "on" if checkpointing else "off"
         for share in SHARES:
             selection = config(share)
-            model = adapted(selection, nf4, checkpointing, prefix)
+            model = adapted(selection, base, checkpointing, prefix)
             kept, flops = count(model)
             row = {
-                "base": "NF4" if nf4 else "fp32",
+                "base": base,
                 "checkpointing": label,
                 "share": share,
                 "layers": len(selection.layers_to_transform),
                 "lowest layer": min(selection.layers_to_transform),
                 "bytes": kept / whole,
-                "FLOPs": None if nf4 else flops / work,
+                "FLOPs": None if base == "NF4" else flops / work,
                 "time": statistics.median(1 / (seconds(full) / seconds(model)) for _ in range(REPEATS)),
             }
             rows.append(row)

@@ -3,9 +3,10 @@ What a step costs in each mode: the exact count of bytes that autograd keeps for
 
     python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
 
-SmolLM2-135M, all linear modules, r = 16, 4×128 tokens, fp32 and NF4, both granularities. "Floor" is the frozen model
-with the gradient carried down to the first decoder layer. A time is the median of the ratios to the floor's step
-(soft) or to LoRA's (open, joint) just before it, since the machine's speed drifts. 6 minutes on 2 quiet cores.
+SmolLM2-135M in fp32 and NF4, and one random decoder layer as wide as those of Llama-3.1-8B; all linear modules,
+r = 16, 4×128 tokens, both granularities. "Floor" is the frozen model with the gradient carried down to the first
+decoder layer. A time is the median of the ratios to the floor's step (soft) or to LoRA's (open, joint) just before it,
+since the machine's speed drifts. 6 minutes on 2 quiet cores for SmolLM2.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from record import save
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_ila import ILAConfig
 from peft_ila.embedded import smollm2
@@ -25,23 +26,35 @@ from peft_ila.measure import saved_tensor_bytes
 
 OPTIONS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.randint(0, 49152, (4, 128), generator=torch.Generator().manual_seed(0))
+WIDE = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    num_hidden_layers=1,
+    vocab_size=1024,
+)
+BASES = ("fp32", "NF4", "wide")
 
 
-def load(nf4: bool) -> Any:
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None
+def load(base: str) -> Any:
+    if base == "wide":
+        return LlamaForCausalLM(WIDE).train()
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if base == "NF4" else None
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32, quantization_config=quantization)
     return model.train()
 
 
-def floor(nf4: bool) -> Any:
-    model = load(nf4).requires_grad_(False)
+def floor(base: str) -> Any:
+    model = load(base).requires_grad_(False)
     # the first decoder layer's input is what a gate in that layer would need a gradient for
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return model
 
 
 def loss(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS, labels=IDS).loss
+    ids = IDS % model.config.vocab_size
+    return model(input_ids=ids, labels=ids).loss
 
 
 def seconds(model: Any) -> float:
@@ -52,18 +65,19 @@ def seconds(model: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
 
     figures: dict[str, dict[str, dict[str, float]]] = {}
     print("| base | step | MB | against LoRA | against the floor | time | against |\n|---|---|---|---|---|---|---|")
-    for base, nf4 in (("fp32", False), ("NF4", True)):
-        references = {"floor": floor(nf4), "LoRA": get_peft_model(load(nf4), LoraConfig(**OPTIONS))}
+    for base in args.bases:
+        references = {"floor": floor(base), "LoRA": get_peft_model(load(base), LoraConfig(**OPTIONS))}
         kept = {name: saved_tensor_bytes(model, lambda model=model: loss(model)) for name, model in references.items()}
         figures[base] = {name: {"bytes": number} for name, number in kept.items()}
         for granularity in ("layer", "module"):
-            gated = get_peft_model(load(nf4), ILAConfig(**OPTIONS, granularity=granularity))
+            gated = get_peft_model(load(base), ILAConfig(**OPTIONS, granularity=granularity))
             for mode, reference in (("open", "LoRA"), ("soft", "floor"), ("joint", "LoRA")):
                 gated.set_gate_mode(mode)
                 number = saved_tensor_bytes(gated, lambda model=gated: loss(model))

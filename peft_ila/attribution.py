@@ -38,6 +38,13 @@ class PathAttribution(torch.optim.Optimizer):
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.0) -> None:
         super().__init__(params, {"lr": lr})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimiser; what was measured goes where the scores are: a trainer on one GPU loads to the CPU."""
+        super().load_state_dict(state_dict)
+        (group,) = self.param_groups
+        if "samples" in group:
+            group["samples"] = group["samples"].to(group["params"][0].device)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """
@@ -47,7 +54,8 @@ class PathAttribution(torch.optim.Optimizer):
             ValueError: A gradient is NaN or infinite.
         """
         (group,) = self.param_groups
-        row = torch.cat([self._sample(score) for score in group["params"]])[None]
+        device = group["params"][0].device  # decoder layers may be spread over several
+        row = torch.cat([self._sample(score).to(device) for score in group["params"]])[None]
         if not row.isfinite().all():
             raise ValueError(
                 "The gradient of the gates is not finite on a training batch. Check the data and the loss."
@@ -77,11 +85,15 @@ def samples_of(optimizer: Any) -> torch.Tensor:
     Under fp16, steps that the gradient scaler skipped are not among them. Under FSDP2 to be called by all processes.
 
     Raises:
-        ValueError: No step was taken.
+        ValueError: Not all points of the path were measured.
     """
     (group,) = optimizer.param_groups
-    if "samples" not in group:
-        raise ValueError("Not one step of stage 2 was taken: no gradient was finite. Train in bf16 or fp32.")
+    taken = len(group.get("samples", ()))
+    if taken < len(PATH):
+        raise ValueError(
+            f"Stage 2 measured {taken} of the {len(PATH)} points of its path: in the other steps no gradient was "
+            "finite. Train in bf16 or fp32, or take more steps."
+        )
     samples = group["samples"].clone()  # what is added up below is not kept
     if isinstance(score := group["params"][0], DTensor):
         torch.distributed.all_reduce(samples, group=score.device_mesh.get_group(score.device_mesh.ndim - 1))

@@ -28,7 +28,7 @@ from .delta import extract_lora
 from .files import whole_directory, whole_file
 from .importance import LayerImportance
 from .recipes import RecipeFormat, recipe, write_recipe
-from .training import EpsilonStability, learn_gates
+from .training import EpsilonStability, check_settings, learn_gates
 from .tuning import FrozenPrefix
 from .units import Granularity
 
@@ -220,7 +220,9 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     output_dir = Path(training_args.output_dir)
     resume = _is_true(training_args.resume_from_checkpoint)
     stage_1 = output_dir / "adapter" / _STAGE_1
+    min_agreement = rank_args.min_agreement or None
 
+    check_settings(rank_args.gate_steps, min_agreement)
     if rank_args.adapter and rank_args.tuned_model:
         raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
     if rank_args.tuned_rank is not None and not rank_args.tuned_model:
@@ -230,18 +232,20 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     adapter = rank_args.adapter
     facts: dict[str, Any] = {"adapter": adapter}
     if rank_args.tuned_model:
-        adapter, facts = _extract_delta(model_args, lora_config, rank_args, output_dir)
+        trust = training_args.trust_remote_code
+        adapter, facts = _extract_delta(model_args, lora_config, rank_args, output_dir, trust)
     config = (
         _gated_config(adapter, rank_args.granularity)
         if adapter
         else ILAConfig.from_lora(lora_config, granularity=rank_args.granularity, gate_mode="open")
     )
-    unfinished = None if (output_dir / "importance.json").exists() else next(output_dir.glob("checkpoint-*"), None)
-    if unfinished and not training_args.resume_from_checkpoint:
-        raise ValueError(
-            f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, or "
-            "choose another `--output_dir`."
-        )
+    if not adapter and not training_args.resume_from_checkpoint and not (output_dir / "importance.json").exists():
+        left = [stage_1, *output_dir.glob("checkpoint-*")]
+        if unfinished := next((path for path in left if path.exists()), None):
+            raise ValueError(
+                f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, "
+                "or choose another `--output_dir`."
+            )
     # the ranked adapter is pushed at the end, not what the trainer saves on the way
     push, training_args.push_to_hub = training_args.push_to_hub, False
     stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
@@ -286,7 +290,7 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     importance = learn_gates(
         trainer,
         steps=rank_args.gate_steps,
-        min_agreement=rank_args.min_agreement or None,
+        min_agreement=min_agreement,
         resume_from_checkpoint=_last_checkpoint(output_dir / "gates") if resume else None,
     )
     importance.metadata |= {"dataset": script_args.dataset_name, "stage_1": facts}
@@ -317,7 +321,7 @@ def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
 
 
 def _extract_delta(
-    model_args: Any, config: Any, rank_args: RankArguments, output_dir: Path
+    model_args: Any, config: Any, rank_args: RankArguments, output_dir: Path, trust_remote_code: bool
 ) -> tuple[str, dict[str, Any]]:
     """Write the delta of a fully fine-tuned model as an adapter, once."""
     delta, report = output_dir / "delta", output_dir / "delta" / "delta.json"
@@ -334,8 +338,15 @@ def _extract_delta(
             with whole_directory(delta) as temporary:
                 base = _model_name(model_args.model_name_or_path)
                 tuned = _model_name(rank_args.tuned_model, "tuned_model")
-                revision = model_args.model_revision
-                facts = wanted | extract_lora(base, tuned, config, temporary, rank_args.tuned_rank, revision)
+                facts = wanted | extract_lora(
+                    base,
+                    tuned,
+                    config,
+                    temporary,
+                    rank=rank_args.tuned_rank,
+                    revision=model_args.model_revision,
+                    trust_remote_code=trust_remote_code,
+                )
                 (temporary / report.name).write_text(json.dumps(facts))
     print(
         f"The adapter holds {facts['energy_kept']:.1%} of the squared norm of the target modules' deltas; "
@@ -445,7 +456,8 @@ def _local_config(importance: LayerImportance) -> Any:
 
     model = importance.metadata.get("model")
     try:
-        return AutoConfig.from_pretrained(model, local_files_only=True) if model else None
+        # code from the hub is not run for a check, nor asked about on the terminal
+        return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False) if model else None
     except (OSError, ValueError):
         print(f"The configuration of {model!r} is not at hand; the targets are checked by name only.", file=sys.stderr)
         return None

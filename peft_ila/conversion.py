@@ -217,12 +217,16 @@ def meta_skeleton(model: nn.Module | PretrainedConfig) -> nn.Module:
     if isinstance(model, PretrainedConfig):
         architecture = (model.architectures or [""])[0]
         model_class = getattr(transformers, architecture, None)
+        auto: Any = (
+            transformers.AutoModelForSeq2SeqLM if model.is_encoder_decoder else transformers.AutoModelForCausalLM
+        )
         with torch.device("meta"):
             if model_class is not None:
                 return model_class(copy.deepcopy(model))
-            if model.is_encoder_decoder:
-                return transformers.AutoModelForSeq2SeqLM.from_config(model)
-            return transformers.AutoModelForCausalLM.from_config(model)
+            # a configuration with code of its own was trusted when it was loaded
+            return auto.from_config(
+                model, trust_remote_code=type(model).__module__.startswith("transformers_modules.")
+            )
     if isinstance(model, PreTrainedModel):
         with torch.device("meta"):
             return type(model)(copy.deepcopy(model.config))
@@ -237,7 +241,8 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 def freeze(model: nn.Module, units: Iterable[str]) -> list[str]:
     """
-    Set `requires_grad=False` on all parameters of the units.
+    Set `requires_grad=False` on all parameters that belong to the units alone: a weight that is tied to another module
+    stays as it is.
 
     Returns:
         The names of the parameters, in the order of the model.
@@ -252,8 +257,10 @@ def freeze(model: nn.Module, units: Iterable[str]) -> list[str]:
             f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units to freeze are missing). Pass the "
             "plain model that was ranked, not a `PeftModel` or another architecture."
         )
-    frozen = {id(parameter) for unit in units for parameter in modules[unit].parameters()}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in frozen]
+    inside = tuple(f"{unit}." for unit in units)
+    every = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in outside]
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return names

@@ -28,6 +28,7 @@ def extract_lora(
     output_dir: str | os.PathLike[str],
     rank: int | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """
     Write the weight deltas Δθ of a fully fine-tuned checkpoint as a LoRA adapter, which can then be gated and ranked.
@@ -45,6 +46,7 @@ def extract_lora(
             Keep the largest `rank` singular values of each delta. By default all: the factors are then the delta
             itself and an identity, and B·A is exact.
         revision (`str`, *optional*): Of the base model, if it comes from the hub.
+        trust_remote_code (`bool`): Whether the base model may bring code of its own.
 
     Returns:
         `dict`: `energy_kept`, the share of Σ‖Δθ‖² over the target modules that the adapter holds, the same for each
@@ -57,7 +59,8 @@ def extract_lora(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}; leave it out to keep the whole delta.")
-    skeleton = meta_skeleton(AutoConfig.from_pretrained(base_model, revision=revision))
+    model_config = AutoConfig.from_pretrained(base_model, revision=revision, trust_remote_code=trust_remote_code)
+    skeleton = meta_skeleton(model_config)
     weights = [name for name, _ in skeleton.named_parameters()]  # tied ones once, as they are saved
     targets = _linear_targets(skeleton, config)
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -129,20 +130,23 @@ class LayerImportance:
         return selected
 
     def _number(self, top_p: float | None, top_k: int | None) -> int:
+        if (top_p is None) == (top_k is None):
+            raise ValueError(f"Pass exactly one of `top_p` and `top_k`, got {top_p=}, {top_k=}.")
         if top_p is not None:
             if not 0 < top_p <= 1:
                 raise ValueError(f"`top_p` is the share of units to select and must be in (0, 1], got {top_p}.")
             return max(1, round(top_p * len(self.units)))
-        if not isinstance(top_k, int) or not 1 <= top_k <= len(self.units):
+        if not isinstance(top_k, Integral) or not 1 <= top_k <= len(self.units):
             raise ValueError(f"`top_k` must be a whole number from 1 to {len(self.units)}, got {top_k}.")
-        return top_k
+        return int(top_k)
 
     def probability(self, top_p: float | None = None, top_k: int | None = None) -> dict[str, float]:
         """
-        The probability of each unit to be selected, if the scores were measured anew on other batches.
+        The probability of each unit to belong to the selection that ever more batches would settle on.
 
         From 1,000 draws of all scores, each from a normal distribution with the score as mean and its `spread` as
-        standard deviation. The noise of fine-tuning (another seed, other data) is not in it.
+        standard deviation. The noise of fine-tuning (another seed, other data) is not in it. Scores that are measured
+        once more have noise of their own: their selection differs more often than this says.
 
         Args:
             top_p, top_k: The share or the number of units to select, see [`select`].

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import os
@@ -216,11 +217,7 @@ def learn_gates(
     """
     _check_engine(trainer.accelerator)
     ila = _ila_model(trainer)
-    for name, value, least in (("steps", steps, len(PATH)), ("loss_batches", loss_batches, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
-    if min_agreement is not None and not 0 < min_agreement <= 1:
-        raise ValueError(f"`min_agreement` must be in (0, 1], got {min_agreement}.")
+    check_settings(steps, min_agreement, loss_batches)
     (adapter_name,) = ila.active_adapters
     config = ila.peft_config[adapter_name]
     if config.gate_mode == "hard":
@@ -230,6 +227,8 @@ def learn_gates(
         ila.set_gate_mode("open")
 
     _shard(trainer)
+    model: Any = trainer.model
+    was_training = model.training
     stage = _stage_trainer(trainer, steps, seed)
     seed = stage.args.seed
     with _data_seed(stage):
@@ -238,7 +237,8 @@ def learn_gates(
         if not closed > opened:
             raise ValueError(
                 f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, "
-                f"{opened:.4f} with it), so there is nothing to rank; fine-tune longer."
+                f"{opened:.4f} with it), so there is nothing to rank. Fine-tune longer, or rank on a loss that falls "
+                "as the model gets better."
             )
         _shard(trainer)  # the scores are changed, not a copy that a forward pass has gathered
         if config.gate_mode == "joint":
@@ -275,6 +275,7 @@ def learn_gates(
             raise
         finally:
             config.inference_mode = inference_mode
+            model.train(was_training)
             ila.set_gate_mode("open")
             for name, parameter in ila.model.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
@@ -306,6 +307,20 @@ def learn_gates(
         "examples": len(data) if isinstance(data, Sized) else None,
     }
     return importance
+
+
+def check_settings(steps: int, min_agreement: float | None, loss_batches: int = 1) -> None:
+    """
+    Check arguments of [`learn_gates`], for callers that have other work to do before.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    for name, value, least in (("steps", steps, len(PATH)), ("loss_batches", loss_batches, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise ValueError(f"`min_agreement` must be in (0, 1], got {min_agreement}.")
 
 
 def _check_engine(accelerator: Any) -> None:
@@ -377,8 +392,12 @@ def _stage_trainer(trainer: Trainer, steps: int, seed: int | None) -> Any:
     stage.args.eval_on_start = False
     stage.args.load_best_model_at_end = False
     stage.args.push_to_hub = False
+    stage.args.neftune_noise_alpha = stage.neftune_noise_alpha = None  # the losses are measured without noise
     stage.args.save_only_model = False  # what was measured is in the optimiser
     stage.model_init = stage.optimizer = stage.lr_scheduler = None
+    # a subclass's own would put others in place of those of this stage
+    stage.create_optimizer = functools.partial(Trainer.create_optimizer, stage)
+    stage.create_scheduler = functools.partial(Trainer.create_scheduler, stage)
     if stage.accelerator.is_fsdp2:
         # For a model that is sharded already, accelerate finds an optimiser's parameters by the address of their
         # shards, which an empty shard does not have: the state of the optimiser cannot be saved.

@@ -1,9 +1,11 @@
 """What a selection saves while it is tuned."""
 
+import contextlib
 import logging
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -15,30 +17,49 @@ class FrozenPrefix(TrainerCallback):
     Nothing there needs a gradient. But whenever checkpointing is on, PEFT, transformers and TRL make the output of the
     embeddings require one (`enable_input_require_grads`), since reentrant checkpointing needs it; the other kind, the
     default of transformers 5, does not. While training runs, this callback cuts the graph there again. It does nothing
-    if the embeddings are trained, or under reentrant checkpointing, where the lowest layer would get no gradient.
+    if the embeddings are trained, or under reentrant checkpointing, where the lowest layer would get no gradient: so
+    after `prepare_model_for_kbit_training(model)`, unless it is called with `gradient_checkpointing_kwargs=
+    {"use_reentrant": False}`.
     """
 
     def __init__(self) -> None:
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.on_train_end(args, state, control)  # of a run that was broken off
-        embeddings = model.get_input_embeddings()
-        options: Any = args.gradient_checkpointing_kwargs or {}
-        if args.gradient_checkpointing and options.get("use_reentrant"):
+        if _checkpoints_reentrantly(model):
             logger.warning(
                 "Reentrant gradient checkpointing computes the gradients of all layers; with `use_reentrant=False` "
                 "the backward pass would end at the lowest layer that trains."
             )
-        elif not any(parameter.requires_grad for parameter in embeddings.parameters()):
-            # called after the hook that sets `requires_grad`, which cannot be removed once it was set twice
-            self._hook = embeddings.register_forward_hook(lambda module, args, output: output.detach())
+            return
+        for embeddings in _input_embeddings(model):
+            if not any(parameter.requires_grad for parameter in embeddings.parameters()):
+                # called after the hook that sets `requires_grad`, which cannot be removed once it was set twice
+                self._hooks.append(embeddings.register_forward_hook(lambda module, args, output: output.detach()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    # asks the model: what its trainer was told is another thing where checkpointing was enabled by hand
+    modules: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    options = [getattr(module._gradient_checkpointing_func, "keywords", {}) for module in modules]
+    return any(option.get("use_reentrant", True) for option in options)  # torch's default
+
+
+def _input_embeddings(model: nn.Module) -> set[nn.Module]:
+    """Of each model in the model, such as an image encoder, as `enable_input_require_grads` finds them."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            with contextlib.suppress(NotImplementedError):
+                found.add(module.get_input_embeddings())
+    return {embeddings for embeddings in found if isinstance(embeddings, nn.Module)}

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import yaml
 from conftest import tiny_llama
 from huggingface_hub import HfApi, RepoUrl
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from peft_ila import LayerImportance
@@ -188,6 +189,19 @@ def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
     assert (tmp_path / "adapter").exists()
 
 
+def test_an_adapter_that_was_not_ranked_is_not_trained_anew(workspace, tmp_path, monkeypatch):
+    """Stage 1 may end before the trainer saves its first checkpoint."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("peft_ila.cli.learn_gates", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        rank(workspace, tmp_path)
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="is of a run that was not finished; go on with it by"):
+        rank(workspace, tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    rank(workspace, tmp_path, "--resume_from_checkpoint", "True")
+    assert (tmp_path / "importance.json").exists()
+
+
 def test_convert(ranked, tmp_path, capsys):
     main(["convert", str(ranked / "importance.json"), "--top_k", "2", "--output_dir", str(tmp_path), "--lora_r", "3"])
     config = LoraConfig.from_pretrained(tmp_path)
@@ -276,15 +290,54 @@ def test_a_fully_fine_tuned_model_is_ranked(workspace, ranked, tmp_path, truncat
     assert {target.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj"}
 
 
+@pytest.mark.support("Operations", "models with code of their own (`--trust_remote_code`)")
+def test_a_model_with_code_of_its_own(workspace, ranked, tmp_path):
+    """In a process of its own, where the code was not imported before and nobody answers a question."""
+    for name in ("base", "tuned"):
+        model = tmp_path / name
+        shutil.copytree(workspace / "model", model)
+        config = json.loads((model / "config.json").read_text())
+        code = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomForCausalLM"}
+        config |= {"model_type": "custom", "architectures": ["CustomForCausalLM"], "auto_map": code}
+        (model / "config.json").write_text(json.dumps(config))
+        (model / "custom.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class CustomConfig(LlamaConfig):\n    model_type = 'custom'\n"
+            "class CustomForCausalLM(LlamaForCausalLM):\n    config_class = CustomConfig\n"
+        )
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    torch.manual_seed(0)
+    save_file(
+        {k: v + 0.01 * torch.randn_like(v) for k, v in tensors.items()}, tmp_path / "tuned" / "model.safetensors"
+    )
+    data = ["--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(workspace / "data.jsonl")]
+    options = [*data, *TRAINING, "--trust_remote_code", "True"]
+    ranking = ["--importance", str(ranked / "importance.json"), "--top_k", "1"]
+    tune = ["tune", *options, *ranking, "--output_dir", str(tmp_path / "out")]
+    extract = (
+        "from peft import LoraConfig\nfrom peft_ila.delta import extract_lora\n"
+        "config = LoraConfig(target_modules=['q_proj'])\n"
+        f"extract_lora({str(tmp_path / 'base')!r}, {str(tmp_path / 'tuned')!r}, config, {str(tmp_path / 'delta')!r}, "
+        "trust_remote_code=True)"
+    )
+    script = f"from peft_ila.cli import main\nmain({tune!r})\n{extract}\n"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)
+    for name in ("out", "delta"):
+        assert (tmp_path / name / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--adapter", "a", "--tuned_model", "b"], "Pass `--adapter` or `--tuned_model`, not both."),
         (["--tuned_rank", "4"], "`--tuned_rank` is of no use without `--tuned_model`."),
         (["--tuned_model", "/nowhere"], "There is no model directory /nowhere."),
+        (["--gate_steps", "2"], "`steps` must be a whole number of at least 4, got 2"),
+        (["--min_agreement", "2"], r"`min_agreement` must be in \(0, 1\], got 2"),
     ],
 )
-def test_contradictory_starts(workspace, tmp_path, arguments, message):
+def test_bad_settings_are_found_before_any_work(workspace, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         rank(workspace, tmp_path, *arguments)
     assert not list(tmp_path.iterdir())

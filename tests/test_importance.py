@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy
 import pytest
 from conftest import tiny_llama
 from hypothesis import given
@@ -54,6 +55,16 @@ def test_select():
 def test_bad_selections(arguments, message):
     with pytest.raises(ValueError, match=message):
         importance([0.5 * i for i in range(10)]).select(**arguments)
+
+
+def test_a_number_may_be_numpys():
+    assert importance(range(10)).select(top_k=numpy.int64(2)) == UNITS[:7:-1]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"top_p": 0.5, "top_k": 2}])
+def test_the_probability_of_no_selection(arguments):
+    with pytest.raises(ValueError, match="Pass exactly one of `top_p` and `top_k`"):
+        importance([1.0, 2.0], spread=[0.1, 0.1]).probability(**arguments)
 
 
 def test_probability_of_being_selected():
@@ -180,6 +191,16 @@ def test_freeze_unselected():
     expected = {name for name, _ in model.named_parameters() if name.startswith("model.layers.0.")}
     assert set(frozen) == expected
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == expected
+
+
+@pytest.mark.parametrize("unselected", ["lm_head", "model.embed_tokens"])
+def test_a_weight_shared_with_what_is_not_frozen_stays(unselected):
+    model = tiny_llama(tie_word_embeddings=True)
+    units = ["model.layers.0", unselected]
+    assert LayerImportance(units, [1.0, 0.0]).freeze_unselected(model, top_k=1) == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    both = LayerImportance(["model.layers.0", "lm_head", "model.embed_tokens"], [1.0, 0.0, 0.0])
+    assert both.freeze_unselected(model, top_k=1) == ["model.embed_tokens.weight"]
 
 
 def test_freeze_unselected_modules():

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 import peft_ila.attribution
 from peft_ila import EpsilonStability, ILAConfig, LayerImportance, learn_gates
+from peft_ila.attribution import PathAttribution
 from peft_ila.training import measure_losses
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,9 +359,10 @@ def test_steps_that_the_gradient_scaler_skips_are_no_samples():
     """As under fp16, whose first steps overflow."""
     score = torch.nn.Parameter(torch.full((1,), peft_ila.attribution.score_of(1 / 8)))
     optimizer, scaler = peft_ila.attribution.PathAttribution([score]), torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match="Not one step of stage 2 was taken"):
-        peft_ila.attribution.samples_of(optimizer)
     for step in range(8):
+        if step in (0, 4):  # the first is skipped
+            with pytest.raises(ValueError, match=f"Stage 2 measured {max(0, step - 1)} of the 4 points of its path"):
+                peft_ila.attribution.samples_of(optimizer)
         scaler.scale(score.sum() * (math.inf if step == 0 else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -548,6 +550,64 @@ def test_an_adapter_loaded_for_inference_can_be_ranked(tmp_path, tokenizer, dial
     importance = learn_gates(plain_trainer(tmp_path, tokenizer, dialogues, model=model), steps=4)
     assert importance.scores == expected.scores
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def with_overrides(trainer, **methods):
+    """The trainer of a user who overrides methods of it."""
+    trainer.__class__ = type("Custom", (type(trainer),), methods)
+    return trainer
+
+
+def adam(self, model=None):
+    parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    self.optimizer = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=2e-2)
+    return self.optimizer
+
+
+def one_cycle(self, num_training_steps, optimizer=None):
+    optimizer = optimizer or self.optimizer
+    self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=num_training_steps)
+    return self.lr_scheduler
+
+
+@pytest.mark.parametrize("methods", [{"create_optimizer": adam}, {"create_scheduler": one_cycle}])
+def test_trainers_with_an_optimiser_of_their_own(tmp_path, tokenizer, dialogues, methods):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    expected = learn_gates(trainer, steps=4)
+    assert learn_gates(with_overrides(trainer, **methods), steps=4).scores == expected.scores
+
+
+def test_noise_on_the_embeddings_is_for_stage_1_only(tmp_path, tokenizer, dialogues):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    expected = learn_gates(trainer, steps=4)
+    noisy = plain_trainer(tmp_path, tokenizer, dialogues, model=trainer.model, neftune_noise_alpha=5.0)
+    assert learn_gates(noisy, steps=4).scores == expected.scores
+    assert noisy.neftune_noise_alpha == 5.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_stays_in_its_training_mode(tmp_path, tokenizer, dialogues, training):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues)
+    trainer.train()
+    trainer.model.train(training)
+    learn_gates(trainer, steps=4)
+    assert trainer.model.training == training
+
+
+def test_what_was_measured_is_resumed_on_the_device_of_the_scores(tmp_path):
+    """A trainer on one GPU loads the optimiser's state to the CPU."""
+    scores = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for score in scores:
+        score.grad = torch.ones(1)
+    optimizer = PathAttribution(scores)
+    optimizer.step()
+    elsewhere = PathAttribution([torch.nn.Parameter(torch.zeros(1, device="meta")) for _ in range(2)])
+    elsewhere.load_state_dict(optimizer.state_dict())
+    assert elsewhere.param_groups[0]["samples"].device.type == "meta"
+    # γ(1 − γ) is ¼ at a score of 0
+    assert torch.equal(optimizer.param_groups[0]["samples"], torch.full((1, 2), -4.0))
 
 
 def test_measured_losses(tmp_path, tokenizer, dialogues):

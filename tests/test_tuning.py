@@ -1,9 +1,11 @@
+import re
+
 import pytest
 import torch
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from test_training import plain_trainer, sft_trainer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainingArguments
 
 from peft_ila import FrozenPrefix
 
@@ -74,6 +76,56 @@ def test_trained_embeddings_and_reentrant_checkpointing_are_left_alone(tmp_path,
         gradient.any() for n, gradient in spared.gradients.items() if "lora_B" in n
     )
     assert "with `use_reentrant=False` the backward pass would end" in caplog.text
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_reentrant_checkpointing_that_the_trainer_does_not_know_of(tmp_path, tokenizer, dialogues, saved):
+    """`prepare_model_for_kbit_training` leaves the kind to torch, which takes the reentrant one."""
+
+    class Prepare(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={})
+            model.get_base_model().enable_input_require_grads()
+
+    lora = {"modules_to_save": saved}
+    expected, _ = observed(tmp_path, tokenizer, dialogues, [Prepare()], make=plain_trainer, lora=lora)
+    spared, _ = observed(tmp_path, tokenizer, dialogues, [Prepare(), FrozenPrefix()], make=plain_trainer, lora=lora)
+    assert spared.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(spared.gradients[name], gradient)
+    assert any(gradient.any() for name, gradient in expected.gradients.items() if "lora_B" in name)
+
+
+def test_no_backward_pass_through_an_image_encoder():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = LlamaConfig(**sizes, vocab_size=64, num_key_value_heads=4, pad_token_id=0)
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=63, pad_token_id=0)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=r".*language_model\.layers\.1\.self_attn\.q_proj")
+    model = get_peft_model(LlavaForConditionalGeneration(config), lora)
+    model.enable_input_require_grads()
+    reached = set()
+
+    def observe(name, output):
+        if output.requires_grad:
+            output.register_hook(lambda _: reached.add(name))
+
+    for name, module in model.named_modules():
+        if re.search(r"layers\.\d$", name):
+            name = ".".join(name.split(".")[-4:])
+            module.register_forward_hook(lambda module, args, output, name=name: observe(name, output))
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True)
+    inputs = torch.tensor([[1, *[63] * 4, 2]])
+    model(input_ids=inputs, pixel_values=torch.rand(1, 3, 8, 8), labels=inputs).loss.backward()
+    lowest = "model.language_model.layers.1"
+    assert reached == {"vision_tower.encoder.layers.0", "model.language_model.layers.0", lowest}
+    reached.clear()
+    FrozenPrefix().on_train_begin(arguments, None, None, model=model)
+    model(input_ids=inputs, pixel_values=torch.rand(1, 3, 8, 8), labels=inputs).loss.backward()
+    assert reached == {lowest}
 
 
 def test_a_run_that_was_broken_off_leaves_no_hook_behind(tmp_path, tokenizer, dialogues):
