@@ -101,6 +101,8 @@ class ILAModel(LoraModel):
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # A mode is a state of this model, not of the configuration, which may be used for another one.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         self._warn_of_experts(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._apply_mode(adapter_name)

@@ -119,6 +119,20 @@ def test_modes_can_be_left_and_entered(llama, input_ids):
     assert torch.equal(model(input_ids).logits, soft)
 
 
+def test_one_configuration_serves_several_models():
+    """A mode is a state of its model: a configuration that is used once more makes what it made first."""
+    config = ILAConfig(target_modules=["q_proj"], gate_mode="open")
+    first = get_peft_model(tiny_llama(), config)
+    first.apply_mask(["model.layers.0"])
+    first.set_gate_mode("soft")
+    second = get_peft_model(tiny_llama(), config)
+    assert (config.gate_mode, config.gate_mask) == ("open", None)
+    assert second.peft_config["default"].gate_mode == "open"
+    assert all("lora_A" in name or "lora_B" in name for name, p in second.named_parameters() if p.requires_grad)
+    assert sum(p.requires_grad for p in second.parameters()) == 6
+    assert first.peft_config["default"].gate_mode == "soft"
+
+
 def test_bad_modes_and_masks(llama):
     model = get_peft_model(llama, config())
     with pytest.raises(ValueError, match="must be one of .* got 'close'"):
