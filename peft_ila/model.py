@@ -101,8 +101,6 @@ class ILAModel(LoraModel):
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A mode is a state of this model, not of the configuration, which may be used for another one.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         self._warn_of_experts(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._apply_mode(adapter_name)
@@ -190,8 +188,14 @@ class ILAModel(LoraModel):
             if mode == "hard" and not config.gate_mask:
                 raise ValueError(f"Adapter {name!r} has no mask yet; call `apply_mask(units)` instead.")
             self.check_unmerged(name)
-            config.gate_mode = mode
+            self.change_config(name, gate_mode=mode)
             self._apply_mode(name)
+
+    def change_config(self, adapter_name: str, **options: Any) -> None:
+        """Set options of an adapter's configuration in a copy: the one that was passed may be used for other models."""
+        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
+        for option, value in options.items():
+            setattr(config, option, value)
 
     def apply_mask(self, units: Iterable[str], adapter_name: str | None = None) -> None:
         """
@@ -217,7 +221,7 @@ class ILAModel(LoraModel):
             if not kept:
                 raise ValueError("The mask keeps no unit; select at least one.")
             self.check_unmerged(name)
-            self.peft_config[name].gate_mask = [unit for unit in known if unit in kept]
+            self.change_config(name, gate_mask=[unit for unit in known if unit in kept])
             self.set_gate_mode("hard", name)
 
     def _apply_mode(self, adapter_name: str) -> None:

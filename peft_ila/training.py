@@ -248,7 +248,7 @@ def learn_gates(
         gates = list(ila.gates().values())
         scores = [gate.weight.detach().clone() for gate in gates]
         try:
-            config.inference_mode = False
+            ila.change_config(adapter_name, inference_mode=False)
             ila.set_gate_mode("soft")
             for gate in gates:
                 gate.weight.data.fill_(score_of(PATH[0]))
@@ -274,7 +274,7 @@ def learn_gates(
                 gate.weight.data.copy_(score)
             raise
         finally:
-            config.inference_mode = inference_mode
+            ila.change_config(adapter_name, inference_mode=inference_mode)
             model.train(was_training)
             ila.set_gate_mode("open")
             for name, parameter in ila.model.named_parameters():

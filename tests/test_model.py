@@ -123,6 +123,7 @@ def test_one_configuration_serves_several_models():
     """A mode is a state of its model: a configuration that is used once more makes what it made first."""
     config = ILAConfig(target_modules=["q_proj"], gate_mode="open")
     first = get_peft_model(tiny_llama(), config)
+    assert first.peft_config["default"] is config  # as PEFT has it
     first.apply_mask(["model.layers.0"])
     first.set_gate_mode("soft")
     second = get_peft_model(tiny_llama(), config)
