@@ -1,5 +1,6 @@
 import json
 import math
+from random import Random
 
 import numpy
 import pytest
@@ -80,6 +81,24 @@ def test_probability_of_being_selected():
     assert probability["model.layers.0"] == pytest.approx(expected, abs=0.04)  # three standard errors of 1,000 draws
     assert sum(probability.values()) == pytest.approx(1)
     assert probability == unsure.probability(top_p=0.5)  # the draws are the same
+
+
+def test_of_units_with_a_probability_so_many_belong_to_the_true_top():
+    """Scores with noise of a known size, a quarter of the differences between units."""
+    random = Random(0)
+    said, true = [], []
+    for _ in range(40):
+        truth = [random.gauss(0, 1) for _ in range(30)]
+        measured = importance([value + random.gauss(0, 0.25) for value in truth], spread=[0.25] * 30)
+        top = set(importance(truth).select(top_p=0.3))
+        for unit, probability in measured.probability(top_p=0.3).items():
+            said.append(probability)
+            true.append(unit in top)
+    for low, high in ((0, 0.25), (0.25, 0.75), (0.75, 1.01)):
+        of_bin = [i for i, probability in enumerate(said) if low <= probability < high]
+        assert len(of_bin) > 100
+        expected, found = (sum(values[i] for i in of_bin) / len(of_bin) for values in (said, true))
+        assert found == pytest.approx(expected, abs=0.1)
 
 
 def test_sure_units_alone_are_selected_and_coin_tosses_are_named():
