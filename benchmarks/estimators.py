@@ -8,7 +8,7 @@ deltas of all modules but the top ones switched off and nothing retrained. For "
 ranked by the sum of their modules' scores.
 
     python benchmarks/estimators.py --data ../shared/data/sft_alpaca_gpt4.jsonl ../shared/data/sft_lima.jsonl \
-        ../shared/data/sft_no_robots.jsonl --seeds 0 1 2 --output_dir benchmarks/results/estimators
+        ../shared/data/sft_dolly.jsonl --seeds 0 1 2 --output_dir benchmarks/results/estimators
 
 On one core, stage 1 takes 7 minutes a run, each estimator 4. What the output holds already is not computed again;
 without --data, only the tables are printed.
@@ -163,11 +163,6 @@ def path(problem: Problem, batches: int = BATCHES) -> torch.Tensor:
     return attributions(problem.path_samples(batches))[0]
 
 
-def path_of(problem: Problem, points: int) -> torch.Tensor:
-    """With another number of points; each sees as many batches."""
-    return problem.path_samples(BATCHES, [(i + 0.5) / points for i in range(points)]).mean(0)
-
-
 def path_per_example(problem: Problem) -> torch.Tensor:
     return attributions(problem.path_samples(BATCHES, loss=problem.loss_per_example))[0]
 
@@ -179,9 +174,6 @@ def zscore(scores: torch.Tensor) -> torch.Tensor:
 SECOND_HALF = slice(BATCHES // 2, BATCHES)
 ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "path": path,
-    "path, 1 point": lambda p: path_of(p, 1),
-    "path, 2 points": lambda p: path_of(p, 2),
-    "path, 8 points": lambda p: path_of(p, 8),
     "path, loss per example": path_per_example,
     "random masks": random_masks,
     "shrinking masks": shrinking_masks,
@@ -190,8 +182,6 @@ ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     ),
     "path 16 + straight-through 16 at 30 %": lambda p: straight_through(p, path(p, BATCHES // 2), 0.3, SECOND_HALF),
     "pressure": lambda p: descent(p, lambda _: p.worth),
-    "pressure, Adam, lr 0.05": lambda p: descent(p, lambda _: p.worth, lr=0.05),
-    "pressure, Adam, lr 0.5": lambda p: descent(p, lambda _: p.worth, lr=0.5),
     "pressure, SGD": lambda p: descent(p, lambda _: p.worth, lr=len(p.units) / p.worth, optimizer=torch.optim.SGD),
     "annealed pressure": lambda p: descent(p, lambda progress: 2 * progress * p.worth),
     "Lagrangian, 30 %": lagrangian,

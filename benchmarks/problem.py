@@ -148,16 +148,11 @@ class Problem:
         gamma = gamma.detach().clone().requires_grad_()
         return torch.autograd.grad((loss or self.loss)(gamma, batch), gamma)[0]
 
-    def path_samples(
-        self, batches: int, points: Sequence[float] = PATH, loss: Callable[..., torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def path_samples(self, batches: int, loss: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
         """What `learn_gates` measures: −∂L/∂γ of each batch, at the points of the path in turn."""
         ones = torch.ones(len(self.units))
         return torch.stack(
-            [
-                -self.gradient(ones * points[i % len(points)], batch, loss)
-                for i, batch in enumerate(self.batches[:batches])
-            ]
+            [-self.gradient(ones * PATH[i % len(PATH)], batch, loss) for i, batch in enumerate(self.batches[:batches])]
         )
 
     def held_out_loss(self, gamma: torch.Tensor) -> float:

@@ -25,6 +25,8 @@ from peft_ila import FrozenPrefix, LayerImportance
 from peft_ila.measure import saved_tensor_bytes
 
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
+# the base, whether activations are checkpointed, `FrozenPrefix`
+SETTINGS = (("fp32", False, False), ("fp32", True, False), ("fp32", True, True), ("NF4", True, True))
 REPEATS = 3
 
 
@@ -49,6 +51,7 @@ def count(model: PeftModel) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--importance", required=True, help="a ranking of SmolLM2's decoder layers")
+    parser.add_argument("--bases", nargs="+", default=["fp32", "NF4"], choices=["fp32", "NF4"])
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     importance = LayerImportance.load(args.importance)
@@ -58,12 +61,9 @@ def main() -> None:
 
     rows = []
     print("| base | checkpointing | share | layers | lowest | bytes | FLOPs | time |\n" + "|---" * 8 + "|")
-    for base, checkpointing, prefix in (
-        ("fp32", False, False),
-        ("fp32", True, False),
-        ("fp32", True, True),
-        ("NF4", True, True),
-    ):
+    for base, checkpointing, prefix in SETTINGS:
+        if base not in args.bases:
+            continue
         full = adapted(config(1.0), base, checkpointing, False)
         whole, work = count(full)
         label = "on, `FrozenPrefix`" if prefix else "on" if checkpointing else "off"
