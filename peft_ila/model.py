@@ -192,7 +192,7 @@ class ILAModel(LoraModel):
             self._apply_mode(name)
 
     def change_config(self, adapter_name: str, **options: Any) -> None:
-        """Set options of an adapter's configuration in a copy: the one that was passed may be used for other models."""
+        """Set options of an adapter's configuration, in a copy: the one that was passed may serve other models."""
         self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
         for option, value in options.items():
             setattr(config, option, value)

@@ -50,9 +50,10 @@ class FrozenPrefix(TrainerCallback):
 
 def _checkpoints_reentrantly(model: nn.Module) -> bool:
     # asks the model: what its trainer was told is another thing where checkpointing was enabled by hand
-    modules: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    options = [getattr(module._gradient_checkpointing_func, "keywords", {}) for module in modules]
-    return any(option.get("use_reentrant", True) for option in options)  # torch's default
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
+    # what says nothing, as a model's own code may, has torch's default
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
 
 
 def _input_embeddings(model: nn.Module) -> set[nn.Module]:
