@@ -159,12 +159,8 @@ def random_scores(problem: Problem, draw: int) -> torch.Tensor:
     return torch.rand(len(problem.units), generator=torch.Generator().manual_seed(draw))
 
 
-def path(problem: Problem, batches: int = BATCHES) -> torch.Tensor:
-    return attributions(problem.path_samples(batches))[0]
-
-
-def path_per_example(problem: Problem) -> torch.Tensor:
-    return attributions(problem.path_samples(BATCHES, loss=problem.loss_per_example))[0]
+def path(problem: Problem, batches: int = BATCHES, loss: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+    return attributions(problem.path_samples(batches, loss))[0]
 
 
 def zscore(scores: torch.Tensor) -> torch.Tensor:
@@ -174,7 +170,7 @@ def zscore(scores: torch.Tensor) -> torch.Tensor:
 SECOND_HALF = slice(BATCHES // 2, BATCHES)
 ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "path": path,
-    "path, loss per example": path_per_example,
+    "path, loss per example": lambda p: path(p, loss=p.loss_per_example),
     "random masks": random_masks,
     "shrinking masks": shrinking_masks,
     "path 16 + pressure 16": lambda p: descent(

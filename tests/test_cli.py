@@ -36,6 +36,10 @@ def workspace(tmp_path_factory, tokenizer, dialogues):
     return directory
 
 
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def rank(workspace, output, *extra):
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     main(["rank", *data, "--output_dir", str(output), *TRAINING, "--gate_steps", "8", *extra])
@@ -147,7 +151,7 @@ def test_another_adapter_in_the_same_directory(workspace, ranked, tmp_path, monk
     rank(workspace, tmp_path / "out", *saving, "--adapter", str(ranked / "adapter"))
     assert (tmp_path / "out" / "gates").exists()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("peft_ila.cli.learn_gates", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("peft_ila.cli.learn_gates", interrupted)
         rank(workspace, tmp_path / "out", *saving, "--adapter", str(tmp_path / "other" / "adapter"))
     arguments = ["--adapter", str(tmp_path / "other" / "adapter"), "--resume_from_checkpoint", "True"]
     rank(workspace, tmp_path / "out", *saving, *arguments)
@@ -192,7 +196,7 @@ def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
 def test_an_adapter_that_was_not_ranked_is_not_trained_anew(workspace, tmp_path, monkeypatch):
     """Stage 1 may end before the trainer saves its first checkpoint."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("peft_ila.cli.learn_gates", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("peft_ila.cli.learn_gates", interrupted)
         rank(workspace, tmp_path)
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(SystemExit, match="is of a run that was not finished; go on with it by"):

@@ -358,7 +358,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_the_scores_stay(tmp_path,
 def test_steps_that_the_gradient_scaler_skips_are_no_samples():
     """As under fp16, whose first steps overflow."""
     score = torch.nn.Parameter(torch.full((1,), peft_ila.attribution.score_of(1 / 8)))
-    optimizer, scaler = peft_ila.attribution.PathAttribution([score]), torch.amp.GradScaler("cpu")
+    optimizer, scaler = PathAttribution([score]), torch.amp.GradScaler("cpu")
     for step in range(8):
         if step in (0, 4):  # the first is skipped
             with pytest.raises(ValueError, match=f"Stage 2 measured {max(0, step - 1)} of the 4 points of its path"):
@@ -596,7 +596,7 @@ def test_the_model_stays_in_its_training_mode(tmp_path, tokenizer, dialogues, tr
     assert trainer.model.training == training
 
 
-def test_what_was_measured_is_resumed_on_the_device_of_the_scores(tmp_path):
+def test_what_was_measured_is_resumed_on_the_device_of_the_scores():
     """A trainer on one GPU loads the optimiser's state to the CPU."""
     scores = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     for score in scores:
