@@ -59,9 +59,11 @@ def shrinking_masks(problem: Problem, last: float = 0.1, decay: float = 0.9) -> 
     return total
 
 
-def first_order(problem: Problem, gamma: float) -> torch.Tensor:
-    point = torch.full((len(problem.units),), gamma)
-    return -torch.stack([problem.gradient(point, batch) for batch in problem.batches]).mean(0)
+def at_points(problem: Problem, points: tuple[float, ...]) -> torch.Tensor:
+    """The mean of −∂L/∂γ with all gates alike, at these values in turn."""
+    ones = torch.ones(len(problem.units))
+    gradients = [problem.gradient(ones * points[i % len(points)], batch) for i, batch in enumerate(problem.batches)]
+    return -torch.stack(gradients).mean(0)
 
 
 def descent(
@@ -72,16 +74,28 @@ def descent(
     batches: slice = slice(BATCHES),
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> torch.Tensor:
-    """Descent on L + λ·mean(γ), γ = σ(s), where `penalty` gives λ for a progress from 0 to 1."""
+    """Descent on L + λ·mean(γ), γ = σ(s), where `penalty` gives λ for a progress from 0 to 1: s after each step."""
     n = len(problem.units)
     s = (torch.zeros(n) + start).requires_grad_()
     steps = optimizer([s], lr=lr)
+    history = []
     for i, batch in enumerate(problem.batches[batches]):
         gamma = torch.sigmoid(s.detach())
         gradient = problem.gradient(gamma, batch) + penalty(i / len(problem.batches[batches])) / n
         s.grad = gradient * gamma * (1 - gamma)
         steps.step()
-    return s.detach()
+        history.append(s.detach().clone())
+    return torch.stack(history)
+
+
+def pressure(problem: Problem, **options: Any) -> torch.Tensor:
+    """Descent under a fixed penalty: what all deltas together are worth."""
+    return descent(problem, lambda _: problem.worth, **options)
+
+
+def pressure_sgd(problem: Problem, scale: float = 1.0) -> torch.Tensor:
+    """The same by plain SGD; the penalty alone moves a score by `scale`·γ(1 − γ) a step."""
+    return pressure(problem, lr=scale * len(problem.units) / problem.worth, optimizer=torch.optim.SGD)
 
 
 def lagrangian(problem: Problem, share: float = 0.3) -> torch.Tensor:
@@ -173,18 +187,19 @@ ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "path, loss per example": lambda p: path(p, loss=p.loss_per_example),
     "random masks": random_masks,
     "shrinking masks": shrinking_masks,
-    "path 16 + pressure 16": lambda p: descent(
-        p, lambda _: p.worth, zscore(path(p, BATCHES // 2)), batches=SECOND_HALF
-    ),
+    "path of 1 point": lambda p: at_points(p, (1 / 2,)),
+    "path of 2 points": lambda p: at_points(p, (1 / 4, 3 / 4)),
+    "path of 8 points": lambda p: at_points(p, tuple((i + 1 / 2) / 8 for i in range(8))),
+    "path 16 + pressure 16": lambda p: pressure(p, start=zscore(path(p, BATCHES // 2)), batches=SECOND_HALF)[-1],
     "path 16 + straight-through 16 at 30 %": lambda p: straight_through(p, path(p, BATCHES // 2), 0.3, SECOND_HALF),
-    "pressure": lambda p: descent(p, lambda _: p.worth),
-    "pressure, SGD": lambda p: descent(p, lambda _: p.worth, lr=len(p.units) / p.worth, optimizer=torch.optim.SGD),
-    "annealed pressure": lambda p: descent(p, lambda progress: 2 * progress * p.worth),
+    "pressure": lambda p: pressure(p)[-1],
+    "pressure, SGD": lambda p: pressure_sgd(p)[-1],
+    "annealed pressure": lambda p: descent(p, lambda progress: 2 * progress * p.worth)[-1],
     "Lagrangian, 30 %": lagrangian,
     "hard-concrete": hard_concrete,
-    "plain descent from s = 4": lambda p: descent(p, lambda _: 0.0, 4.0, 0.1),
-    "first order at γ = 1": lambda p: first_order(p, 1.0),
-    "first order at γ = 0": lambda p: first_order(p, 0.0),
+    "plain descent from s = 4": lambda p: descent(p, lambda _: 0.0, 4.0, 0.1)[-1],
+    "first order at γ = 1": lambda p: at_points(p, (1.0,)),
+    "first order at γ = 0": lambda p: at_points(p, (0.0,)),
     "norm of ΔW": delta_norm,
     "gradient norm": gradient_norm,
     "KappaTune": kappa_tune,
@@ -241,18 +256,14 @@ def print_tables(runs: dict[str, Any]) -> None:
         if kept:
             row(estimator, len(kept), *map(statistics.mean, zip(*kept)))
 
-    table("estimator", ["pairs of runs", "n", "overlap@75", "overlap@30", "Spearman"])
+    table("estimator", ["pairs of rankings", "n", "overlap@75", "overlap@30", "Spearman"])
     for estimator, by_layer in itertools.product(ESTIMATORS, (False, True)):
-        found = {name: run for name, run in runs.items() if estimator in run["estimators"]}
-        rankings = {name: ranking(run, estimator, by_layer) for name, run in found.items()}
-        pairs = list(itertools.combinations(rankings, 2))
-        same = [pair for pair in pairs if pair[0].rpartition("_")[0] == pair[1].rpartition("_")[0]]
-        other = [pair for pair in pairs if pair not in same]
-        for label, chosen in (("one data set, two seeds", same), ("two data sets", other)):
-            if chosen:
-                figures = [agreement(rankings[a], rankings[b]) for a, b in chosen]
-                units = "layers" if by_layer else "modules"
-                row(f"{estimator} ({units})", label, len(chosen), *map(statistics.mean, zip(*figures)))
+        rankings = {
+            name: ranking(run, estimator, by_layer) for name, run in runs.items() if estimator in run["estimators"]
+        }
+        units = "layers" if by_layer else "modules"
+        for label, figures in agreements(rankings).items():
+            row(f"{estimator} ({units})", label, len(figures), *map(statistics.mean, zip(*figures)))
 
     for name, run in runs.items():
         estimators = [estimator for estimator in ESTIMATORS if estimator in run["estimators"]]
@@ -272,6 +283,27 @@ def ranking(run: dict[str, Any], estimator: str, by_layer: bool = False) -> Laye
             layer = unit_of(unit, "layer")
             scores[layer] = scores.get(layer, 0.0) + score
     return LayerImportance(list(scores), list(scores.values()))
+
+
+def agreements(rankings: dict[str, LayerImportance]) -> dict[str, list[tuple[float, float, float]]]:
+    """Between two seeds, between two data sets, and between data sets after averaging over the seeds of each."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for (name, a), (other, b) in itertools.combinations(rankings.items(), 2):
+        one, two = name.rpartition("_")[0], other.rpartition("_")[0]
+        labels = ("two seeds", f"two seeds of {one}") if one == two else ("two data sets", f"{one}, {two}")
+        for label in labels:
+            found.setdefault(label, []).append(agreement(a, b))
+    by_set = itertools.groupby(rankings, lambda name: name.rpartition("_")[0])
+    means = {data: average([rankings[name] for name in names]) for data, names in by_set}
+    if len(means) < len(rankings):
+        for (one, a), (two, b) in itertools.combinations(means.items(), 2):
+            found[f"{one}, {two}, means over seeds"] = [agreement(a, b)]
+    return found
+
+
+def average(rankings: list[LayerImportance]) -> LayerImportance:
+    scores = torch.stack([zscore(torch.tensor(ranking.scores)) for ranking in rankings])
+    return LayerImportance(rankings[0].units, scores.mean(0).tolist())
 
 
 def agreement(a: LayerImportance, b: LayerImportance) -> tuple[float, float, float]:

@@ -24,6 +24,7 @@ from peft_ila.units import unit_of
 HELD_OUT = 64
 MAX_LENGTH, PROMPT = 96, 56  # tokens; examples with longer prompts are left out
 LORA = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}
+LEARNING_RATE = 5e-4
 GATED = ILAConfig(**LORA, target_modules="all-linear", granularity="module", gate_mode="open")
 
 
@@ -37,6 +38,7 @@ def fine_tune(
     steps: int,
     adapter: Path,
     config: PeftConfig = GATED,
+    learning_rate: float = LEARNING_RATE,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
     """Train LoRA on all examples but the last ones, or take what such a run has saved as `adapter`."""
@@ -61,7 +63,7 @@ def fine_tune(
             per_device_eval_batch_size=16,
             max_length=MAX_LENGTH,
             max_steps=steps,
-            learning_rate=5e-4,
+            learning_rate=learning_rate,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=5,
             logging_steps=10,
@@ -110,8 +112,10 @@ class FreeGate(Gate):
 class Problem:
     """A fine-tuned adapter: its loss and ∂L/∂γ on one of its batches for any γ, a vector with one entry a module."""
 
-    def __init__(self, data: str, seed: int, steps: int, adapter: Path, batches: int) -> None:
-        self.trainer = fine_tune(data, seed, steps, adapter)
+    def __init__(
+        self, data: str, seed: int, steps: int, adapter: Path, batches: int, learning_rate: float = LEARNING_RATE
+    ) -> None:
+        self.trainer = fine_tune(data, seed, steps, adapter, learning_rate=learning_rate)
         self.model = self.trainer.model
         self.model.set_gate_mode("soft")
         self.model.eval()

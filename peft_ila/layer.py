@@ -3,6 +3,8 @@
 The gate multiplies the rank-r activation between `lora_A` and `lora_B`, never the layer's output: a factor on the
 output makes autograd keep a tensor of the output's size (1.20 times the memory of a LoRA step on SmolLM2, against
 0.77 here). Every LoRA layer of PEFT that calls `lora_B(lora_A(x))`, quantised or not, is gated by the same hook.
+In mode "soft", where a step is mostly the frozen model's, layers that have variants of LoRA add the delta in place of
+that: see `SoftDelta`.
 """
 
 import functools
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from .config import GateMode
@@ -106,8 +109,8 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
         layer.output_fns[adapter_name] = gate  # PEFT calls it on the rank-r result of the lookup
 
 
-def freeze_by_mode(layer: Any, adapter_name: str) -> None:
-    """Declare to PEFT which weights of the adapter stay frozen in its gate's mode, whatever activates it later."""
+def apply_mode(layer: Any, adapter_name: str) -> None:
+    """Follow the mode of the adapter's gate: which weights PEFT trains, whatever activates the adapter later."""
     gate = layer.gates[adapter_name]
     trains_lora = gate.mode == "joint" or gate.is_open
     trains_score = gate.mode in ("joint", "soft")
@@ -115,6 +118,46 @@ def freeze_by_mode(layer: Any, adapter_name: str) -> None:
         name for name in layer.adapter_layer_names if not (trains_score if name == "lora_gate" else trains_lora)
     )
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: frozen}
+    if gate.mode == "soft" and adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) is nn.Linear:
+        layer.lora_variant[adapter_name] = SoftDelta()
+    else:
+        layer.lora_variant.pop(adapter_name, None)
+
+
+class SoftDelta(LoraVariant):
+    """
+    The forward pass of a gated linear layer with frozen A and B, as a variant of LoRA.
+
+    PEFT's own, `result + lora_B(lora_A(x)) * scaling`, makes three tensors of the output's size for the backward pass
+    to go through; here the scaling is applied to the rank-r activation, and product and sum are one operation. On
+    SmolLM2 that is most of what a soft step costs beyond the frozen model. Layers without variants are gated by the
+    hook all the same.
+    """
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        lora_B, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
+        x = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        # other hooks, or another `forward`, may move, gather or change what `lora_B` works on
+        bare = len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks and "forward" not in vars(lora_B)
+        if not bare or x.dtype != result.dtype:
+            return result + lora_B(x) * scaling
+        x = module.gates[active_adapter](x) * scaling
+        return torch.addmm(result.flatten(0, -2), x.flatten(0, -2), lora_B.weight.t()).view(result.shape)
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from . import __version__
 from .config import GateMode, ILAConfig, lora_options
 from .conversion import SAVED_PREFIX, save_adapter, to_plain_lora
 from .importance import LayerImportance
-from .layer import Gate, add_gate, freeze_by_mode, is_gated
+from .layer import Gate, add_gate, apply_mode, is_gated
 from .units import unit_of
 
 
@@ -234,7 +234,7 @@ class ILAModel(LoraModel):
             gate.mode = config.gate_mode
             gate.kept = unit in kept
         for _, layer in self._gated_layers(adapter_name):
-            freeze_by_mode(layer, adapter_name)
+            apply_mode(layer, adapter_name)
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
             self._mark_only_adapters_as_trainable(self.model)

@@ -214,9 +214,11 @@ class ReferenceLinear(nn.Module):
         self.score = score
 
     def forward(self, x):
-        # in rank space as ours is: another order's rounding would tip the int8 and fp16 rounding of later layers
+        # by the operations of ours: another order's rounding would tip the int8 and fp16 rounding of later layers
         gamma = 1 / (1 + torch.exp(-self.score))
-        return self.base(x) + OPTIONS["lora_alpha"] / OPTIONS["r"] * ((gamma * (x @ self.a.T)) @ self.b.T)
+        rank_r = OPTIONS["lora_alpha"] / OPTIONS["r"] * (gamma * (x @ self.a.T))
+        base = self.base(x)
+        return torch.addmm(base.flatten(0, 1), rank_r.flatten(0, 1), self.b.T).view_as(base)
 
 
 def test_soft_matches_a_reference(ila_and_lora, input_ids):
