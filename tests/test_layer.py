@@ -86,6 +86,47 @@ def test_score_gradients_match_a_float64_reference(granularity, mode, input_ids)
         torch.testing.assert_close(gate.weight.grad, scores[unit].grad, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_soft_goes_through_a_lora_b_that_others_changed(how, input_ids):
+    # FSDP gathers weights in hooks, accelerate's device hooks replace `forward`
+    ila, _ = gated_and_lora(gate_mode="soft")
+    expected = ila(input_ids).logits
+    calls = []
+    for module in [module for name, module in ila.named_modules() if name.endswith("lora_B.default")]:
+        if how == "hook":
+            module.register_forward_hook(lambda module, args, output: calls.append(module))
+        elif how == "pre-hook":
+            module.register_forward_pre_hook(lambda module, args: calls.append(module))
+        else:
+            module.forward = lambda x, own=module, forward=module.forward: calls.append(own) or forward(x)
+    torch.testing.assert_close(ila(input_ids).logits, expected)
+    assert len(calls) == len(set(calls)) == 21
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_soft_with_an_adapter_in_fp32_on_a_bf16_base(autocast, input_ids):
+    ila, lora = gated_and_lora(torch.bfloat16, granularity="module", gate_mode="soft", gate_init=0.0)
+    for model in (ila, lora):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    for name, module in lora.named_modules():
+        if name.endswith("lora_B.default"):
+            module.weight.data /= 2  # σ(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, expected = ila(input_ids).logits, lora(input_ids).logits
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
+
+
+def test_merging_safely_in_soft(input_ids):
+    ila, _ = gated_and_lora(gate_mode="soft", gate_init=0.0)
+    with torch.no_grad():
+        expected = ila(input_ids).logits
+        ila.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(ila(input_ids).logits, expected)
+
+
 def test_hard_gates_are_one_or_nothing(input_ids):
     ila, lora = gated_and_lora()
     units = list(ila.gates())
