@@ -29,11 +29,11 @@ from problem import Problem, base_model, top
 from record import save
 
 from peft_ila import LayerImportance
-from peft_ila.attribution import PATH, attributions
 from peft_ila.units import unit_of
 
 SHARES = (0.1, 0.3, 0.5, 0.75)
 BATCHES = 32
+PATH = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 
 
 def random_masks(problem: Problem) -> torch.Tensor:
@@ -59,10 +59,18 @@ def shrinking_masks(problem: Problem, last: float = 0.1, decay: float = 0.9) -> 
     return total
 
 
-def at_points(problem: Problem, points: tuple[float, ...]) -> torch.Tensor:
-    """The mean of −∂L/∂γ with all gates alike, at these values in turn."""
+def at_points(
+    problem: Problem,
+    points: tuple[float, ...],
+    batches: int = BATCHES,
+    loss: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The mean of −∂L/∂γ with all gates alike, at these values in turn, one batch each."""
     ones = torch.ones(len(problem.units))
-    gradients = [problem.gradient(ones * points[i % len(points)], batch) for i, batch in enumerate(problem.batches)]
+    gradients = [
+        problem.gradient(ones * points[i % len(points)], batch, loss)
+        for i, batch in enumerate(problem.batches[:batches])
+    ]
     return -torch.stack(gradients).mean(0)
 
 
@@ -173,25 +181,26 @@ def random_scores(problem: Problem, draw: int) -> torch.Tensor:
     return torch.rand(len(problem.units), generator=torch.Generator().manual_seed(draw))
 
 
-def path(problem: Problem, batches: int = BATCHES, loss: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
-    return attributions(problem.path_samples(batches, loss))[0]
-
-
 def zscore(scores: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean()) / scores.std()
 
 
 SECOND_HALF = slice(BATCHES // 2, BATCHES)
 ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
-    "path": path,
-    "path, loss per example": lambda p: path(p, loss=p.loss_per_example),
+    "first order at γ = 0": lambda p: at_points(p, (0.0,)),
+    "path": lambda p: at_points(p, PATH),
+    "path, loss per example": lambda p: at_points(p, PATH, loss=p.loss_per_example),
     "random masks": random_masks,
     "shrinking masks": shrinking_masks,
     "path of 1 point": lambda p: at_points(p, (1 / 2,)),
     "path of 2 points": lambda p: at_points(p, (1 / 4, 3 / 4)),
     "path of 8 points": lambda p: at_points(p, tuple((i + 1 / 2) / 8 for i in range(8))),
-    "path 16 + pressure 16": lambda p: pressure(p, start=zscore(path(p, BATCHES // 2)), batches=SECOND_HALF)[-1],
-    "path 16 + straight-through 16 at 30 %": lambda p: straight_through(p, path(p, BATCHES // 2), 0.3, SECOND_HALF),
+    "path 16 + pressure 16": lambda p: pressure(
+        p, start=zscore(at_points(p, PATH, BATCHES // 2)), batches=SECOND_HALF
+    )[-1],
+    "path 16 + straight-through 16 at 30 %": lambda p: straight_through(
+        p, at_points(p, PATH, BATCHES // 2), 0.3, SECOND_HALF
+    ),
     "pressure": lambda p: pressure(p)[-1],
     "pressure, SGD": lambda p: pressure_sgd(p)[-1],
     "annealed pressure": lambda p: descent(p, lambda progress: 2 * progress * p.worth)[-1],
@@ -199,7 +208,6 @@ ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "hard-concrete": hard_concrete,
     "plain descent from s = 4": lambda p: descent(p, lambda _: 0.0, 4.0, 0.1)[-1],
     "first order at γ = 1": lambda p: at_points(p, (1.0,)),
-    "first order at γ = 0": lambda p: at_points(p, (0.0,)),
     "norm of ΔW": delta_norm,
     "gradient norm": gradient_norm,
     "KappaTune": kappa_tune,
@@ -209,7 +217,7 @@ ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "random 1": lambda p: random_scores(p, 1),
     "random 2": lambda p: random_scores(p, 2),
 }
-LAYERS_TOO = ("path", "norm of ΔW")  # the others keep less at the same share of modules
+LAYERS_TOO = ("first order at γ = 0", "path", "norm of ΔW")  # the others keep less at the same share of modules
 
 
 def main() -> None:
@@ -225,22 +233,31 @@ def main() -> None:
     for seed, data in itertools.product(args.seeds, args.data):
         file = args.output_dir / f"{Path(data).stem}_{seed}.json"
         run = json.loads(file.read_text()) if file.exists() else {"estimators": {}}
-        todo = [estimator for estimator in args.estimators if estimator not in run["estimators"]]
+        todo = [estimator for estimator in args.estimators if not complete(run, estimator)]
         if not todo:
             continue
         problem = Problem(data, seed, args.steps, args.adapters / file.stem, BATCHES)
         run |= {"units": problem.units, "loss_base": problem.loss_closed, "loss_tuned": problem.loss_open}
         for estimator in todo:
-            problem.cost = 0
-            scores = ESTIMATORS[estimator](problem)
-            found = {"cost": problem.cost, "scores": scores.tolist()}
-            found["kept"] = [problem.kept(scores, share) for share in SHARES]
+            found = run["estimators"].get(estimator, {})
+            if not found:
+                problem.cost = 0
+                found["scores"] = ESTIMATORS[estimator](problem).tolist()
+                found["cost"] = problem.cost
+            scores = torch.tensor(found["scores"])
+            if "kept" not in found:
+                found["kept"] = [problem.kept(scores, share) for share in SHARES]
             if estimator in LAYERS_TOO:
                 found["kept_layers"] = [problem.kept(problem.of_layers(scores), share) for share in SHARES[:2]]
             run["estimators"][estimator] = found
             save(file, run)
             print(file.stem, estimator, [round(kept, 3) for kept in found["kept"]], flush=True)
     print_tables({file.stem: json.loads(file.read_text()) for file in sorted(args.output_dir.glob("*.json"))})
+
+
+def complete(run: dict[str, Any], estimator: str) -> bool:
+    found = run["estimators"].get(estimator, {})
+    return "kept" in found and (estimator not in LAYERS_TOO or "kept_layers" in found)
 
 
 def print_tables(runs: dict[str, Any]) -> None:

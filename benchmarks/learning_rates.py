@@ -2,9 +2,9 @@
 How much do learning rates matter, and can a short first stage stand for a long one? See `docs/defaults.md`.
 
 On the last adapter that `steps.py` has kept: descent on the scores under pressure, by several optimisers and learning
-rates. Then first stages of other learning rates, most of them of a tenth of the long one's steps, ranked along the
-path. All rankings are compared with that of the long run along the path, from batches that no other ranking has seen,
-and applied to its adapter as a hard mask.
+rates. Then first stages of other learning rates, most of them of a tenth of the long one's steps, ranked as by
+`learn_gates`. All rankings are compared with that of the long run, from batches that no other ranking has seen, and
+applied to its adapter as a hard mask.
 
     python benchmarks/learning_rates.py --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/learning_rates.json --plot docs/learning_rates.png
@@ -36,7 +36,7 @@ SCORES: dict[str, Callable[[Problem], torch.Tensor]] = {
     "SGD": pressure_sgd,
     "SGD, four times that": partial(pressure_sgd, scale=4),
 }
-STAGES = ((12, 5e-4), (12, 1e-3), (12, 2e-3), (12, 5e-3), (60, 1e-3))  # steps and learning rate
+STAGES = ((12, 5e-4), (12, 2e-3), (12, 5e-3), (60, 1e-3))  # steps and learning rate
 
 
 def agreement(scores: torch.Tensor, reference: LayerImportance) -> dict[str, float]:
@@ -55,7 +55,7 @@ def measure(data: str, seed: int, path: Path, output: Path) -> dict[str, Any]:
         return figures
     long = Problem(data, seed, STAGE_1[-1], adapter(path, STAGE_1[-1]), 2 * BATCHES)
     seen, long.batches = long.batches[:BATCHES], long.batches[BATCHES:]
-    reference = ranking(long.path_samples(BATCHES))
+    reference = ranking(long.samples(BATCHES))
     long.batches = seen
     for name, descend in SCORES.items():
         if name not in figures["scores"]:
@@ -69,7 +69,7 @@ def measure(data: str, seed: int, path: Path, output: Path) -> dict[str, Any]:
     for name, (steps, lr) in stages.items():
         if name not in figures["stages"]:
             problem = Problem(data, seed, steps, path.with_name(f"{path.name}-{steps}-{lr:g}"), STAGE_2[0], lr)
-            scores = torch.tensor(ranking(problem.path_samples(STAGE_2[0])).scores)
+            scores = torch.tensor(ranking(problem.samples(STAGE_2[0])).scores)
             figures["stages"][name] = {
                 "loss": problem.loss_open,
                 "agreement": agreement(scores, reference),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_ila import ILAConfig
-from peft_ila.attribution import PATH
+from peft_ila.attribution import GAMMA
 from peft_ila.data import load_dataset
 from peft_ila.embedded import smollm2
 from peft_ila.layer import Gate
@@ -152,12 +152,10 @@ class Problem:
         gamma = gamma.detach().clone().requires_grad_()
         return torch.autograd.grad((loss or self.loss)(gamma, batch), gamma)[0]
 
-    def path_samples(self, batches: int, loss: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
-        """What `learn_gates` measures: −∂L/∂γ of each batch, at the points of the path in turn."""
-        ones = torch.ones(len(self.units))
-        return torch.stack(
-            [-self.gradient(ones * PATH[i % len(PATH)], batch, loss) for i, batch in enumerate(self.batches[:batches])]
-        )
+    def samples(self, batches: int) -> torch.Tensor:
+        """What `learn_gates` measures: −∂L/∂γ of each batch, all gates nearly closed."""
+        closed = torch.full((len(self.units),), GAMMA)
+        return torch.stack([-self.gradient(closed, batch) for batch in self.batches[:batches]])
 
     def held_out_loss(self, gamma: torch.Tensor) -> float:
         self.set_gates(gamma)

@@ -57,13 +57,13 @@ def selections(run: dict[str, Any], share: float) -> dict[str, list[str]]:
     def scores(estimator: str) -> dict[str, float]:
         return dict(zip(run["units"], run["estimators"][estimator]["scores"]))
 
-    path = scores("path")
+    first_order, path = scores("first order at γ = 0"), scores("path")
     chance = dict(zip(path, torch.rand(len(path), generator=torch.Generator().manual_seed(0)).tolist()))
     return {
+        "modules by first order": modules_within(budget, first_order, size),
+        "layers by first order": layers_within(budget, first_order, size),
         "modules by path": modules_within(budget, path, size),
         "layers by path": layers_within(budget, path, size),
-        "modules by path per parameter": modules_within(budget, {u: path[u] / size[u] for u in path}, size),
-        "modules by norm of ΔW": modules_within(budget, scores("norm of ΔW"), size),
         "random modules": modules_within(budget, chance, size),
         "random layers": layers_within(budget, chance, size),
     }

@@ -1,7 +1,7 @@
 """
 How many steps of either stage does a ranking need? What the defaults of `learn_gates` rest on, see `docs/defaults.md`.
 
-One long LoRA run is kept at several steps, and the path is measured on each of these adapters. All rankings are
+One long LoRA run is kept at several steps, and the gates of each of these adapters are measured. All rankings are
 compared with that of the last one from batches that no other ranking has seen, and applied to the last adapter as a
 hard mask. "Agreement" is what `learn_gates` looks at. The spread of the scores is right if the differences between
 rankings from disjoint batches, in units of their standard errors, have a standard deviation of 1.
@@ -59,7 +59,7 @@ def measure(data: str, seed: int, path: Path) -> dict[str, Any]:
     for steps in reversed(STAGE_1):
         problem = Problem(data, seed, steps, adapter(path, steps), 2 * BATCHES)
         losses[steps] = problem.loss_open
-        samples[steps] = problem.path_samples(2 * BATCHES if steps == STAGE_1[-1] else STAGE_2[-2])
+        samples[steps] = problem.samples(2 * BATCHES if steps == STAGE_1[-1] else STAGE_2[-2])
         print(f"stage 1, {steps} steps: held-out loss {losses[steps]:.3f}", flush=True)
     # the gradient of a gate that several modules share is the sum of theirs
     layers = torch.tensor([[own == layer for layer in dict.fromkeys(problem.layers)] for own in problem.layers])
@@ -94,7 +94,7 @@ def kept(data: str, seed: int, path: Path) -> dict[str, list[float]]:
     figures = {}
     for steps in STAGE_1:
         problem = last if steps == STAGE_1[-1] else Problem(data, seed, steps, adapter(path, steps), STAGE_2[0])
-        scores = attributions(problem.path_samples(STAGE_2[0]))[0]
+        scores = attributions(problem.samples(STAGE_2[0]))[0]
         figures[str(steps)] = [last.kept(scores, share) for share in SHARES]
         print(f"stage 1, {steps} steps: kept {figures[str(steps)]}", flush=True)
     return figures

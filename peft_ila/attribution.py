@@ -1,4 +1,4 @@
-"""Path attribution: how much of the loss gain each gate is worth, as an optimiser that any trainer can run."""
+"""Attribution: how much of the loss gain each gate is worth, as an optimiser that any trainer can run."""
 
 import math
 from collections.abc import Iterable
@@ -11,27 +11,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .importance import LayerImportance
 
-# Midpoints of four equal parts of the path from γ = 0 to γ = 1.
-PATH = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+# All gates stand nearly closed, where the model is still the base model to the first order in γ; at γ = 0 itself a
+# score would be −∞.
+GAMMA = 1 / 64
+SCORE = math.log(GAMMA / (1 - GAMMA))
+# The least number of steps; twice as many for a standard error, and the ranking is looked at again after as many.
+ROUND = 4
 
 
-def score_of(gamma: float) -> float:
-    """The score s whose gate σ(s) is γ."""
-    return math.log(gamma / (1 - gamma))
-
-
-class PathAttribution(torch.optim.Optimizer):
+class GateAttribution(torch.optim.Optimizer):
     """
-    Measures the mean of −∂L/∂γ of each gate along the straight path γ = c·1 from the base model to the fine-tuned one.
+    Measures −∂L/∂γ of each gate at the base model: the first-order term of the loss gain of its weight delta.
 
-    These are the integrated gradients (Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365) of the loss gain
-    with respect to the gates: over all units, they add up to L(0) − L(1). All gates stand at one point of the path; a
-    step reads the gradients of the scores there and moves all gates to the next point, round and round.
+    This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), not at the fine-tuned
+    model, where training has made the loss flat in every gate, but where the deltas set out from. A step reads the
+    gradients of the scores on one batch; the scores stay.
 
     What was measured is in `param_groups`, so it is saved and resumed with a trainer's checkpoints.
 
     Args:
-        params (`Iterable[torch.nn.Parameter]`): The scores, of shape (1,), set to `score_of(PATH[0])`.
+        params (`Iterable[torch.nn.Parameter]`): The scores, of shape (1,), set to `SCORE`.
         lr (`float`): Without effect; learning-rate schedulers want one.
     """
 
@@ -48,7 +47,7 @@ class PathAttribution(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """
-        Take the gradients of the scores down as one sample and go on to the next point of the path.
+        Take the gradients of the scores down as one sample.
 
         Raises:
             ValueError: A gradient is NaN or infinite.
@@ -63,8 +62,6 @@ class PathAttribution(torch.optim.Optimizer):
         # With the group, not with each score: accelerate, which tells the scores of a sharded model apart by their
         # address, takes all empty shards for one.
         group["samples"] = torch.cat([group["samples"], row]) if "samples" in group else row
-        for score in group["params"]:
-            score.fill_(score_of(PATH[len(group["samples"]) % len(PATH)]))
 
     @staticmethod
     def _sample(score: torch.Tensor) -> torch.Tensor:
@@ -80,19 +77,19 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def samples_of(optimizer: Any) -> torch.Tensor:
     """
-    What a [`PathAttribution`] has measured: shape (steps, scores), fp32 on the CPU, in the unit of the loss.
+    What a [`GateAttribution`] has measured: shape (steps, scores), fp32 on the CPU, in the unit of the loss.
 
     Under fp16, steps that the gradient scaler skipped are not among them. Under FSDP2 to be called by all processes.
 
     Raises:
-        ValueError: Not all points of the path were measured.
+        ValueError: There are fewer than `ROUND`.
     """
     (group,) = optimizer.param_groups
     taken = len(group.get("samples", ()))
-    if taken < len(PATH):
+    if taken < ROUND:
         raise ValueError(
-            f"Stage 2 measured {taken} of the {len(PATH)} points of its path: in the other steps no gradient was "
-            "finite. Train in bf16 or fp32, or take more steps."
+            f"Stage 2 measured {taken} batches, but needs {ROUND}: in the other steps no gradient was finite. Train "
+            "in bf16 or fp32, or take more steps."
         )
     samples = group["samples"].clone()  # what is added up below is not kept
     if isinstance(score := group["params"][0], DTensor):
@@ -102,35 +99,30 @@ def samples_of(optimizer: Any) -> torch.Tensor:
 
 def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The attribution of each unit and its standard error, from samples whose rows go round the points of the path.
+    The attribution of each unit and its standard error over the batches.
 
     Args:
         samples: Of shape (steps, units).
 
     Returns:
-        Two tensors of shape (units,). The errors are those of the mean over batches; NaN if a point of the path has
-        fewer than two.
+        Two tensors of shape (units,).
     """
-    means, errors = [], []
-    for point in range(min(len(PATH), len(samples))):
-        rows = samples[point :: len(PATH)]
-        means.append(rows.mean(0))
-        errors.append(rows.var(0, correction=1) / len(rows) if len(rows) > 1 else torch.full_like(rows[0], math.nan))
-    return torch.stack(means).mean(0), torch.stack(errors).sum(0).sqrt() / len(means)
+    return samples.mean(0), samples.std(0) / math.sqrt(len(samples))
 
 
 def agreement(samples: torch.Tensor) -> float:
     """How well the ranking from the first half of the samples agrees with that from all, at most 1."""
     names = [str(unit) for unit in range(samples.shape[1])]
-    half = len(samples) // len(PATH) // 2 * len(PATH)
-    part, whole = (LayerImportance(names, attributions(rows)[0].tolist()) for rows in (samples[:half], samples))
+    part, whole = (
+        LayerImportance(names, attributions(rows)[0].tolist()) for rows in (samples[: len(samples) // 2], samples)
+    )
     return min(part.overlap(whole, 0.3), part.overlap(whole, 0.75), part.spearman(whole))
 
 
 def steps_to_settle(samples: torch.Tensor, bound: float) -> int | None:
-    """The first step after which the [`agreement`] had been at least `bound` for three rounds of the path, if any."""
+    """The first step after which the [`agreement`] had been at least `bound` three times in a row, if any."""
     agreeing = 0
-    for end in range(2 * len(PATH), len(samples) + 1, len(PATH)):
+    for end in range(2 * ROUND, len(samples) + 1, ROUND):
         agreeing = agreeing + 1 if agreement(samples[:end]) >= bound else 0
         if agreeing == 3:
             return end
@@ -156,5 +148,5 @@ class StopWhenSettled(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         taken = len(optimizer.param_groups[0].get("samples", ()))  # fewer than `state.global_step` under fp16
-        if taken and taken % len(PATH) == 0 and steps_to_settle(samples_of(optimizer), self.bound):
+        if taken and taken % ROUND == 0 and steps_to_settle(samples_of(optimizer), self.bound):
             control.should_training_stop = True

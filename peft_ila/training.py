@@ -27,12 +27,13 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
 from .attribution import (
-    PATH,
-    PathAttribution,
+    GAMMA,
+    ROUND,
+    SCORE,
+    GateAttribution,
     StopWhenSettled,
     attributions,
     samples_of,
-    score_of,
     steps_to_settle,
 )
 from .importance import LayerImportance
@@ -171,13 +172,14 @@ def learn_gates(
     """
     Learn the gates of a fine-tuned ILA model and rank its units (stage 2).
 
-    The weight deltas are frozen and only the scores get gradients, on the trainer's own data and loss. Each step
-    measures −∂L/∂γ of all gates at one point of the path from γ = 0, the base model, to γ = 1, the fine-tuned one. The
-    mean over the path, the attribution of a unit, is its part of L(0) − L(1), what all n deltas are worth together.
-    The score is n·attribution / (L(0) − L(1)) − 1: a gate above ½ means that the unit is worth more than the mean.
+    The weight deltas are frozen and only the scores get gradients, on the trainer's own data and loss. All gates stand
+    nearly closed, at the base model, and each step measures −∂L/∂γ of all of them on one batch. The mean over the
+    batches, the attribution of a unit, is the first-order term of what its delta alone is worth there. The score is
+    n·attribution / Σ attributions − 1, for n units: a gate above ½ means that the unit is worth more than the mean.
 
-    The paper descends on the scores instead. At a stable point the loss is flat in every gate, and that ranks little
-    better than chance; a budget's pressure mends it, but ranks worse than the path (docs/results.md compares them).
+    The paper descends on the scores of the fine-tuned model instead. At a stable point the loss is flat in every gate,
+    and that ranks little better than chance; a budget's pressure mends it, but ranks worse than the gradient at the
+    base model, at the same cost (docs/results.md compares them).
 
     The trainer's training arguments hold here too (batch size, gradient accumulation, precision, logging), except
     for those of the optimiser. Of its callbacks, those for logging and progress are called. Nothing is evaluated,
@@ -192,8 +194,8 @@ def learn_gates(
             The trainer of stage 1, such as TRL's `SFTTrainer`, whose model is a `PeftModel` with one active ILA
             adapter.
         steps (`int`):
-            The greatest number of steps, at least 4, one for each point of the path. The ranking from 32 batches of 8
-            examples was as good as settled, that from 8 not far behind (docs/defaults.md).
+            The greatest number of steps, at least 4. The ranking from 32 batches of 8 examples was as good as settled,
+            that from 8 not far behind (docs/defaults.md).
         min_agreement (`float`, *optional*):
             Stop when the ranking has settled: when the rankings from the first half of the steps and from all of them
             have overlaps of the top 30 % and 75 % and a Spearman correlation of at least this much, three times in a
@@ -211,9 +213,9 @@ def learn_gates(
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range, the adapter is masked or merged, the deltas do not lower the loss, a
-            loss or gradient is not finite, or the trainer runs under DeepSpeed, FSDP1, or FSDP2 with its own
-            activation checkpointing or with an adapter in half precision.
+        ValueError: A setting is out of range, the adapter is masked or merged, the deltas do not lower the loss (all
+            of them, or a small part of all), a loss or gradient is not finite, or the trainer runs under DeepSpeed,
+            FSDP1, or FSDP2 with its own activation checkpointing or with an adapter in half precision.
     """
     _check_engine(trainer.accelerator)
     ila = _ila_model(trainer)
@@ -251,9 +253,9 @@ def learn_gates(
             ila.change_config(adapter_name, inference_mode=False)
             ila.set_gate_mode("soft")
             for gate in gates:
-                gate.weight.data.fill_(score_of(PATH[0]))
+                gate.weight.data.fill_(SCORE)
             # The trainer would group the scores by the names of their parameters, which changes their order.
-            stage.optimizer = PathAttribution(gate.weight for gate in gates)
+            stage.optimizer = GateAttribution(gate.weight for gate in gates)
             if min_agreement is not None:
                 stage.add_callback(StopWhenSettled(min_agreement))
             set_seed(seed)
@@ -263,12 +265,18 @@ def learn_gates(
             if min_agreement is not None:
                 samples = samples[: steps_to_settle(samples, min_agreement)]
             worth, error = attributions(samples)
-            # the mean of what the units are worth: their attributions add up to it but for the error of the integral
-            mean = (closed - opened) / len(gates)
+            attributed = worth.sum().item()
+            if not attributed > 0:
+                raise ValueError(
+                    f"The adapter lowers the loss ({closed:.4f} without it, {opened:.4f} with it), but a small part "
+                    f"of it raises the loss: the attributions add up to {attributed:.4f}. Fine-tune with a lower "
+                    "learning rate, or take more steps."
+                )
+            mean = attributed / len(gates)
             _shard(trainer)
             for gate, value in zip(gates, (worth / mean - 1).tolist()):
                 gate.weight.data.fill_(value)
-        except BaseException:  # scores that stand at a point of the path would pass for a ranking
+        except BaseException:  # scores that stand at the base model would pass for a ranking
             _shard(trainer)
             for gate, score in zip(gates, scores):
                 gate.weight.data.copy_(score)
@@ -280,21 +288,14 @@ def learn_gates(
             for name, parameter in ila.model.named_parameters():
                 parameter.requires_grad_(requires_grad[name])
 
-    attributed = worth.sum().item()
-    if not 0.5 < attributed / (closed - opened) < 2:
-        logger.warning(
-            f"The attributions add up to {attributed:.4f}, but all deltas together are worth {closed - opened:.4f}. "
-            "The loss changes too fast between the points of the path, or there were too few batches: the ranking may "
-            "be wrong. Fine-tune with a lower learning rate, or take more steps."
-        )
     importance = ila.layer_importance()
-    if len(samples) >= 2 * len(PATH):
+    if len(samples) >= 2 * ROUND:
         importance.spread = (error / mean).tolist()
     importance.metadata["learn_gates"] = {
         "steps": steps,
         "steps_taken": len(samples),
         "min_agreement": min_agreement,
-        "path": list(PATH),  # as it is read back
+        "gamma": GAMMA,
         "seed": seed,
         "batch_size": stage.get_total_train_batch_size(stage.args),
         "loss_closed": closed,
@@ -316,7 +317,7 @@ def check_settings(steps: int, min_agreement: float | None, loss_batches: int = 
     Raises:
         ValueError: One is out of range.
     """
-    for name, value, least in (("steps", steps, len(PATH)), ("loss_batches", loss_batches, 1)):
+    for name, value, least in (("steps", steps, ROUND), ("loss_batches", loss_batches, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
     if min_agreement is not None and not 0 < min_agreement <= 1:
