@@ -145,7 +145,8 @@ class SoftDelta(LoraVariant):
         if not bare or x.dtype != result.dtype:
             return result + lora_B(x) * scaling
         x = module.gates[active_adapter](x) * scaling
-        return torch.addmm(result.flatten(0, -2), x.flatten(0, -2), lora_B.weight.t()).view(result.shape)
+        base, rank_r = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (result, x))
+        return torch.addmm(base, rank_r, lora_B.weight.t()).view(result.shape)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,16 @@ def test_soft_goes_through_a_lora_b_that_others_changed(how, input_ids):
     assert len(calls) == len(set(calls)) == 21
 
 
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 4, 8), (0, 8)])
+def test_soft_takes_inputs_of_any_shape(shape):
+    config = ILAConfig(r=2, target_modules=["0"], gate_mode="soft", gate_init=0.0, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 5)), config)
+    layer = model.base_model.model[0]
+    x = torch.randn(shape)
+    delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ delta.T / 2)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_soft_with_an_adapter_in_fp32_on_a_bf16_base(autocast, input_ids):
     ila, lora = gated_and_lora(torch.bfloat16, granularity="module", gate_mode="soft", gate_init=0.0)
