@@ -2,14 +2,14 @@
 How much do learning rates matter, and can a short first stage stand for a long one? See `docs/defaults.md`.
 
 On the last adapter that `steps.py` has kept: descent on the scores under pressure, by several optimisers and learning
-rates. Then first stages of other learning rates, most of them of a tenth of the long one's steps, ranked as by
+rates. Then first stages of a tenth of the long one's steps, by several learning rates, ranked as by
 `learn_gates`. All rankings are compared with that of the long run, from batches that no other ranking has seen, and
 applied to its adapter as a hard mask.
 
     python benchmarks/learning_rates.py --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/learning_rates.json --plot docs/learning_rates.png
 
-1½ hours on one core. What the output holds already is only printed and drawn.
+1 hour on one core. What the output holds already is only printed and drawn.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SCORES: dict[str, Callable[[Problem], torch.Tensor]] = {
     "SGD": pressure_sgd,
     "SGD, four times that": partial(pressure_sgd, scale=4),
 }
-STAGES = ((12, 5e-4), (12, 2e-3), (12, 5e-3), (60, 1e-3))  # steps and learning rate
+STAGES = ((12, 5e-4), (12, 2e-3), (12, 5e-3))  # steps and learning rate
 
 
 def agreement(scores: torch.Tensor, reference: LayerImportance) -> dict[str, float]:
