@@ -2,9 +2,9 @@
 How much do learning rates matter, and can a short first stage stand for a long one? See `docs/defaults.md`.
 
 On the last adapter that `steps.py` has kept: descent on the scores under pressure, by several optimisers and learning
-rates. Then first stages of a tenth of the long one's steps, by several learning rates, ranked as by
-`learn_gates`. All rankings are compared with that of the long run, from batches that no other ranking has seen, and
-applied to its adapter as a hard mask.
+rates. Then first stages of a tenth of the long one's steps, by several learning rates, ranked as by `learn_gates`. All
+rankings are compared with that of the long run, from batches that no other ranking has seen, and applied to its
+adapter as a hard mask.
 
     python benchmarks/learning_rates.py --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/learning_rates.json --plot docs/learning_rates.png
