@@ -129,9 +129,8 @@ class SoftDelta(LoraVariant):
     The forward pass of a gated linear layer with frozen A and B, as a variant of LoRA.
 
     PEFT's own, `result + lora_B(lora_A(x)) * scaling`, makes three tensors of the output's size for the backward pass
-    to go through; here the scaling is applied to the rank-r activation, and product and sum are one operation. On
-    SmolLM2 that is most of what a soft step costs beyond the frozen model. Layers without variants are gated by the
-    hook all the same.
+    to go through; here the scaling is applied to the rank-r activation, and product and sum are one operation. Layers
+    without variants are gated by the hook all the same.
     """
 
     @staticmethod
