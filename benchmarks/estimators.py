@@ -242,12 +242,11 @@ def main() -> None:
             found = run["estimators"].get(estimator, {})
             if not found:
                 problem.cost = 0
-                found["scores"] = ESTIMATORS[estimator](problem).tolist()
-                found["cost"] = problem.cost
-            scores = torch.tensor(found["scores"])
-            if "kept" not in found:
+                scores = ESTIMATORS[estimator](problem)
+                found = {"cost": problem.cost, "scores": scores.tolist()}
                 found["kept"] = [problem.kept(scores, share) for share in SHARES]
             if estimator in LAYERS_TOO:
+                scores = torch.tensor(found["scores"])
                 found["kept_layers"] = [problem.kept(problem.of_layers(scores), share) for share in SHARES[:2]]
             run["estimators"][estimator] = found
             save(file, run)
@@ -257,7 +256,7 @@ def main() -> None:
 
 def complete(run: dict[str, Any], estimator: str) -> bool:
     found = run["estimators"].get(estimator, {})
-    return "kept" in found and (estimator not in LAYERS_TOO or "kept_layers" in found)
+    return bool(found) and (estimator not in LAYERS_TOO or "kept_layers" in found)
 
 
 def print_tables(runs: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ adapter as a hard mask.
 1 hour on one core. What the output holds already is only printed and drawn.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -21,13 +20,12 @@ from typing import Any
 
 import torch
 from estimators import pressure, pressure_sgd
-from matplotlib.figure import Figure
 from problem import Problem
 from record import save
-from steps import BATCHES, SHARES, STAGE_1, STAGE_2, adapter, ranking
+from steps import BATCHES, SHARES, STAGE_1, STAGE_2, adapter, against, arguments, plot, ranking
 
 from peft_ila import LayerImportance
-from peft_ila.files import whole_file
+from peft_ila.attribution import attributions
 
 SCORES: dict[str, Callable[[Problem], torch.Tensor]] = {
     "Adam, 0.05": partial(pressure, lr=0.05),
@@ -36,23 +34,19 @@ SCORES: dict[str, Callable[[Problem], torch.Tensor]] = {
     "SGD": pressure_sgd,
     "SGD, four times that": partial(pressure_sgd, scale=4),
 }
-STAGES = ((12, 5e-4), (12, 2e-3), (12, 5e-3))  # steps and learning rate
-
-
-def agreement(scores: torch.Tensor, reference: LayerImportance) -> dict[str, float]:
-    own = LayerImportance(reference.units, scores.tolist())
-    return {
-        "overlap@30": own.overlap(reference, 0.3),
-        "overlap@75": own.overlap(reference, 0.75),
-        "Spearman": own.spearman(reference),
-    }
+SHORT = STAGE_1[-1] // 10
+RATES = (5e-4, 2e-3, 5e-3)  # of the short first stages
 
 
 def measure(data: str, seed: int, path: Path, output: Path) -> dict[str, Any]:
     figures: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"scores": {}, "stages": {}}
-    stages = {f"{steps} steps at {lr:g}": (steps, lr) for steps, lr in STAGES}
+    stages = {f"{SHORT} steps at {lr:g}": lr for lr in RATES}
     if figures["scores"].keys() >= SCORES.keys() and figures["stages"].keys() >= stages.keys():
         return figures
+
+    def agreement(scores: torch.Tensor) -> dict[str, float]:
+        return against(reference, LayerImportance(reference.units, scores.tolist()))
+
     long = Problem(data, seed, STAGE_1[-1], adapter(path, STAGE_1[-1]), 2 * BATCHES)
     seen, long.batches = long.batches[:BATCHES], long.batches[BATCHES:]
     reference = ranking(long.samples(BATCHES))
@@ -61,18 +55,18 @@ def measure(data: str, seed: int, path: Path, output: Path) -> dict[str, Any]:
         if name not in figures["scores"]:
             history = descend(long)
             figures["scores"][name] = {
-                "agreement": {steps: agreement(history[steps - 1], reference) for steps in STAGE_2},
+                "agreement": {steps: agreement(history[steps - 1]) for steps in STAGE_2},
                 "kept": [long.kept(history[-1], share) for share in SHARES],
             }
             save(output, figures)
             print(name, figures["scores"][name], flush=True)
-    for name, (steps, lr) in stages.items():
+    for name, lr in stages.items():
         if name not in figures["stages"]:
-            problem = Problem(data, seed, steps, path.with_name(f"{path.name}-{steps}-{lr:g}"), STAGE_2[0], lr)
-            scores = torch.tensor(ranking(problem.samples(STAGE_2[0])).scores)
+            problem = Problem(data, seed, SHORT, path.with_name(f"{path.name}-{SHORT}-{lr:g}"), STAGE_2[0], lr)
+            scores = attributions(problem.samples(STAGE_2[0]))[0]
             figures["stages"][name] = {
                 "loss": problem.loss_open,
-                "agreement": agreement(scores, reference),
+                "agreement": agreement(scores),
                 "kept": [long.kept(scores, share) for share in SHARES],
             }
             save(output, figures)
@@ -80,29 +74,8 @@ def measure(data: str, seed: int, path: Path, output: Path) -> dict[str, Any]:
     return figures
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Agreement with the reference over the batches of stage 2, one line an optimiser of the scores."""
-    measures = ("overlap@30", "overlap@75", "Spearman")
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    for axis, measure in zip(figure.subplots(1, len(measures), sharex=True), measures):
-        for name, found in figures["scores"].items():
-            axis.plot(STAGE_2, [row[measure] for row in found["agreement"].values()], marker=".", label=name)
-        axis.set(title=f"modules: {measure}", xlabel="steps of descent")
-    figure.axes[-1].legend()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a JSONL file with `messages`")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where stage 1 is kept")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, help="a picture of the figures")
-    args = parser.parse_args()
-
-    path = args.adapters / f"{Path(args.data).stem}_{args.seed}"
+    args, path = arguments(__doc__)
     figures = measure(args.data, args.seed, path, args.output)
     kept = " | ".join(f"kept at {share:.0%}" for share in SHARES)
     print(f"\n| scores by | steps: overlap@30, @75, Spearman | {kept} |\n|---|---|---|---|")
@@ -114,7 +87,11 @@ def main() -> None:
         agreed = commas(found["agreement"].values())
         print(f"| {name} | {found['loss']:.3f} | {agreed} | {' | '.join(f'{x:.2f}' for x in found['kept'])} |")
     if args.plot:
-        plot(figures, args.plot)
+        lines = {
+            name: [{"stage 2": int(steps), **row} for steps, row in found["agreement"].items()]
+            for name, found in figures["scores"].items()
+        }
+        plot({"modules": lines}, "scores by", args.plot)
 
 
 def commas(numbers: Any) -> str:

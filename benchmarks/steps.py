@@ -32,6 +32,7 @@ STAGE_2 = (8, 12, 16, 24, 32)
 BATCHES = 32  # for the rankings, and as many again for the one they are compared with
 UNITS = ("modules", "decoder layers")
 SHARES = (0.1, 0.3)
+MEASURES = ("overlap@30", "overlap@75", "Spearman")
 
 
 class KeepAdapters(TrainerCallback):
@@ -51,6 +52,10 @@ def adapter(path: Path, steps: int) -> Path:
 
 def ranking(samples: torch.Tensor) -> LayerImportance:
     return LayerImportance([str(i) for i in range(samples.shape[1])], attributions(samples)[0].tolist())
+
+
+def against(reference: LayerImportance, own: LayerImportance) -> dict[str, float]:
+    return dict(zip(MEASURES, (own.overlap(reference, 0.3), own.overlap(reference, 0.75), own.spearman(reference))))
 
 
 def measure(data: str, seed: int, path: Path) -> dict[str, Any]:
@@ -73,9 +78,7 @@ def measure(data: str, seed: int, path: Path) -> dict[str, Any]:
                 "stage 1": steps,
                 "stage 2": batches,
                 "agreement": agreement(rows[:batches]),
-                "overlap@30": ranking(rows[:batches]).overlap(reference, 0.3),
-                "overlap@75": ranking(rows[:batches]).overlap(reference, 0.75),
-                "Spearman": ranking(rows[:batches]).spearman(reference),
+                **against(reference, ranking(rows[:batches])),
             }
             for steps, rows in measured.items()
             for batches in STAGE_2
@@ -100,33 +103,36 @@ def kept(data: str, seed: int, path: Path) -> dict[str, list[float]]:
     return figures
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Overlaps and Spearman of modules and layers, over the batches of stage 2, one line a length of stage 1."""
-    measures = ("overlap@30", "overlap@75", "Spearman")
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, units in zip(figure.subplots(len(UNITS), len(measures), sharex=True), UNITS):
-        for axis, name in zip(axes, measures):
-            for steps in STAGE_1:
-                rows = [row for row in figures[units] if row["stage 1"] == steps]
-                axis.plot([row["stage 2"] for row in rows], [row[name] for row in rows], marker=".", label=steps)
+def plot(lines: dict[str, dict[Any, list[dict[str, Any]]]], title: str, path: Path) -> None:
+    """How well rankings agree with the reference over the batches of stage 2, one row of panels a kind of unit."""
+    figure = Figure(figsize=(12, 3 * len(lines)), layout="constrained")
+    grid = figure.subplots(len(lines), len(MEASURES), sharex=True, squeeze=False)
+    for axes, (units, labelled) in zip(grid, lines.items()):
+        for axis, name in zip(axes, MEASURES):
+            for label, rows in labelled.items():
+                axis.plot([row["stage 2"] for row in rows], [row[name] for row in rows], marker=".", label=label)
             axis.set(title=f"{units}: {name}", xlabel="batches of stage 2", xscale="log")
             axis.set_xticks(STAGE_2, labels=STAGE_2, minor=False)
             axis.minorticks_off()
-    figure.axes[-1].legend(title="steps of stage 1")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), title=title, loc="outside right center")
     with whole_file(path) as temporary:
         figure.savefig(temporary)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> tuple[argparse.Namespace, Path]:
+    """The command line, and the path that the adapters of its run have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a JSONL file with `messages`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where stage 1 is kept")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="a picture of the figures")
     args = parser.parse_args()
+    return args, args.adapters / f"{Path(args.data).stem}_{args.seed}"
 
-    path = args.adapters / f"{Path(args.data).stem}_{args.seed}"
+
+def main() -> None:
+    args, path = arguments(__doc__)
     figures = json.loads(args.output.read_text()) if args.output.exists() else measure(args.data, args.seed, path)
     if "kept" not in figures:
         save(args.output, figures)
@@ -142,7 +148,11 @@ def main() -> None:
     for steps, row in figures["kept"].items():
         print(f"| {steps} | " + " | ".join(f"{x:.2f}" for x in row) + " |")
     if args.plot:
-        plot(figures, args.plot)
+        lines = {
+            units: {steps: [row for row in figures[units] if row["stage 1"] == steps] for steps in STAGE_1}
+            for units in UNITS
+        }
+        plot(lines, "steps of stage 1", args.plot)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
 
 
 def apply_mode(layer: Any, adapter_name: str) -> None:
-    """Follow the mode of the adapter's gate: which weights PEFT trains, whatever activates the adapter later."""
+    """Tell PEFT what the mode of the adapter's gate asks for: the frozen weights, whatever activates it later, and how
+    the delta is added."""
     gate = layer.gates[adapter_name]
     trains_lora = gate.mode == "joint" or gate.is_open
     trains_score = gate.mode in ("joint", "soft")
