@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_ila import ILAConfig
-from peft_ila.attribution import GAMMA
 from peft_ila.data import load_dataset
 from peft_ila.embedded import smollm2
 from peft_ila.layer import Gate
@@ -153,8 +152,8 @@ class Problem:
         return torch.autograd.grad((loss or self.loss)(gamma, batch), gamma)[0]
 
     def samples(self, batches: int) -> torch.Tensor:
-        """What `learn_gates` measures: −∂L/∂γ of each batch, all gates nearly closed."""
-        closed = torch.full((len(self.units),), GAMMA)
+        """What `learn_gates` measures: −∂L/∂γ of each batch, all gates closed."""
+        closed = torch.zeros(len(self.units))
         return torch.stack([-self.gradient(closed, batch) for batch in self.batches[:batches]])
 
     def held_out_loss(self, gamma: torch.Tensor) -> float:

@@ -4,9 +4,10 @@ What a step costs in each mode: the exact count of bytes that autograd keeps for
     python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
 
 SmolLM2-135M in fp32 and NF4, and one random decoder layer as wide as those of Llama-3.1-8B; all linear modules,
-r = 16, 4×128 tokens, both granularities. "Floor" is the frozen model with the gradient carried down to the first
-decoder layer. A time is the median of the ratios to the floor's step (soft) or to LoRA's (open, joint) just before it,
-since the machine's speed drifts. 6 minutes on 2 quiet cores for SmolLM2.
+r = 16, 4×128 tokens, both granularities. "Stage 2" is the step of `learn_gates`, "floor" the frozen model with the
+gradient carried down to the first decoder layer. A time is the median of the ratios to the floor's step (stage 2,
+soft) or to LoRA's (open, joint) just before it, since the machine's speed drifts. 15 minutes on 2 quiet cores for
+SmolLM2.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def seconds(model: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
 
@@ -78,8 +79,10 @@ def main() -> None:
         figures[base] = {name: {"bytes": number} for name, number in kept.items()}
         for granularity in ("layer", "module"):
             gated = get_peft_model(load(base), ILAConfig(**OPTIONS, granularity=granularity))
-            for mode, reference in (("open", "LoRA"), ("soft", "floor"), ("joint", "LoRA")):
-                gated.set_gate_mode(mode)
+            for mode, reference in (("open", "LoRA"), ("stage 2", "floor"), ("soft", "floor"), ("joint", "LoRA")):
+                gated.set_gate_mode("soft" if mode == "stage 2" else mode)
+                for gate in gated.gates().values():
+                    gate.probed = mode == "stage 2"
                 number = saved_tensor_bytes(gated, lambda model=gated: loss(model))
                 pairs = [(seconds(references[reference]), seconds(gated)) for _ in range(args.repeats)]
                 ratio = statistics.median(own / other for other, own in pairs)

@@ -11,10 +11,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .importance import LayerImportance
 
-# All gates stand nearly closed, where the model is still the base model to the first order in γ; at γ = 0 itself a
-# score would be −∞.
-GAMMA = 1 / 64
-SCORE = math.log(GAMMA / (1 - GAMMA))
 # The least number of steps; twice as many for a standard error, and the ranking is looked at again after as many.
 ROUND = 4
 
@@ -25,12 +21,12 @@ class GateAttribution(torch.optim.Optimizer):
 
     This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), not at the fine-tuned
     model, where training has made the loss flat in every gate, but where the deltas set out from. A step reads the
-    gradients of the scores on one batch; the scores stay.
+    gradients of the scores on one batch, which are ∂L/∂γ while the gates are probed; the scores stay.
 
     What was measured is in `param_groups`, so it is saved and resumed with a trainer's checkpoints.
 
     Args:
-        params (`Iterable[torch.nn.Parameter]`): The scores, of shape (1,), set to `SCORE`.
+        params (`Iterable[torch.nn.Parameter]`): The scores, of shape (1,), of gates that are probed.
         lr (`float`): Without effect; learning-rate schedulers want one.
     """
 
@@ -65,14 +61,10 @@ class GateAttribution(torch.optim.Optimizer):
 
     @staticmethod
     def _sample(score: torch.Tensor) -> torch.Tensor:
-        gamma = torch.sigmoid(_local(score)).float()
-        gradient = torch.zeros_like(gamma) if score.grad is None else _local(score.grad)  # no batch reached the unit
-        # an empty shard, of a score that another process holds, adds 0
-        return -(gradient / (gamma * (1 - gamma))).sum().reshape(1)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if (gradient := score.grad) is None:  # no batch reached the unit
+            return torch.zeros(1)
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        return -local.float().sum().reshape(1)  # an empty shard, of a score that another process holds, adds 0
 
 
 def samples_of(optimizer: Any) -> torch.Tensor:

@@ -3,8 +3,6 @@
 The gate multiplies the rank-r activation between `lora_A` and `lora_B`, never the layer's output: a factor on the
 output makes autograd keep a tensor of the output's size (1.20 times the memory of a LoRA step on SmolLM2, against
 0.77 here). Every LoRA layer of PEFT that calls `lora_B(lora_A(x))`, quantised or not, is gated by the same hook.
-In mode "soft", where a step is mostly the frozen model's, layers that have variants of LoRA add the delta in place of
-that: see `SoftDelta`.
 """
 
 import functools
@@ -12,8 +10,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding, LoraLayer
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .config import GateMode
 
@@ -28,6 +27,7 @@ class Gate(nn.Module):
         weight: The score, a parameter of shape (1,): a scalar would be refused by FSDP.
         mode: How the score acts, see [`ILAConfig`].
         kept: Whether mode "hard" keeps the unit.
+        probed: In mode "soft", γ = 0 instead, and the gradient of the score is ∂L/∂γ there, for [`learn_gates`].
     """
 
     def __init__(self, score: float) -> None:
@@ -35,9 +35,12 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.full((1,), float(score)))
         self.mode: GateMode = "joint"
         self.kept = True
+        self.probed = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the gate to a rank-r activation of any shape and float dtype, which are kept."""
+        if self.probed:
+            return x.detach() * (self.weight - self.weight.detach()).to(x)
         if self.is_open:
             return x
         if self.mode == "hard":
@@ -109,9 +112,8 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
         layer.output_fns[adapter_name] = gate  # PEFT calls it on the rank-r result of the lookup
 
 
-def apply_mode(layer: Any, adapter_name: str) -> None:
-    """Tell PEFT what the mode of the adapter's gate asks for: the frozen weights, whatever activates it later, and how
-    the delta is added."""
+def freeze_by_mode(layer: Any, adapter_name: str) -> None:
+    """Tell PEFT which of the adapter's weights its gate's mode freezes, whatever activates it later."""
     gate = layer.gates[adapter_name]
     trains_lora = gate.mode == "joint" or gate.is_open
     trains_score = gate.mode in ("joint", "soft")
@@ -119,52 +121,65 @@ def apply_mode(layer: Any, adapter_name: str) -> None:
         name for name in layer.adapter_layer_names if not (trains_score if name == "lora_gate" else trains_lora)
     )
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: frozen}
-    if gate.mode == "soft" and adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) is nn.Linear:
-        layer.lora_variant[adapter_name] = SoftDelta()
-    else:
-        layer.lora_variant.pop(adapter_name, None)
 
 
-class SoftDelta(LoraVariant):
+class _Probe(torch.autograd.Function):
     """
-    The forward pass of a gated linear layer with frozen A and B, as a variant of LoRA.
+    The output of a linear layer as it is, and the gradient of γ = 0: ∂L/∂γ = ⟨∂L/∂output · B, scaling · A·x⟩.
 
-    PEFT's own, `result + lora_B(lora_A(x)) * scaling`, makes three tensors of the output's size for the backward pass
-    to go through; here the scaling is applied to the rank-r activation, and product and sum are one operation. Layers
-    without variants are gated by the hook all the same.
+    Args:
+        output: Of shape (..., features).
+        score: Of shape (1,); its gradient is ∂L/∂γ.
+        rank_r: scaling · A·x, of shape (..., r).
+        weight: B, of shape (features, r).
     """
 
     @staticmethod
     def forward(
-        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+        ctx: Any, output: torch.Tensor, score: torch.Tensor, rank_r: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        lora_B, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
-        x = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        # other hooks, or another `forward`, may move, gather or change what `lora_B` works on
-        bare = len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks and "forward" not in vars(lora_B)
-        if not bare or x.dtype != result.dtype:
-            return result + lora_B(x) * scaling
-        x = module.gates[active_adapter](x) * scaling
-        base, rank_r = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (result, x))
-        return torch.addmm(base, rank_r, lora_B.weight.t()).view(result.shape)
+        ctx.save_for_backward(rank_r, weight)
+        return output.data  # the model may change it in place, which is not allowed for a view
 
     @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight)
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rank_r, weight = ctx.saved_tensors
+        flow = grad @ weight.to(grad)
+        return grad, (flow.float() * rank_r.float()).sum().reshape(1), None, None
 
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        orig_weight.data += module.get_delta_weight(active_adapter)
 
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight)
+def _probed_adapter(layer: Any) -> str | None:
+    """The adapter whose gate is probed, if [`_Probe`] may stand in for the forward pass of its layer."""
+    if layer.disable_adapters or isinstance(layer, MultiheadAttention):
+        return None
+    for name in layer.active_adapters:
+        if name in layer.gates and layer.gates[name].probed and name in layer.lora_B:
+            lora_B = layer.lora_B[name]
+            # other hooks, or another `forward`, may move, gather or change what `lora_B` works on
+            bare = len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks and "forward" not in vars(lora_B)
+            if bare and type(lora_B) is nn.Linear:
+                return name
+    return None
 
 
 @functools.cache
 def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
     # A single base: only then can an instance of `base` be turned into one of the subclass.
     class Gated(base):  # type: ignore[valid-type, misc]
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            adapter = _probed_adapter(self)
+            if adapter is None or not args:
+                return super().forward(*args, **kwargs)
+            # PEFT's own makes three tensors of the output's size for the backward pass to go through, and copies the
+            # output of a 4-bit layer.
+            output = self.base_layer(*args, **kwargs)
+            lora_A, lora_B = self.lora_A[adapter], self.lora_B[adapter]
+            with torch.no_grad():
+                x = self._cast_input_dtype(args[0], lora_A.weight.dtype)
+                rank_r = lora_A(self.lora_dropout[adapter](x)) * self.scaling[adapter]
+            return _Probe.apply(output, self.gates[adapter].weight.to(output.device), rank_r, lora_B.weight)
+
         def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> torch.Tensor:
             delta = super().get_delta_weight(adapter, *args, **kwargs)
             return self.gates[adapter](delta)

@@ -19,7 +19,7 @@ from . import __version__
 from .config import GateMode, ILAConfig, lora_options
 from .conversion import SAVED_PREFIX, save_adapter, to_plain_lora
 from .importance import LayerImportance
-from .layer import Gate, add_gate, apply_mode, is_gated
+from .layer import Gate, add_gate, freeze_by_mode, is_gated
 from .units import unit_of
 
 
@@ -103,6 +103,7 @@ class ILAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warn_of_experts(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _keep_gradients_of_4bit(model)
         self._apply_mode(adapter_name)
 
     @classmethod
@@ -136,6 +137,7 @@ class ILAModel(LoraModel):
             for name in configs:
                 if name in layer.r and ".base_layer." not in key:
                     tuner._add_gate(layer, key, name)
+        _keep_gradients_of_4bit(tuner.model)
         for name in configs:
             tuner._apply_mode(name)
         return model
@@ -234,7 +236,7 @@ class ILAModel(LoraModel):
             gate.mode = config.gate_mode
             gate.kept = unit in kept
         for _, layer in self._gated_layers(adapter_name):
-            apply_mode(layer, adapter_name)
+            freeze_by_mode(layer, adapter_name)
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
             self._mark_only_adapters_as_trainable(self.model)
@@ -420,6 +422,16 @@ class ILAModel(LoraModel):
             for layer, name, weight in saved:
                 _lora_b(layer, name).data.copy_(weight)
         self.set_gate_mode("open", adapter_name)
+
+
+def _keep_gradients_of_4bit(model: nn.Module) -> None:
+    """
+    Keep bitsandbytes from packing 4-bit weights, as it does for good at the first evaluation on a CPU with
+    AVX512-BF16: the kernel for them has no backward pass, and PEFT cannot merge them.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:

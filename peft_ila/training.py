@@ -26,16 +26,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
-from .attribution import (
-    GAMMA,
-    ROUND,
-    SCORE,
-    GateAttribution,
-    StopWhenSettled,
-    attributions,
-    samples_of,
-    steps_to_settle,
-)
+from .attribution import ROUND, GateAttribution, StopWhenSettled, attributions, samples_of, steps_to_settle
 from .importance import LayerImportance
 from .model import ILAModel
 
@@ -172,9 +163,9 @@ def learn_gates(
     """
     Learn the gates of a fine-tuned ILA model and rank its units (stage 2).
 
-    The weight deltas are frozen and only the scores get gradients, on the trainer's own data and loss. All gates stand
-    nearly closed, at the base model, and each step measures −∂L/∂γ of all of them on one batch. The mean over the
-    batches, the attribution of a unit, is the first-order term of what its delta alone is worth there. The score is
+    The weight deltas are frozen and only the scores get gradients, on the trainer's own data and loss. All gates are
+    closed, at the base model, and each step measures −∂L/∂γ of all of them on one batch. The mean over the batches,
+    the attribution of a unit, is the first-order term of what its delta alone is worth there. The score is
     n·attribution / Σ attributions − 1, for n units: a gate above ½ means that the unit is worth more than the mean.
 
     The paper descends on the scores of the fine-tuned model instead. At a stable point the loss is flat in every gate,
@@ -248,12 +239,11 @@ def learn_gates(
         inference_mode = config.inference_mode
         requires_grad = {name: p.requires_grad for name, p in ila.model.named_parameters()}
         gates = list(ila.gates().values())
-        scores = [gate.weight.detach().clone() for gate in gates]
         try:
             ila.change_config(adapter_name, inference_mode=False)
             ila.set_gate_mode("soft")
             for gate in gates:
-                gate.weight.data.fill_(SCORE)
+                gate.probed = True
             # The trainer would group the scores by the names of their parameters, which changes their order.
             stage.optimizer = GateAttribution(gate.weight for gate in gates)
             if min_agreement is not None:
@@ -276,12 +266,9 @@ def learn_gates(
             _shard(trainer)
             for gate, value in zip(gates, (worth / mean - 1).tolist()):
                 gate.weight.data.fill_(value)
-        except BaseException:  # scores that stand at the base model would pass for a ranking
-            _shard(trainer)
-            for gate, score in zip(gates, scores):
-                gate.weight.data.copy_(score)
-            raise
         finally:
+            for gate in gates:
+                gate.probed = False
             ila.change_config(adapter_name, inference_mode=inference_mode)
             model.train(was_training)
             ila.set_gate_mode("open")
@@ -295,7 +282,6 @@ def learn_gates(
         "steps": steps,
         "steps_taken": len(samples),
         "min_agreement": min_agreement,
-        "gamma": GAMMA,
         "seed": seed,
         "batch_size": stage.get_total_train_batch_size(stage.args),
         "loss_closed": closed,

@@ -1,3 +1,4 @@
+import contextlib
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -37,6 +38,13 @@ THREADS_OF_BIG_MODELS = max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIS
 @pytest.fixture(autouse=True)
 def threads(request):
     torch.set_num_threads(THREADS_OF_BIG_MODELS if request.node.get_closest_marker("smollm2") else 1)
+
+
+@pytest.fixture(autouse=True)
+def as_on_any_cpu(monkeypatch):
+    """On CPUs with AVX512-BF16, bitsandbytes packs 4-bit weights: the reference, LoRA, would not merge and train."""
+    with contextlib.suppress(ImportError):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.fixture

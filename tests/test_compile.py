@@ -25,6 +25,21 @@ def test_graph_breaks(input_ids):
 
 
 @pytest.mark.support("Operations", "`torch.compile`")
+def test_probed_gates(input_ids):
+    dynamo.reset()
+    model = get_peft_model(tiny_llama(), ILAConfig(**OPTIONS, gate_mode="soft"))
+    for gate in model.gates().values():
+        gate.probed = True
+    gradients = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        forward(input_ids, labels=input_ids).loss.backward()
+        gradients.append(torch.cat([gate.weight.grad for gate in model.gates().values()]))
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert (gradients[0] != 0).all()
+
+
+@pytest.mark.support("Operations", "`torch.compile`")
 def test_one_compilation_for_each_mode(input_ids):
     dynamo.reset()
     model = get_peft_model(tiny_llama(), ILAConfig(**OPTIONS))

@@ -58,6 +58,17 @@ class ReferenceLinear(nn.Module):
         return self.base(x) + self.gamma * (self.scale * (x @ (self.b @ self.a).T))
 
 
+def replace_by_reference(lora, gammas, granularity):
+    """The base model of a LoRA model, with `ReferenceLinear` in place of the LoRA layers."""
+    reference = lora.base_model.model
+    for name, module in list(reference.named_modules()):
+        if hasattr(module, "lora_A"):
+            parent, _, child = name.rpartition(".")
+            gamma = gammas[unit_of(name, granularity)]
+            setattr(reference.get_submodule(parent), child, ReferenceLinear(module, gamma))
+    return reference
+
+
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 @pytest.mark.parametrize("mode", ["soft", "joint"])
 def test_score_gradients_match_a_float64_reference(granularity, mode, input_ids):
@@ -69,12 +80,8 @@ def test_score_gradients_match_a_float64_reference(granularity, mode, input_ids)
         gate.weight.data = values[unit].clone()
 
     scores = {unit: value.clone().requires_grad_() for unit, value in values.items()}
-    reference = lora.base_model.model
-    for name, module in list(reference.named_modules()):
-        if hasattr(module, "lora_A"):
-            gamma = 1 / (1 + torch.exp(-scores[unit_of(name, granularity)]))
-            parent, _, child = name.rpartition(".")
-            setattr(reference.get_submodule(parent), child, ReferenceLinear(module, gamma))
+    gammas = {unit: 1 / (1 + torch.exp(-score)) for unit, score in scores.items()}
+    reference = replace_by_reference(lora, gammas, granularity)
 
     output = ila(input_ids, labels=input_ids)
     expected = reference(input_ids, labels=input_ids)
@@ -86,55 +93,81 @@ def test_score_gradients_match_a_float64_reference(granularity, mode, input_ids)
         torch.testing.assert_close(gate.weight.grad, scores[unit].grad, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
-def test_soft_goes_through_a_lora_b_that_others_changed(how, input_ids):
-    # FSDP gathers weights in hooks, accelerate's device hooks replace `forward`
-    ila, _ = gated_and_lora(gate_mode="soft")
-    expected = ila(input_ids).logits
+# ---------------------------------------------------------------------------------------------------------------------
+# Probed gates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def probe(model):
+    model.set_gate_mode("soft")
+    for gate in model.gates().values():
+        gate.probed = True
+    return model
+
+
+@pytest.mark.parametrize("changed", [None, "hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_probed_gates_are_closed_and_have_their_gradient_at_zero(granularity, changed, input_ids):
+    """Also where others changed `lora_B`: FSDP gathers weights in hooks, accelerate replaces `forward`."""
+    ila, lora = gated_and_lora(torch.float64, granularity=granularity)
+    with torch.no_grad(), lora.disable_adapter():
+        base = lora(input_ids).logits
+    gammas = {unit: torch.zeros(1, dtype=torch.float64, requires_grad=True) for unit in ila.gates()}
+    replace_by_reference(lora, gammas, granularity)(input_ids, labels=input_ids).loss.backward()
+
+    probe(ila)
     calls = []
     for module in [module for name, module in ila.named_modules() if name.endswith("lora_B.default")]:
-        if how == "hook":
+        if changed == "hook":
             module.register_forward_hook(lambda module, args, output: calls.append(module))
-        elif how == "pre-hook":
+        elif changed == "pre-hook":
             module.register_forward_pre_hook(lambda module, args: calls.append(module))
-        else:
+        elif changed == "forward":
             module.forward = lambda x, own=module, forward=module.forward: calls.append(own) or forward(x)
-    torch.testing.assert_close(ila(input_ids).logits, expected)
-    assert len(calls) == len(set(calls)) == 21
-
-
-@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 4, 8), (0, 8)])
-def test_soft_takes_inputs_of_any_shape(shape):
-    config = ILAConfig(r=2, target_modules=["0"], gate_mode="soft", gate_init=0.0, init_lora_weights=False)
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 5)), config)
-    layer = model.base_model.model[0]
-    x = torch.randn(shape)
-    delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ delta.T / 2)
+    output = ila(input_ids, labels=input_ids)
+    assert torch.equal(output.logits, base)
+    output.loss.backward()
+    for unit, gate in ila.gates().items():
+        torch.testing.assert_close(gate.weight.grad, gammas[unit].grad, rtol=1e-5, atol=1e-9)
+    assert len(calls) == len(set(calls)) == (21 if changed else 0)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_soft_with_an_adapter_in_fp32_on_a_bf16_base(autocast, input_ids):
-    ila, lora = gated_and_lora(torch.bfloat16, granularity="module", gate_mode="soft", gate_init=0.0)
-    for model in (ila, lora):
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-    for name, module in lora.named_modules():
-        if name.endswith("lora_B.default"):
-            module.weight.data /= 2  # σ(0)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours, expected = ila(input_ids).logits, lora(input_ids).logits
-    assert ours.dtype == expected.dtype
-    torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
+def test_probed_gates_in_bf16(autocast, input_ids):
+    """An adapter in fp32, as PEFT makes it, on a bf16 model, against the same weights in fp32."""
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        ila, _ = gated_and_lora(torch.bfloat16, granularity="module")
+        for name, parameter in ila.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if "lora_" in name else dtype)
+        probe(ila)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            output = ila(input_ids, labels=input_ids)
+        output.loss.backward()
+        assert all(gate.weight.grad.dtype == torch.float32 for gate in ila.gates().values())
+        gradients.append(torch.cat([gate.weight.grad for gate in ila.gates().values()]))
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
 
 
-def test_merging_safely_in_soft(input_ids):
-    ila, _ = gated_and_lora(gate_mode="soft", gate_init=0.0)
-    with torch.no_grad():
-        expected = ila(input_ids).logits
-        ila.merge_adapter(safe_merge=True)
-        torch.testing.assert_close(ila(input_ids).logits, expected)
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 4, 8), (0, 8)])
+def test_probed_gates_take_inputs_of_any_shape_and_outputs_changed_in_place(shape):
+    config = ILAConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = probe(get_peft_model(nn.Sequential(nn.Linear(8, 5), nn.ReLU(inplace=True)), config))
+    layer, gate = model.base_model.model[0], model.gates()["0"]
+    x = torch.randn(shape)
+    output = model(x)
+    assert torch.equal(output, layer.base_layer(x).relu())
+    output.sum().backward()
+    delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(gate.weight.grad, ((x @ delta.T) * (output > 0)).sum().reshape(1))
+
+
+def test_probed_gates_of_an_adapter_that_is_off(input_ids):
+    ila, lora = gated_and_lora()
+    probe(ila)
+    with ila.disable_adapter(), lora.disable_adapter():
+        output = ila(input_ids).logits
+        assert torch.equal(output, lora(input_ids).logits) and not output.requires_grad
 
 
 def test_hard_gates_are_one_or_nothing(input_ids):
@@ -165,8 +198,11 @@ def test_a_closed_gate_hides_what_is_not_finite(input_ids):
 
 @pytest.mark.support("Operations", "gradient checkpointing, reentrant and not")
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant, input_ids):
+@pytest.mark.parametrize("probed", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, probed, input_ids):
     ila, _ = gated_and_lora(gate_mode="soft")
+    if probed:
+        probe(ila)
     ila.train()
     ila(input_ids, labels=input_ids).loss.backward()
     expected = [gate.weight.grad.clone() for gate in ila.gates().values()]
@@ -299,5 +335,15 @@ def test_every_layer_type_is_gated(target):
         merged = copy.deepcopy(ila).merge_and_unload()
         torch.testing.assert_close(merged(x), output)
     assert list(ila.gates()) == [target]
+    gate = ila.gates()[target]
     ila(x).sum().backward()
-    assert ila.gates()[target].weight.grad.abs() > 0
+    assert gate.weight.grad.abs() > 0
+    # near γ = 0, where the gradient of the score is γ times that of γ
+    gate.weight.grad, gate.weight.data = None, torch.tensor([-12.0])
+    ila(x).square().sum().backward()
+    expected = gate.weight.grad / torch.sigmoid(gate.weight)
+    gate.weight.grad = None
+    output = probe(ila)(x)
+    torch.testing.assert_close(output, base)
+    output.square().sum().backward()
+    torch.testing.assert_close(gate.weight.grad, expected, rtol=1e-3, atol=0)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from peft_ila import ILAConfig
+from peft_ila import ILAConfig, ILAModel
 from peft_ila.layer import is_gated
 from peft_ila.units import unit_of
 
@@ -206,36 +206,37 @@ def test_open_is_lora_bit_for_bit(case, ila_and_lora, input_ids):
 
 
 class ReferenceLinear(nn.Module):
-    def __init__(self, lora_layer, score):
+    def __init__(self, lora_layer, gamma):
         super().__init__()
         self.base = lora_layer.base_layer
         self.a = lora_layer.lora_A["default"].weight.detach()
         self.b = lora_layer.lora_B["default"].weight.detach()
-        self.score = score
+        self.gamma = gamma
 
     def forward(self, x):
-        # by the operations of ours: another order's rounding would tip the int8 and fp16 rounding of later layers
-        gamma = 1 / (1 + torch.exp(-self.score))
-        rank_r = OPTIONS["lora_alpha"] / OPTIONS["r"] * (gamma * (x @ self.a.T))
-        base = self.base(x)
-        return torch.addmm(base.flatten(0, 1), rank_r.flatten(0, 1), self.b.T).view_as(base)
+        # in rank space as ours is: another order's rounding would tip the int8 and fp16 rounding of later layers
+        return self.base(x) + OPTIONS["lora_alpha"] / OPTIONS["r"] * ((self.gamma * (x @ self.a.T)) @ self.b.T)
 
 
-def test_soft_matches_a_reference(ila_and_lora, input_ids):
+@pytest.mark.parametrize("probed", [False, True])
+def test_soft_matches_a_reference(ila_and_lora, input_ids, probed):
     ila, lora = ila_and_lora
     ila.set_gate_mode("soft")
     set_scores(ila)
-    scores = {unit: score.clone().requires_grad_() for unit, score in SCORES.items()}
+    for gate in ila.gates().values():
+        gate.probed = probed
+    leaves = {unit: (0 * score if probed else score.clone()).requires_grad_() for unit, score in SCORES.items()}
+    gammas = {unit: leaf if probed else 1 / (1 + torch.exp(-leaf)) for unit, leaf in leaves.items()}
     reference = lora.base_model.model
     for name, layer in lora_layers(lora).items():
         parent, _, child = name.rpartition(".")
-        setattr(reference.get_submodule(parent), child, ReferenceLinear(layer, scores[unit_of(name, "layer")]))
+        setattr(reference.get_submodule(parent), child, ReferenceLinear(layer, gammas[unit_of(name, "layer")]))
     output, expected = ila(input_ids, labels=input_ids), reference(input_ids, labels=input_ids)
     assert distance(output.logits, expected.logits) < 1e-5
     output.loss.backward()
     expected.loss.backward()
     for unit, gate in ila.gates().items():
-        torch.testing.assert_close(gate.weight.grad, scores[unit].grad, rtol=1e-3, atol=0)
+        torch.testing.assert_close(gate.weight.grad, leaves[unit].grad, rtol=1e-3, atol=0)
     trained = {id(parameter) for parameter in ila.parameters() if parameter.grad is not None}
     assert trained == {id(gate.weight) for gate in ila.gates().values()}
 
@@ -295,3 +296,29 @@ def test_merging(case, ila_and_lora, input_ids):
         with torch.no_grad():
             ours, expected = (model(input_ids).logits for model in results)
         assert distance(ours, expected) < TIPPED
+
+
+@pytest.mark.parametrize("gated_before", [False, True])
+def test_4_bit_layers_have_gradients_after_an_evaluation(gated_before, input_ids, tmp_path):
+    """Also those beside the adapter's. On a CPU with AVX512-BF16 they had none; the flag makes any CPU one."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = by_transformers("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True))(tmp_path)
+    layers = [module for module in base.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 21
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    if gated_before:
+        model = get_peft_model(base, ILAConfig(**options, gate_mode="open"))
+    else:
+        model = ILAModel.from_lora(get_peft_model(base, LoraConfig(**options)))
+    model.set_gate_mode("soft")
+    gradients = []
+    for _ in range(2):
+        model.train()
+        model.zero_grad()
+        model(input_ids, labels=input_ids).loss.backward()
+        gradients.append(torch.cat([gate.weight.grad for gate in model.gates().values()]))
+        with torch.no_grad():
+            model.eval()(input_ids)
+    assert torch.equal(gradients[0], gradients[1]) and (gradients[0] != 0).all()

@@ -162,7 +162,7 @@ def test_stability_says_when_it_was_not_reached(tmp_path, tokenizer, dialogues, 
 def test_a_diverging_trainer_is_stopped_although_the_trainer_filters_nan(tmp_path, tokenizer, dialogues):
     trainer = plain_trainer(tmp_path, tokenizer, dialogues, max_steps=10)
     trainer.add_callback(EpsilonStability())
-    next(p for name, p in trainer.model.named_parameters() if "lora_A" in name).data.fill_(math.nan)
+    next(p for name, p in trainer.model.named_parameters() if "down_proj.lora_A" in name).data.fill_(math.nan)
     with pytest.raises(ValueError, match="loss is nan at step 1"):
         trainer.train()
 
@@ -240,12 +240,10 @@ def test_the_scores_are_what_each_unit_is_worth_at_the_base_model(tmp_path, toke
     importance = learn_gates(trainer, steps=steps)
     batch = trainer.data_collator(list(trainer.train_dataset))
     trainer.model.eval()
-    worth = -gradients_at(trainer.model, batch, 1 / 64)
-    torch.testing.assert_close(torch.tensor(importance.scores), worth / worth.mean() - 1, rtol=1e-3, atol=1e-3)
+    worth = -gradients_at(trainer.model, batch, 0.0)
+    torch.testing.assert_close(torch.tensor(importance.scores), worth / worth.mean() - 1, rtol=1e-4, atol=1e-4)
     assert importance.spread == pytest.approx([0.0] * 3 if steps == 10 else [], abs=1e-3)  # the batches do not differ
-    assert importance.metadata["learn_gates"]["attributed"] == pytest.approx(worth.sum().item(), rel=1e-3)
-    exact = -gradients_at(trainer.model, batch, 0.0)
-    torch.testing.assert_close(worth / worth.mean(), exact / exact.mean(), rtol=0.1, atol=0.05)
+    assert importance.metadata["learn_gates"]["attributed"] == pytest.approx(worth.sum().item(), rel=1e-4)
 
 
 def test_deltas_that_raise_the_loss_at_first_cannot_be_ranked(tmp_path, tokenizer, dialogues, monkeypatch):
@@ -369,7 +367,7 @@ def test_steps_that_the_gradient_scaler_skips_are_no_samples():
         scaler.update()
         optimizer.zero_grad()
     samples = peft_ila.attribution.samples_of(optimizer)
-    assert torch.equal(samples[:, 0], torch.full((7,), -4.0))  # γ(1 − γ) is ¼ at a score of 0
+    assert torch.equal(samples[:, 0], torch.full((7,), -1.0))
     callback, control = peft_ila.attribution.StopWhenSettled(0.5), TrainerControl()
     callback.on_step_end(None, TrainerState(global_step=8), control, optimizer=optimizer)
     assert not control.should_training_stop
@@ -606,8 +604,7 @@ def test_what_was_measured_is_resumed_on_the_device_of_the_scores():
     elsewhere = GateAttribution([torch.nn.Parameter(torch.zeros(1, device="meta")) for _ in range(2)])
     elsewhere.load_state_dict(optimizer.state_dict())
     assert elsewhere.param_groups[0]["samples"].device.type == "meta"
-    # γ(1 − γ) is ¼ at a score of 0
-    assert torch.equal(optimizer.param_groups[0]["samples"], torch.full((1, 2), -4.0))
+    assert torch.equal(optimizer.param_groups[0]["samples"], torch.full((1, 2), -1.0))
 
 
 def test_measured_losses(tmp_path, tokenizer, dialogues):
