@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding, LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -149,18 +148,17 @@ class _Probe(torch.autograd.Function):
         return grad, (flow.float() * rank_r.float()).sum().reshape(1), None, None
 
 
-def _probed_adapter(layer: Any) -> str | None:
-    """The adapter whose gate is probed, if [`_Probe`] may stand in for the forward pass of its layer."""
-    if layer.disable_adapters or isinstance(layer, MultiheadAttention):
+def _soft_adapter(layer: Any) -> str | None:
+    """The adapter of a linear layer, if it is the only active one, in mode "soft", and its B nothing but a weight."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
-    for name in layer.active_adapters:
-        if name in layer.gates and layer.gates[name].probed and name in layer.lora_B:
-            lora_B = layer.lora_B[name]
-            # other hooks, or another `forward`, may move, gather or change what `lora_B` works on
-            bare = len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks and "forward" not in vars(lora_B)
-            if bare and type(lora_B) is nn.Linear:
-                return name
-    return None
+    (name,) = layer.active_adapters
+    if name not in layer.gates or layer.gates[name].mode != "soft" or name not in layer.lora_B:
+        return None
+    lora_B = layer.lora_B[name]
+    # other hooks, or another `forward`, may move, gather or change what `lora_B` works on
+    bare = len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks and "forward" not in vars(lora_B)
+    return name if bare and type(lora_B) is nn.Linear else None
 
 
 @functools.cache
@@ -168,17 +166,23 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
     # A single base: only then can an instance of `base` be turned into one of the subclass.
     class Gated(base):  # type: ignore[valid-type, misc]
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            adapter = _probed_adapter(self)
-            if adapter is None or not args:
+            adapter = _soft_adapter(self)
+            if adapter is None or len(args) != 1 or kwargs:  # such as the adapters of a mixed batch
                 return super().forward(*args, **kwargs)
-            # PEFT's own makes three tensors of the output's size for the backward pass to go through, and copies the
-            # output of a 4-bit layer.
-            output = self.base_layer(*args, **kwargs)
-            lora_A, lora_B = self.lora_A[adapter], self.lora_B[adapter]
-            with torch.no_grad():
-                x = self._cast_input_dtype(args[0], lora_A.weight.dtype)
+            # A step in "soft" is mostly the frozen model's. PEFT's own forward pass makes three tensors of the
+            # output's size for the backward pass to go through, and copies the output of a 4-bit layer.
+            (x,) = args
+            output = self.base_layer(x)
+            gate, lora_A, lora_B = self.gates[adapter], self.lora_A[adapter], self.lora_B[adapter]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not gate.probed):
+                x = self._cast_input_dtype(x, lora_A.weight.dtype)
                 rank_r = lora_A(self.lora_dropout[adapter](x)) * self.scaling[adapter]
-            return _Probe.apply(output, self.gates[adapter].weight.to(output.device), rank_r, lora_B.weight)
+            if gate.probed:
+                return _Probe.apply(output, gate.weight.to(output.device), rank_r, lora_B.weight)
+            if rank_r.dtype != output.dtype:
+                return (output + lora_B(rank_r)).to(output.dtype)
+            base, rank_r = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (output, gate(rank_r)))
+            return torch.addmm(base, rank_r, lora_B.weight.t()).view(output.shape)
 
         def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> torch.Tensor:
             delta = super().get_delta_weight(adapter, *args, **kwargs)

@@ -93,6 +93,73 @@ def test_score_gradients_match_a_float64_reference(granularity, mode, input_ids)
         torch.testing.assert_close(gate.weight.grad, scores[unit].grad, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_soft_goes_through_a_lora_b_that_others_changed(how, input_ids):
+    ila, _ = gated_and_lora(gate_mode="soft")
+    expected = ila(input_ids).logits
+    calls = change_lora_b(ila, how)
+    torch.testing.assert_close(ila(input_ids).logits, expected)
+    assert len(calls) == len(set(calls)) == 21
+
+
+def change_lora_b(ila, how):
+    """As FSDP does, which gathers weights in hooks, and accelerate, which replaces `forward`."""
+    calls = []
+    for module in [module for name, module in ila.named_modules() if name.endswith("lora_B.default")]:
+        if how == "hook":
+            module.register_forward_hook(lambda module, args, output: calls.append(module))
+        elif how == "pre-hook":
+            module.register_forward_pre_hook(lambda module, args: calls.append(module))
+        elif how == "forward":
+            module.forward = lambda x, own=module, forward=module.forward: calls.append(own) or forward(x)
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 4, 8), (0, 8)])
+def test_soft_takes_inputs_of_any_shape(shape):
+    config = ILAConfig(r=2, target_modules=["0"], gate_mode="soft", gate_init=0.0, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 5)), config)
+    layer = model.base_model.model[0]
+    x = torch.randn(shape)
+    delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ delta.T / 2)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_soft_with_an_adapter_in_fp32_on_a_bf16_base(autocast, input_ids):
+    ila, lora = gated_and_lora(torch.bfloat16, granularity="module", gate_mode="soft", gate_init=0.0)
+    for model in (ila, lora):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    for name, module in lora.named_modules():
+        if name.endswith("lora_B.default"):
+            module.weight.data /= 2  # σ(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, expected = ila(input_ids).logits, lora(input_ids).logits
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merged_in_soft(safe, input_ids):
+    ila, _ = gated_and_lora(gate_mode="soft", gate_init=0.0)
+    with torch.no_grad():
+        expected = ila(input_ids).logits
+        ila.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(ila(input_ids).logits, expected)
+
+
+def test_two_active_adapters_in_soft(input_ids):
+    ila, _ = gated_and_lora(gate_mode="soft")
+    ila.add_adapter("other", ILAConfig(**OPTIONS, gate_mode="soft"))
+    with torch.no_grad():
+        ila.base_model.set_adapter(["default", "other"])
+        both = ila(input_ids).logits
+        ila.merge_adapter()
+        torch.testing.assert_close(both, ila(input_ids).logits)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Probed gates
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +175,6 @@ def probe(model):
 @pytest.mark.parametrize("changed", [None, "hook", "pre-hook", "forward"])
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 def test_probed_gates_are_closed_and_have_their_gradient_at_zero(granularity, changed, input_ids):
-    """Also where others changed `lora_B`: FSDP gathers weights in hooks, accelerate replaces `forward`."""
     ila, lora = gated_and_lora(torch.float64, granularity=granularity)
     with torch.no_grad(), lora.disable_adapter():
         base = lora(input_ids).logits
@@ -116,14 +182,7 @@ def test_probed_gates_are_closed_and_have_their_gradient_at_zero(granularity, ch
     replace_by_reference(lora, gammas, granularity)(input_ids, labels=input_ids).loss.backward()
 
     probe(ila)
-    calls = []
-    for module in [module for name, module in ila.named_modules() if name.endswith("lora_B.default")]:
-        if changed == "hook":
-            module.register_forward_hook(lambda module, args, output: calls.append(module))
-        elif changed == "pre-hook":
-            module.register_forward_pre_hook(lambda module, args: calls.append(module))
-        elif changed == "forward":
-            module.forward = lambda x, own=module, forward=module.forward: calls.append(own) or forward(x)
+    calls = change_lora_b(ila, changed)
     output = ila(input_ids, labels=input_ids)
     assert torch.equal(output.logits, base)
     output.loss.backward()

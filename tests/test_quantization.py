@@ -214,8 +214,10 @@ class ReferenceLinear(nn.Module):
         self.gamma = gamma
 
     def forward(self, x):
-        # in rank space as ours is: another order's rounding would tip the int8 and fp16 rounding of later layers
-        return self.base(x) + OPTIONS["lora_alpha"] / OPTIONS["r"] * ((self.gamma * (x @ self.a.T)) @ self.b.T)
+        # by the operations of ours: another order's rounding would tip the int8 and fp16 rounding of later layers
+        rank_r = self.gamma * (OPTIONS["lora_alpha"] / OPTIONS["r"] * (x @ self.a.T))
+        base = self.base(x)
+        return torch.addmm(base.flatten(0, 1), rank_r.flatten(0, 1), self.b.T).view_as(base)
 
 
 @pytest.mark.parametrize("probed", [False, True])
