@@ -63,8 +63,10 @@ def flops_to_floor(config: LlamaConfig) -> dict[str, float]:
     with torch.device("meta"):
         figures = {"LoRA": flops(get_peft_model(model(config), LoraConfig(**OPTIONS))) / floor}
         gated = get_peft_model(model(config), ILAConfig(**OPTIONS))
-    for mode in ("open", "soft", "joint"):
-        gated.set_gate_mode(mode)
+    for mode in ("open", "stage 2", "soft", "joint"):
+        gated.set_gate_mode("soft" if mode == "stage 2" else mode)
+        for gate in gated.gates().values():
+            gate.probed = mode == "stage 2"
         figures[mode] = flops(gated) / floor
     return figures
 
@@ -101,7 +103,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     work = {shape: flops_to_floor(config) for shape, config in SHAPES.items()}
-    print("| FLOPs against the floor | LoRA | open | soft | joint |\n|---|---|---|---|---|")
+    print("| FLOPs against the floor | LoRA | open | stage 2 | soft | joint |\n|---|---|---|---|---|---|")
     for shape, figures in work.items():
         print(f"| {shape} | " + " | ".join(f"{figure:.3f}" for figure in figures.values()) + " |")
 
