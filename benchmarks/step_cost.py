@@ -5,12 +5,15 @@ What a step costs in each mode: the exact count of bytes that autograd keeps for
 
 SmolLM2-135M in fp32 and NF4, and one random decoder layer as wide as those of Llama-3.1-8B; all linear modules,
 r = 16, 4×128 tokens, both granularities. "Stage 2" is the step of `learn_gates`, "floor" the frozen model with the
-gradient carried down to the first decoder layer. A time is the median of the ratios to the floor's step (stage 2,
-soft) or to LoRA's (open, joint) just before it, since the machine's speed drifts. 15 minutes on 2 quiet cores for
-SmolLM2.
+gradient carried down to the first decoder layer. A time is the median over rounds, in each of which every step is
+taken once, of the ratio to the floor's step (stage 2, soft) or to LoRA's (open, joint), since the machine's speed
+drifts; the spread is half the distance of the quartiles, divided by the root of the number of rounds. A round takes
+13 s on 2 quiet cores for SmolLM2.
 """
 
 import argparse
+import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -36,6 +39,8 @@ WIDE = LlamaConfig(
     vocab_size=1024,
 )
 BASES = ("fp32", "NF4", "wide")
+# and what they are compared with
+MODES = {"open": "LoRA", "stage 2": "floor", "soft": "floor", "joint": "LoRA"}
 
 
 def load(base: str) -> Any:
@@ -64,37 +69,53 @@ def seconds(model: Any) -> float:
     return time.perf_counter() - start
 
 
+def set_mode(gated: Any, mode: str) -> None:
+    gated.set_gate_mode("soft" if mode == "stage 2" else mode)
+    for gate in gated.gates().values():
+        gate.probed = mode == "stage 2"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, help="a JSON file for the figures, beside those that it holds")
     args = parser.parse_args()
 
-    figures: dict[str, dict[str, dict[str, float]]] = {}
-    print("| base | step | MB | against LoRA | against the floor | time | against |\n|---|---|---|---|---|---|---|")
+    figures: dict[str, Any] = {}
+    if args.output and args.output.exists():
+        figures = json.loads(args.output.read_text())
+    print("| base | step | MB | against LoRA | against the floor | time | ± | against |")
+    print(f"|{'---|' * 8}")
     for base in args.bases:
         references = {"floor": floor(base), "LoRA": get_peft_model(load(base), LoraConfig(**OPTIONS))}
         kept = {name: saved_tensor_bytes(model, lambda model=model: loss(model)) for name, model in references.items()}
-        figures[base] = {name: {"bytes": number} for name, number in kept.items()}
-        for granularity in ("layer", "module"):
-            gated = get_peft_model(load(base), ILAConfig(**OPTIONS, granularity=granularity))
-            for mode, reference in (("open", "LoRA"), ("stage 2", "floor"), ("soft", "floor"), ("joint", "LoRA")):
-                gated.set_gate_mode("soft" if mode == "stage 2" else mode)
-                for gate in gated.gates().values():
-                    gate.probed = mode == "stage 2"
-                number = saved_tensor_bytes(gated, lambda model=gated: loss(model))
-                pairs = [(seconds(references[reference]), seconds(gated)) for _ in range(args.repeats)]
-                ratio = statistics.median(own / other for other, own in pairs)
-                figures[base][f"{mode} ({granularity})"] = {"bytes": number, f"time / {reference}": ratio}
-                print(
-                    f"| {base} | {mode} ({granularity}) | {number / 1e6:.1f} | {number / kept['LoRA']:.3f} "
-                    f"| {number / kept['floor']:.3f} | {ratio:.3f} | {reference} |",
-                    flush=True,
-                )
-        print(f"| {base} | floor, LoRA | {' and '.join(f'{n / 1e6:.1f}' for n in kept.values())} | | | | |")
-    if args.output:
-        save(args.output, figures)
+        models = {g: get_peft_model(load(base), ILAConfig(**OPTIONS, granularity=g)) for g in ("layer", "module")}
+        ratios: dict[tuple[str, str], list[float]] = {(m, g): [] for m in args.modes for g in models}
+        for _ in range(args.rounds):
+            timed = {name: seconds(references[name]) for name in {MODES[mode] for mode in args.modes}}
+            for (mode, granularity), found in ratios.items():
+                set_mode(models[granularity], mode)
+                found.append(seconds(models[granularity]) / timed[MODES[mode]])
+        own = figures.setdefault(base, {}) | {name: {"bytes": number} for name, number in kept.items()}
+        for (mode, granularity), found in ratios.items():
+            gated = models[granularity]
+            set_mode(gated, mode)
+            number = saved_tensor_bytes(gated, lambda model=gated: loss(model))
+            first, median, third = statistics.quantiles(found, n=4)
+            spread = (third - first) / 2 / math.sqrt(len(found))
+            time_to = f"time / {MODES[mode]}"
+            own[f"{mode} ({granularity})"] = {"bytes": number, time_to: median, "spread": spread, "rounds": len(found)}
+            print(
+                f"| {base} | {mode} ({granularity}) | {number / 1e6:.1f} | {number / kept['LoRA']:.3f} "
+                f"| {number / kept['floor']:.3f} | {median:.3f} | {spread:.3f} | {MODES[mode]} |",
+                flush=True,
+            )
+        print(f"| {base} | floor, LoRA | {' and '.join(f'{n / 1e6:.1f}' for n in kept.values())} | | | | | |")
+        figures[base] = own
+        if args.output:
+            save(args.output, figures)
 
 
 if __name__ == "__main__":

@@ -124,41 +124,49 @@ def freeze_by_mode(layer: Any, adapter_name: str) -> None:
 
 class _Probe(torch.autograd.Function):
     """
-    The output of a linear layer as it is, and the gradient of γ = 0: ∂L/∂γ = ⟨∂L/∂output · B, scaling · A·x⟩.
+    The output of a linear layer as it is, and the gradient of γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂output · B, A·x⟩.
 
     Args:
         output: Of shape (..., features).
         score: Of shape (1,); its gradient is ∂L/∂γ.
-        rank_r: scaling · A·x, of shape (..., r).
+        rank_r: A·x, of shape (..., r).
         weight: B, of shape (features, r).
+        scaling: α/r.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, score: torch.Tensor, rank_r: torch.Tensor, weight: torch.Tensor
+        ctx: Any,
+        output: torch.Tensor,
+        score: torch.Tensor,
+        rank_r: torch.Tensor,
+        weight: torch.Tensor,
+        scaling: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(rank_r, weight)
+        ctx.scaling = scaling
         return output.data  # the model may change it in place, which is not allowed for a view
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rank_r, weight = ctx.saved_tensors
-        flow = grad @ weight.to(grad)
-        return grad, (flow.float() * rank_r.float()).sum().reshape(1), None, None
+        flow = grad @ weight.to(grad.dtype)
+        worth = torch.dot(flow.float().view(-1), rank_r.float().view(-1))
+        return grad, (worth * ctx.scaling).view(1), None, None, None
 
 
 def _soft_adapter(layer: Any) -> str | None:
     """The adapter of a linear layer, if it is the only active one, in mode "soft", and its B nothing but a weight."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    names = layer.active_adapters
+    if len(names) != 1 or names[0] not in layer.gates or layer.gates[names[0]].mode != "soft":
         return None
-    (name,) = layer.active_adapters
-    if name not in layer.gates or layer.gates[name].mode != "soft" or name not in layer.lora_B:
+    if layer.disable_adapters or layer.merged:
         return None
-    lora_B = layer.lora_B[name]
+    lora_B = layer.lora_B._modules.get(names[0])
     # other hooks, or another `forward`, may move, gather or change what `lora_B` works on
-    bare = len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks and "forward" not in vars(lora_B)
-    return name if bare and type(lora_B) is nn.Linear else None
+    bare = type(lora_B) is nn.Linear and len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks
+    return names[0] if bare and "forward" not in vars(lora_B) else None
 
 
 @functools.cache
@@ -176,9 +184,11 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
             gate, lora_A, lora_B = self.gates[adapter], self.lora_A[adapter], self.lora_B[adapter]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not gate.probed):
                 x = self._cast_input_dtype(x, lora_A.weight.dtype)
-                rank_r = lora_A(self.lora_dropout[adapter](x)) * self.scaling[adapter]
+                rank_r = lora_A(self.lora_dropout[adapter](x))
+            scaling = self.scaling[adapter]
             if gate.probed:
-                return _Probe.apply(output, gate.weight.to(output.device), rank_r, lora_B.weight)
+                return _Probe.apply(output, gate.weight.to(output.device), rank_r, lora_B.weight, scaling)
+            rank_r = rank_r * scaling
             if rank_r.dtype != output.dtype:
                 return (output + lora_B(rank_r)).to(output.dtype)
             base, rank_r = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (output, gate(rank_r)))
