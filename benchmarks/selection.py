@@ -8,7 +8,7 @@ LoRA's step just before, since the machine's speed drifts.
     python benchmarks/selection.py --importance demo_output/part_a/importance.json \
         --output benchmarks/results/selection.json
 
-SmolLM2-135M, r = 16, 4×128 tokens; 10 minutes on 2 quiet cores.
+SmolLM2-135M, r = 16, 4×128 tokens; 20 minutes on 2 quiet cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from peft_ila.measure import saved_tensor_bytes
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
 # the base, whether activations are checkpointed, `FrozenPrefix`
 SETTINGS = (("fp32", False, False), ("fp32", True, False), ("fp32", True, True), ("NF4", True, True))
-REPEATS = 3
+REPEATS = 7
 
 
 def adapted(config: LoraConfig, base: str, checkpointing: bool, prefix: bool) -> PeftModel:
