@@ -8,7 +8,7 @@ taken in the order of their scores while they fit. "Gained" is the held-out loss
     python benchmarks/retrain.py --data ../shared/data/sft_alpaca_gpt4.jsonl ../shared/data/sft_lima.jsonl \
         --rankings benchmarks/results/estimators --output_dir benchmarks/results/retrain
 
-On one core, 5 minutes a selection. What the output holds already is not computed again.
+On two cores, 4 minutes a selection. What the output holds already is not computed again.
 """
 
 import argparse

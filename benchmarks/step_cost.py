@@ -6,14 +6,15 @@ What a step costs in each mode: the exact count of bytes that autograd keeps for
 SmolLM2-135M in fp32 and NF4, and one random decoder layer as wide as those of Llama-3.1-8B; all linear modules,
 r = 16, 4×128 tokens, both granularities. "Stage 2" is the step of `learn_gates`, "floor" the frozen model with the
 gradient carried down to the first decoder layer. A time is the median over rounds, in each of which every step is
-taken once, of the ratio to the floor's step (stage 2, soft) or to LoRA's (open, joint), since the machine's speed
-drifts; the spread is half the distance of the quartiles, divided by the root of the number of rounds. A round takes
-13 s on 2 quiet cores for SmolLM2.
+taken once in random order, of the ratio to the floor's step (stage 2, soft) or to LoRA's (open, joint), since the
+machine's speed drifts and a step feels what the one before left in memory; the spread is half the distance of the
+quartiles, divided by the root of the number of rounds. A round takes 25 s on 2 quiet cores for SmolLM2.
 """
 
 import argparse
 import json
 import math
+import random
 import statistics
 import time
 from pathlib import Path
@@ -93,11 +94,19 @@ def main() -> None:
         kept = {name: saved_tensor_bytes(model, lambda model=model: loss(model)) for name, model in references.items()}
         models = {g: get_peft_model(load(base), ILAConfig(**OPTIONS, granularity=g)) for g in ("layer", "module")}
         ratios: dict[tuple[str, str], list[float]] = {(m, g): [] for m in args.modes for g in models}
+        steps: list[Any] = [*ratios, *sorted({MODES[mode] for mode in args.modes})]
+        order = random.Random(0)
         for _ in range(args.rounds):
-            timed = {name: seconds(references[name]) for name in {MODES[mode] for mode in args.modes}}
-            for (mode, granularity), found in ratios.items():
+            timed = {}
+            for step in order.sample(steps, len(steps)):
+                if step in references:
+                    timed[step] = seconds(references[step])
+                    continue
+                mode, granularity = step
                 set_mode(models[granularity], mode)
-                found.append(seconds(models[granularity]) / timed[MODES[mode]])
+                timed[step] = seconds(models[granularity])
+            for step, found in ratios.items():
+                found.append(timed[step] / timed[MODES[step[0]]])
         own = figures.setdefault(base, {}) | {name: {"bytes": number} for name, number in kept.items()}
         for (mode, granularity), found in ratios.items():
             gated = models[granularity]
