@@ -221,6 +221,23 @@ def test_probed_gates_take_inputs_of_any_shape_and_outputs_changed_in_place(shap
     torch.testing.assert_close(gate.weight.grad, ((x @ delta.T) * (output > 0)).sum().reshape(1))
 
 
+@pytest.mark.parametrize("probed", [False, True])
+def test_no_gradient_but_the_scores_and_none_below_the_first_gated_layer(probed, input_ids):
+    options = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1, 2], "lora_dropout": 0.5}
+    model = get_peft_model(tiny_llama(), ILAConfig(**{**OPTIONS, **options}, gate_mode="soft"))
+    for gate in model.gates().values():
+        gate.probed = probed
+    carries = []
+    for layer in model.base_model.model.model.layers:
+        layer.register_forward_hook(lambda module, args, output: carries.append(output.requires_grad))
+    model.train()
+    first, second = (model(input_ids, labels=input_ids).loss for _ in range(2))
+    assert carries == [False, True, True] * 2
+    assert first == second  # no dropout
+    first.backward()
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(g.weight) for g in model.gates().values()}
+
+
 def test_probed_gates_of_an_adapter_that_is_off(input_ids):
     ila, lora = gated_and_lora()
     probe(ila)
