@@ -3,7 +3,7 @@ What tuning a selection costs, against LoRA on all layers: bytes that autograd k
 
 The selection is the ranking's own, scattered as it is. Gradient checkpointing is off and on, there without and with
 `FrozenPrefix`; on NF4 (whose products PyTorch's counter does not see) with it. Times are medians of ratios to full
-LoRA's step just before, since the machine's speed drifts.
+LoRA's step of the same round, see `step_cost.py`.
 
     python benchmarks/selection.py --importance demo_output/part_a/importance.json \
         --output benchmarks/results/selection.json
@@ -12,13 +12,14 @@ SmolLM2-135M, r = 16, 4×128 tokens; 20 minutes on 2 quiet cores.
 """
 
 import argparse
+import functools
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from record import save
-from step_cost import load, loss, seconds
+from step_cost import interleaved, load, loss, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_ila import FrozenPrefix, LayerImportance
@@ -27,7 +28,7 @@ from peft_ila.measure import saved_tensor_bytes
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
 # the base, whether activations are checkpointed, `FrozenPrefix`
 SETTINGS = (("fp32", False, False), ("fp32", True, False), ("fp32", True, True), ("NF4", True, True))
-REPEATS = 7
+ROUNDS = 7
 
 
 def adapted(config: LoraConfig, base: str, checkpointing: bool, prefix: bool) -> PeftModel:
@@ -71,6 +72,8 @@ def main() -> None:
             selection = config(share)
             model = adapted(selection, base, checkpointing, prefix)
             kept, flops = count(model)
+            steps = {"own": functools.partial(seconds, model), "full": functools.partial(seconds, full)}
+            taken = interleaved(steps, ROUNDS)
             row = {
                 "base": base,
                 "checkpointing": label,
@@ -79,7 +82,7 @@ def main() -> None:
                 "lowest layer": min(selection.layers_to_transform),
                 "bytes": kept / whole,
                 "FLOPs": None if base == "NF4" else flops / work,
-                "time": statistics.median(1 / (seconds(full) / seconds(model)) for _ in range(REPEATS)),
+                "time": statistics.median(own / other for own, other in zip(taken["own"], taken["full"])),
             }
             rows.append(row)
             print("| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()) + " |")

@@ -12,11 +12,14 @@ quartiles, divided by the root of the number of rounds. A round takes 25 s on 2 
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +73,25 @@ def seconds(model: Any) -> float:
     return time.perf_counter() - start
 
 
+def interleaved(steps: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
+    """What each step returns in each round, in which all are taken once, in random order."""
+    order = random.Random(0)
+    taken: dict[Any, list[float]] = {step: [] for step in steps}
+    for _ in range(rounds):
+        for step in order.sample(list(steps), len(steps)):
+            taken[step].append(steps[step]())
+    return taken
+
+
 def set_mode(gated: Any, mode: str) -> None:
     gated.set_gate_mode("soft" if mode == "stage 2" else mode)
     for gate in gated.gates().values():
         gate.probed = mode == "stage 2"
+
+
+def seconds_in(gated: Any, mode: str) -> float:
+    set_mode(gated, mode)
+    return seconds(gated)
 
 
 def main() -> None:
@@ -93,22 +111,17 @@ def main() -> None:
         references = {"floor": floor(base), "LoRA": get_peft_model(load(base), LoraConfig(**OPTIONS))}
         kept = {name: saved_tensor_bytes(model, lambda model=model: loss(model)) for name, model in references.items()}
         models = {g: get_peft_model(load(base), ILAConfig(**OPTIONS, granularity=g)) for g in ("layer", "module")}
-        ratios: dict[tuple[str, str], list[float]] = {(m, g): [] for m in args.modes for g in models}
-        steps: list[Any] = [*ratios, *sorted({MODES[mode] for mode in args.modes})]
-        order = random.Random(0)
-        for _ in range(args.rounds):
-            timed = {}
-            for step in order.sample(steps, len(steps)):
-                if step in references:
-                    timed[step] = seconds(references[step])
-                    continue
-                mode, granularity = step
-                set_mode(models[granularity], mode)
-                timed[step] = seconds(models[granularity])
-            for step, found in ratios.items():
-                found.append(timed[step] / timed[MODES[step[0]]])
+        steps: dict[Any, Callable[[], float]] = {
+            (mode, granularity): functools.partial(seconds_in, gated, mode)
+            for mode in args.modes
+            for granularity, gated in models.items()
+        }
+        for name in sorted({MODES[mode] for mode in args.modes}):
+            steps[name] = functools.partial(seconds, references[name])
+        taken = interleaved(steps, args.rounds)
         own = figures.setdefault(base, {}) | {name: {"bytes": number} for name, number in kept.items()}
-        for (mode, granularity), found in ratios.items():
+        for mode, granularity in itertools.product(args.modes, models):
+            found = [step / reference for step, reference in zip(taken[mode, granularity], taken[MODES[mode]])]
             gated = models[granularity]
             set_mode(gated, mode)
             number = saved_tensor_bytes(gated, lambda model=gated: loss(model))
