@@ -1,0 +1,94 @@
+"""What is left alone while a selection is tuned: parameters, and the backward pass below the lowest that trains."""
+
+import contextlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenPrefix(TrainerCallback):
+    """
+    Spares the backward pass through the layers below the lowest one that trains, for any trainer of adapters.
+
+    Nothing there needs a gradient. But whenever checkpointing is on, PEFT, transformers and TRL make the output of the
+    embeddings require one (`enable_input_require_grads`), since reentrant checkpointing needs it; the other kind, the
+    default of transformers 5, does not. While training runs, this callback cuts the graph there again. It does nothing
+    if the embeddings are trained, or under reentrant checkpointing, where the lowest layer would get no gradient: so
+    after `prepare_model_for_kbit_training(model)`, unless it is called with `gradient_checkpointing_kwargs=
+    {"use_reentrant": False}`.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.on_train_end(args, state, control)  # of a run that was broken off
+        if _checkpoints_reentrantly(model):
+            logger.warning(
+                "Reentrant gradient checkpointing computes the gradients of all layers; with `use_reentrant=False` "
+                "the backward pass would end at the lowest layer that trains."
+            )
+            return
+        for embeddings in _input_embeddings(model):
+            if not any(parameter.requires_grad for parameter in embeddings.parameters()):
+                # called after the hook that sets `requires_grad`, which cannot be removed once it was set twice
+                self._hooks.append(embeddings.register_forward_hook(lambda module, args, output: output.detach()))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    # asks the model: what its trainer was told is another thing where checkpointing was enabled by hand
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
+    # what says nothing, as a model's own code may, has torch's default
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
+
+
+def _input_embeddings(model: nn.Module) -> set[nn.Module]:
+    """Of each model in the model, such as an image encoder, as `enable_input_require_grads` finds them."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            with contextlib.suppress(NotImplementedError):
+                found.add(module.get_input_embeddings())
+    return {embeddings for embeddings in found if isinstance(embeddings, nn.Module)}
+
+
+def freeze(model: nn.Module, units: Iterable[str]) -> list[str]:
+    """
+    Set `requires_grad=False` on all parameters that belong to the units alone: a weight that is tied to another module
+    stays as it is.
+
+    Returns:
+        The names of the parameters, in the order of the model.
+
+    Raises:
+        ValueError: The model lacks one of the units; nothing is frozen then.
+    """
+    modules = dict(model.named_modules())
+    units = list(units)
+    if missing := [unit for unit in units if unit not in modules]:
+        raise ValueError(
+            f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units to freeze are missing). Pass the "
+            "plain model that was ranked, not a `PeftModel` or another architecture."
+        )
+    inside = tuple(f"{unit}." for unit in units)
+    every = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in outside]
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return names

@@ -1,0 +1,112 @@
+"""From a gated adapter to the plain LoRA adapter that computes the same. Changes with how PEFT saves adapters."""
+
+import copy
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+
+from ..files import whole_file
+from ..units import unit_of
+from .lora import DECIDED_BY_SELECTION, to_lora_config
+
+# what PeftModel puts before the names of the base model's modules
+SAVED_PREFIX = "base_model.model."
+
+
+def lora_options(config: LoraConfig) -> dict[str, Any]:
+    """The options of a configuration that are LoRA's, to make one of another class with them."""
+    return {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.name != "peft_type"}
+
+
+def to_plain_lora(
+    state_dict: dict[str, torch.Tensor], config: Any, lookalikes: list[str] | None = None
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """
+    Turn a saved ILA adapter into a plain LoRA adapter that computes the same: gates multiplied into B, closed units
+    left out.
+
+    Args:
+        state_dict: The adapter's tensors as PEFT saves them; they are not changed.
+        config ([`ILAConfig`]): The adapter's configuration.
+        lookalikes: Modules of the model that share the last part of their name with a target module but are none.
+            Without the model, modules that are left over after others were left out are targeted by their full names.
+
+    Returns:
+        Tensors and configuration, ready to be written. The configuration is the given one without the gates, except
+        that its targets are the modules left over where some are closed.
+
+    Raises:
+        ValueError: The tensors lack the gate of a unit.
+    """
+    gates: dict[str, torch.Tensor] = {}
+    modules: dict[str, list[str]] = {}
+    for key, tensor in state_dict.items():
+        name, _, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
+        unit = unit_of(name, config.granularity)
+        if part.startswith("gate"):
+            gates[unit] = torch.sigmoid(tensor.float())
+        elif part.startswith(("A", "embedding_A")):
+            modules.setdefault(unit, []).append(name)
+    if missing := sorted(modules.keys() - gates.keys()):
+        raise ValueError(f"The adapter holds no gate for {missing[0]!r}; is it an ILA adapter of this configuration?")
+
+    kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(modules)
+    tensors = {}
+    for key, tensor in state_dict.items():
+        name, is_lora, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
+        unit = unit_of(name, config.granularity)
+        if is_lora and (part.startswith("gate") or unit not in kept):
+            continue
+        if part.startswith(("B", "embedding_B")) and config.gate_mode in ("joint", "soft"):
+            tensor = (tensor * gates[unit].to(tensor.device)).to(tensor.dtype)
+        tensors[key] = tensor.contiguous()
+
+    options = lora_options(config)
+    if kept >= modules.keys():
+        return tensors, LoraConfig(**options)
+    for name in DECIDED_BY_SELECTION:
+        del options[name]
+    selected = [unit for unit in modules if unit in kept]
+    if lookalikes is None:
+        return tensors, LoraConfig(target_modules=[name for unit in selected for name in modules[unit]], **options)
+    return tensors, to_lora_config(modules, selected, lookalikes, **options)
+
+
+def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> LoraConfig:
+    """
+    Write a saved ILA adapter as a plain LoRA adapter, without the base model. See [`to_plain_lora`].
+
+    Args:
+        adapter_dir: The directory with `adapter_config.json` and `adapter_model.safetensors`.
+        output_dir: Where to write the same two files.
+
+    Raises:
+        ValueError: There is no ILA adapter in `adapter_dir`.
+    """
+    config: Any = PeftConfig.from_pretrained(str(adapter_dir))
+    if config.peft_type != "ILA":
+        raise ValueError(f"{adapter_dir} holds an adapter of type {config.peft_type.value}, not ILA.")
+    tensors, lora = to_plain_lora(load_file(Path(adapter_dir) / SAFETENSORS_WEIGHTS_NAME), config)
+    save_adapter(tensors, lora, output_dir)
+    return lora
+
+
+def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, output_dir: str | os.PathLike[str]) -> None:
+    """Write an adapter as PEFT does, the configuration last."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():  # safetensors refuses tied weights, which PEFT saves twice
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    with whole_file(Path(output_dir) / SAFETENSORS_WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config = copy.copy(config)
+    config.inference_mode = True  # as PEFT saves an adapter
+    with whole_file(Path(output_dir) / CONFIG_NAME) as temporary:
+        config.save_pretrained(str(temporary.parent))

@@ -1,0 +1,66 @@
+"""The ranking in an adapter's model card. Changes with the hub's cards."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from ..files import whole_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+_HEADING = "## Layer importance"
+TOP_ROWS = 40  # of a longer ranking, the card and the terminal show these
+_TAGS = ("peft-ila", "arxiv:2410.17875")
+
+
+def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, float]]) -> None:
+    """
+    Add a section with the ranking to the model card in a directory, or make one. An earlier section is replaced.
+
+    Args:
+        directory: Where `README.md` is, beside `importance.png` and `importance.json`, which the section names.
+        ranking: All units and their gates, the most important first.
+    """
+    file = Path(directory) / "README.md"
+    card = ModelCard(file.read_text(encoding="utf-8")) if file.exists() else ModelCard.from_template(ModelCardData())
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *_TAGS})
+    before, _, after = card.text.partition(f"\n{_HEADING}\n")
+    _, heading, after = after.partition("\n## ")  # what follows the section of an earlier ranking
+    card.text = f"{before.rstrip()}\n\n{_section(ranking)}{heading}{after}"
+    with whole_file(file) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def _section(ranking: Sequence[tuple[str, float]]) -> str:
+    lines = [
+        _HEADING,
+        "",
+        f"The {len(ranking)} units that were fine-tuned, ranked by one gate each with "
+        "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
+        "",
+        "![Gates of the layers](importance.png)",
+        "",
+        "| rank | unit | gate |",
+        "|---|---|---|",
+        *(f"| {rank} | `{unit}` | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),
+    ]
+    if len(ranking) > TOP_ROWS:
+        lines.append(f"\n… and {len(ranking) - TOP_ROWS} more.")
+    return "\n".join(lines) + "\n"
+
+
+def upload(
+    directory: str | Path,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    **kwargs: Any,
+) -> "CommitInfo":
+    """Upload a directory to a repository, which is created if it does not exist."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(repo_id=repo_id, folder_path=directory, **kwargs)

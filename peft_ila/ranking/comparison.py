@@ -1,0 +1,51 @@
+"""How two rankings agree, and how sure one is of a selection. Plain numbers in, plain numbers out."""
+
+import math
+from collections.abc import Collection, Sequence
+from random import Random
+
+_DRAWS = 1000
+
+
+def jaccard(mine: Collection[str], theirs: Collection[str]) -> float:
+    """|A ∩ B| / |A ∪ B|."""
+    return len(set(mine) & set(theirs)) / len(set(mine) | set(theirs))
+
+
+def spearman(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """Spearman's rank correlation, ties ranked by their mean; NaN if either has only one value."""
+    x, y = _ranks(mine), _ranks(theirs)
+    mean = (len(x) - 1) / 2
+    covariance = sum((a - mean) * (b - mean) for a, b in zip(x, y))
+    variance = sum((a - mean) ** 2 for a in x) * sum((b - mean) ** 2 for b in y)
+    return covariance / math.sqrt(variance) if variance else math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(values)
+    first = {value: position for position, value in reversed(list(enumerate(order)))}
+    last = {value: position for position, value in enumerate(order)}
+    return [(first[value] + last[value]) / 2 for value in values]
+
+
+def top(scores: Sequence[float], number: int) -> list[int]:
+    """The positions of the greatest scores, the greatest first; among equals, in their order."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:number]
+
+
+def membership(scores: Sequence[float], spread: Sequence[float], number: int) -> list[float]:
+    """
+    The share of 1,000 draws in which each score is among the `number` greatest.
+
+    Args:
+        scores: The means of the normal distributions that are drawn from.
+        spread: Their standard deviations.
+        number: How many are selected.
+    """
+    random = Random(0)
+    counts = [0] * len(scores)
+    for _ in range(_DRAWS):
+        drawn = [random.gauss(score, error) for score, error in zip(scores, spread)]
+        for i in top(drawn, number):
+            counts[i] += 1
+    return [count / _DRAWS for count in counts]

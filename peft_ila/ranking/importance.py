@@ -1,0 +1,392 @@
+"""LayerImportance: the scores of all units, and what is done with them. Changes with what a ranking can be asked."""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import whole_file
+from .comparison import jaccard, membership, spearman, top
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from matplotlib.figure import Figure
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from ..export.recipes import RecipeFormat
+
+_FORMAT = "peft_ila.LayerImportance"
+_VERSION = 1
+
+
+@dataclass
+class LayerImportance:
+    """
+    The importance of the units of a model for one fine-tuning task.
+
+    Args:
+        units (`list[str]`):
+            The units in the order of the model: decoder layers such as `"model.layers.3"`, or modules such as
+            `"model.layers.3.mlp.up_proj"`.
+        scores (`list[float]`): The score of each unit, any finite number; the greater, the more important.
+        metadata (`dict`): Where the scores come from, JSON values only.
+        modules (`dict[str, list[str]]`, *optional*):
+            The target modules of each unit. By default each unit is a module itself.
+        lookalikes (`list[str]`, *optional*):
+            Modules of the model that share the last part of their name with a target module but are none, so that
+            [`to_lora_config`] can tell them apart without the model.
+        spread (`list[float]`, *optional*):
+            The standard error of each score, such as [`learn_gates`] finds it from the differences between batches.
+
+    Raises:
+        ValueError: No units, a repeated unit, scores of another number than units, or a score that is not finite.
+    """
+
+    units: list[str]
+    scores: list[float]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, list[str]] = field(default_factory=dict)
+    lookalikes: list[str] = field(default_factory=list)
+    spread: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ValueError("A ranking needs at least one unit, got none.")
+        if len(set(self.units)) != len(self.units):
+            repeated = next(unit for unit in self.units if self.units.count(unit) > 1)
+            raise ValueError(f"Each unit must appear once, but {repeated!r} is repeated.")
+        if len(self.scores) != len(self.units):
+            raise ValueError(f"Each unit needs one score, got {len(self.scores)} scores for {len(self.units)} units.")
+        for unit, score in zip(self.units, self.scores):
+            if not math.isfinite(score):
+                raise ValueError(f"The score of {unit!r} is {score}; scores must be finite. Did training diverge?")
+        if not self.modules:
+            self.modules = {unit: [unit] for unit in self.units}
+        if self.modules.keys() != set(self.units):
+            raise ValueError("`modules` must list the target modules of exactly the given units.")
+        self.modules = {unit: self.modules[unit] for unit in self.units}  # in the order of the model
+        if self.spread and (len(self.spread) != len(self.units) or not all(0 <= s < math.inf for s in self.spread)):
+            raise ValueError(
+                f"`spread` must hold one finite number of at least 0 for each of {len(self.units)} units."
+            )
+
+    @property
+    def gates(self) -> list[float]:
+        """γ = σ(s) of each unit, in the order of `units`."""
+        return [1 / (1 + math.exp(-score)) if score >= 0 else 1 - 1 / (1 + math.exp(score)) for score in self.scores]
+
+    def ranking(self) -> list[str]:
+        """All units, the most important first; among equals, in the order of the model."""
+        return [self.units[i] for i in top(self.scores, len(self.units))]
+
+    def select(
+        self,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        min_probability: float | None = None,
+    ) -> list[str]:
+        """
+        The most important units, most important first. Exactly one of the first three arguments is needed.
+
+        Args:
+            top_p (`float`, *optional*): The share of the units to select, in (0, 1]; rounded, at least one unit.
+            top_k (`int`, *optional*): The number of units to select.
+            threshold (`float`, *optional*): The least gate γ of a selected unit, in [0, 1].
+            min_probability (`float`, *optional*):
+                Of the share or number, only units that belong to it with at least this probability, see
+                [`probability`].
+
+        Raises:
+            ValueError: Not exactly one of the first three, one out of range, or no unit that is left.
+        """
+        if sum(value is not None for value in (top_p, top_k, threshold)) != 1:
+            raise ValueError(
+                f"Pass exactly one of `top_p`, `top_k` and `threshold`, got {top_p=}, {top_k=}, {threshold=}."
+            )
+        if threshold is not None:
+            if min_probability is not None:
+                raise ValueError("`min_probability` goes with `top_p` or `top_k`, not with `threshold`.")
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"`threshold` is compared with gates and must be in [0, 1], got {threshold}.")
+            gates = dict(zip(self.units, self.gates))
+            selected = [unit for unit in self.ranking() if gates[unit] >= threshold]
+            if not selected:
+                raise ValueError(f"No gate reaches `threshold={threshold}`; the greatest is {max(self.gates):.3f}.")
+            return selected
+        selected = self.ranking()[: self._number(top_p, top_k)]
+        if min_probability is not None:
+            if not 0 <= min_probability <= 1:
+                raise ValueError(f"`min_probability` must be in [0, 1], got {min_probability}.")
+            probability = self.probability(top_p, top_k)
+            selected = [unit for unit in selected if probability[unit] >= min_probability]
+            if not selected:
+                raise ValueError(f"No unit is selected with a probability of at least {min_probability}.")
+        return selected
+
+    def _number(self, top_p: float | None, top_k: int | None) -> int:
+        if (top_p is None) == (top_k is None):
+            raise ValueError(f"Pass exactly one of `top_p` and `top_k`, got {top_p=}, {top_k=}.")
+        if top_p is not None:
+            if not 0 < top_p <= 1:
+                raise ValueError(f"`top_p` is the share of units to select and must be in (0, 1], got {top_p}.")
+            return max(1, round(top_p * len(self.units)))
+        if not isinstance(top_k, Integral) or not 1 <= top_k <= len(self.units):
+            raise ValueError(f"`top_k` must be a whole number from 1 to {len(self.units)}, got {top_k}.")
+        return int(top_k)
+
+    def probability(self, top_p: float | None = None, top_k: int | None = None) -> dict[str, float]:
+        """
+        The probability of each unit to belong to the selection that ever more batches would settle on.
+
+        From 1,000 draws of all scores, each from a normal distribution with the score as mean and its `spread` as
+        standard deviation. The noise of fine-tuning (another seed, other data) is not in it. Scores that are measured
+        once more have noise of their own: their selection differs more often than this says.
+
+        Args:
+            top_p, top_k: The share or the number of units to select, see [`select`].
+
+        Raises:
+            ValueError: The ranking has no `spread`, or a bad selection.
+        """
+        if not self.spread:
+            raise ValueError("This ranking does not say how sure its scores are: it has no `spread`.")
+        return dict(zip(self.units, membership(self.scores, self.spread, self._number(top_p, top_k))))
+
+    def coin_tosses(self, top_p: float | None = None, top_k: int | None = None) -> list[str]:
+        """
+        The units whose membership in the selection is open: selected with a probability between ¼ and ¾.
+
+        Args:
+            top_p, top_k: The share or the number of units to select, see [`select`].
+
+        Raises:
+            ValueError: The ranking has no `spread`, or a bad selection.
+        """
+        probability = self.probability(top_p, top_k)
+        return [unit for unit in self.ranking() if 0.25 < probability[unit] < 0.75]
+
+    def overlap(self, other: "LayerImportance", top_p: float = 0.75) -> float:
+        """
+        The Jaccard index |A ∩ B| / |A ∪ B| of the units that both rankings select.
+
+        Args:
+            other (`LayerImportance`): A ranking of the same units.
+            top_p (`float`): The share of the units to select. Two random rankings overlap 0.60 at 0.75.
+
+        Raises:
+            ValueError: The rankings are of different units.
+        """
+        self._check_same_units(other)
+        return jaccard(self.select(top_p=top_p), other.select(top_p=top_p))
+
+    def spearman(self, other: "LayerImportance") -> float:
+        """
+        Spearman's rank correlation of the scores, ties ranked by their mean; NaN if either has only one value.
+
+        Args:
+            other (`LayerImportance`): A ranking of the same units.
+
+        Raises:
+            ValueError: The rankings are of different units.
+        """
+        self._check_same_units(other)
+        theirs = dict(zip(other.units, other.scores))
+        return spearman(self.scores, [theirs[unit] for unit in self.units])
+
+    def _check_same_units(self, other: "LayerImportance") -> None:
+        if difference := sorted(set(self.units) ^ set(other.units)):
+            raise ValueError(
+                f"Only rankings of the same units can be compared; {len(difference)} units are in one of them alone, "
+                f"such as {difference[0]!r}."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ranking as JSON, one unit a line, in the order of the model."""
+        rows: list[dict[str, Any]] = [
+            {"unit": unit, "score": score, "modules": self.modules[unit]}
+            for unit, score in zip(self.units, self.scores)
+        ]
+        for row, spread in zip(rows, self.spread):
+            row["spread"] = spread
+        head = {"format": _FORMAT, "version": _VERSION, "metadata": self.metadata, "lookalikes": self.lookalikes}
+        lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
+        units = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+        with whole_file(path) as temporary:
+            temporary.write_text("{\n" + "\n".join(lines) + '\n "units": [\n' + units + "\n ]\n}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "LayerImportance":
+        """
+        Read a ranking that [`save`] wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a ranking, or was written by a newer version.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a ranking: it is not JSON ({error}).") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f'{path} is not a ranking: it lacks `"format": "{_FORMAT}"`.')
+        if content.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} has version {content.get('version')!r} of the file format, but this peft-ila reads version "
+                f"{_VERSION}; upgrade peft-ila."
+            )
+        try:
+            return cls(
+                units=[row["unit"] for row in content["units"]],
+                scores=[row["score"] for row in content["units"]],
+                metadata=content["metadata"],
+                modules={row["unit"]: row["modules"] for row in content["units"]},
+                lookalikes=content["lookalikes"],
+                spread=[row["spread"] for row in content["units"] if "spread" in row],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """
+        Draw the gates as a heatmap: decoder layers along x, for modules the linear names along y. Units outside every
+        stack of layers, such as `lm_head`, get a last column. Where the ranking says how sure it is, a dot marks the
+        units that are in the top 30 % or not by a coin toss.
+
+        Args:
+            path (`str`, *optional*): The picture to write; matplotlib tells the format from its suffix.
+        """
+        from .plotting import heatmap
+
+        unsure = self.coin_tosses(top_p=0.3) if self.spread else []
+        return heatmap(dict(zip(self.units, self.gates)), unsure, self.metadata.get("model"), path)
+
+    def save_card(self, directory: str | os.PathLike[str]) -> None:
+        """
+        Add the ranking to an adapter's directory: a section of its model card, `importance.png`, `importance.json`.
+
+        Call it after `model.save_pretrained(directory)`, which writes the card that the section goes into. The
+        section of an earlier ranking is replaced.
+        """
+        from .card import write_card
+
+        self.save(Path(directory) / "importance.json")
+        self.plot(Path(directory) / "importance.png")
+        gates = dict(zip(self.units, self.gates))
+        write_card(directory, [(unit, gates[unit]) for unit in self.ranking()])
+
+    def push_to_hub(self, model: "PeftModel", repo_id: str, **kwargs: Any) -> "CommitInfo":
+        """
+        Upload the model's adapters with a card that holds the ranking, see [`save_card`].
+
+        Args:
+            model ([`~peft.PeftModel`]): The model whose adapters are uploaded.
+            repo_id (`str`): The repository, which is created if it does not exist.
+            **kwargs: `token` and `private`, further arguments of [`~huggingface_hub.HfApi.upload_folder`].
+        """
+        from .card import upload
+
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
+            self.save_card(directory)
+            return upload(directory, repo_id, **kwargs)
+
+    def to_lora_config(
+        self,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        min_probability: float | None = None,
+        model: "nn.Module | PretrainedConfig | None" = None,
+        config_cls: "type[PeftConfig] | None" = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        A plain [`~peft.LoraConfig`] whose targets are exactly the modules of the selected units.
+
+        Decoder layers become `layers_to_transform` (with `layers_pattern` where PEFT needs it to find the index),
+        modules become `target_modules`. Where that would hit anything else, such as the other stack of an
+        encoder-decoder model, the modules are named one by one.
+
+        Args:
+            top_p, top_k, threshold, min_probability: What to select, see [`select`].
+            model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
+                The base model or its configuration: the result is then injected into it on the meta device, and
+                returned only if PEFT hits exactly the selected modules. It is not changed.
+            config_cls (`type`, *optional*):
+                Another configuration class of PEFT that can target single layers, such as [`~peft.AdaLoraConfig`],
+                [`~peft.LoKrConfig`] or [`~peft.OFTConfig`].
+            **kwargs: Further options of the configuration, such as `r` and `lora_alpha`.
+
+        Raises:
+            TypeError: `config_cls` cannot target single layers.
+            ValueError: A bad selection, an option that the selection decides, or a model without these modules.
+        """
+        from ..export.lora import LoraConfig, to_lora_config
+
+        selected = self.select(top_p, top_k, threshold, min_probability)
+        kwargs.setdefault("task_type", self.metadata.get("task_type"))
+        kwargs.setdefault("base_model_name_or_path", self.metadata.get("model"))
+        return to_lora_config(self.modules, selected, self.lookalikes, model, config_cls or LoraConfig, **kwargs)
+
+    def to_recipe(
+        self,
+        program: "RecipeFormat",
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        min_probability: float | None = None,
+        model: "nn.Module | PretrainedConfig | None" = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """
+        The part of another training program's settings that makes it tune the selected units.
+
+        Args:
+            program (`str`):
+                `"axolotl"` (LoRA), `"axolotl-full"` (full fine-tuning: `unfrozen_parameters`), `"llamafactory"`
+                (LoRA) or `"trl"` (LoRA, the flags of its scripts).
+            top_p, top_k, threshold, min_probability: What to select, see [`select`].
+            model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
+                The base model or its configuration, see [`to_lora_config`]; `"axolotl-full"` needs it.
+            **kwargs: `r`, `lora_alpha` and `lora_dropout` of LoRA.
+
+        Raises:
+            ValueError: A bad selection, `"axolotl-full"` without a model, or targets that the program cannot name.
+        """
+        from ..export.recipes import recipe
+
+        selected = self.select(top_p, top_k, threshold, min_probability)
+        return recipe(self.modules, selected, program, self.lookalikes, model, **kwargs)
+
+    def freeze_unselected(
+        self,
+        model: "nn.Module",
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        min_probability: float | None = None,
+    ) -> list[str]:
+        """
+        Freeze the units that are not selected, for full fine-tuning. What belongs to no unit stays as it is.
+
+        Args:
+            model (`torch.nn.Module`): The plain model that was ranked, without adapters.
+            top_p, top_k, threshold, min_probability: What to select, see [`select`].
+
+        Returns:
+            `list[str]`: The names of the frozen parameters.
+
+        Raises:
+            ValueError: A bad selection, or a model that lacks a unit.
+        """
+        from ..export.freezing import freeze
+
+        selected = set(self.select(top_p, top_k, threshold, min_probability))
+        return freeze(model, [unit for unit in self.units if unit not in selected])

@@ -1,0 +1,109 @@
+"""Attribution: what each gate is worth at the base model, and when its ranking has settled. The default method."""
+
+import math
+from typing import Any
+
+import torch
+
+from ..ranking.importance import LayerImportance
+
+# The least number of steps; twice as many for a standard error, and the ranking is looked at again after as many.
+ROUND = 4
+
+
+class Attribution:
+    """
+    −∂L/∂γ of each gate at the base model, γ = 0: the first-order term of the loss gain of its weight delta.
+
+    This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), not at the fine-tuned
+    model, where training has made the loss flat in every gate, but where the deltas set out from. The score is
+    n·attribution / Σ attributions − 1 for n units.
+
+    Args:
+        units (`int`): The number of gates.
+        steps (`int`): The greatest number of steps.
+        min_agreement (`float`, *optional*): Stop when the ranking has settled, see [`steps_to_settle`].
+
+    Attributes:
+        scores: `None`: the gradients are wanted at γ = 0.
+    """
+
+    scores: torch.Tensor | None = None
+
+    def __init__(self, units: int, steps: int, min_agreement: float | None = None) -> None:
+        self._steps = steps
+        self._min_agreement = min_agreement
+        self._samples = torch.empty(0, units)
+
+    def step(self, gradient: torch.Tensor) -> None:
+        """Take one sample: ∂L/∂γ on one step's batches, of shape (units,)."""
+        self._samples = torch.cat([self._samples, -gradient[None]])
+
+    @property
+    def taken(self) -> int:
+        """The number of samples."""
+        return len(self._samples)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there are samples enough."""
+        if self.taken >= self._steps:
+            return True
+        if self._min_agreement is None or self.taken % ROUND:
+            return False
+        return steps_to_settle(self._samples, self._min_agreement) is not None
+
+    def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
+        """
+        Scores, their standard errors (none of fewer than 8 samples), and what the metadata say.
+
+        Raises:
+            ValueError: There are too few samples, or the attributions do not add up to a gain.
+        """
+        if self.taken < ROUND:
+            raise ValueError(
+                f"Stage 2 measured {self.taken} batches, but needs {ROUND}: the training data end before. A stream "
+                "that can be read only once must hold batches for both stages."
+            )
+        worth, error = attributions(self._samples)
+        attributed = worth.sum().item()
+        if not attributed > 0:
+            raise ValueError(
+                "The adapter lowers the loss, but a small part of it raises the loss: the attributions add up to "
+                f"{attributed:.4f}. Fine-tune with a lower learning rate, or take more steps."
+            )
+        mean = attributed / len(worth)
+        spread = (error / mean).tolist() if self.taken >= 2 * ROUND else []
+        return (worth / mean - 1).tolist(), spread, {"min_agreement": self._min_agreement, "attributed": attributed}
+
+
+def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The attribution of each unit and its standard error over the batches.
+
+    Args:
+        samples: Of shape (steps, units).
+
+    Returns:
+        Two tensors of shape (units,).
+    """
+    return samples.mean(0), samples.std(0) / math.sqrt(len(samples))
+
+
+def agreement(samples: torch.Tensor) -> float:
+    """How well the ranking from the first half of the samples agrees with that from all, at most 1."""
+    names = [str(unit) for unit in range(samples.shape[1])]
+    part, whole = (
+        LayerImportance(names, attributions(rows)[0].tolist()) for rows in (samples[: len(samples) // 2], samples)
+    )
+    return min(part.overlap(whole, 0.3), part.overlap(whole, 0.75), part.spearman(whole))
+
+
+def steps_to_settle(samples: torch.Tensor, bound: float) -> int | None:
+    """The first step after which the [`agreement`] had been at least `bound` three times in a row, if any."""
+    agreeing = 0
+    for end in range(2 * ROUND, len(samples) + 1, ROUND):
+        agreeing = agreeing + 1 if agreement(samples[:end]) >= bound else 0
+        if agreeing == 3:
+            return end
+    return None

@@ -1,0 +1,120 @@
+"""Descent on the scores: the paper's own method, with an optional budget."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_FEEDBACK = 8.0  # a mean gate that is 0.1 above its schedule makes 0.8 of the units too expensive
+_REACHED = 0.8  # of the steps, after which the schedule is at the budget
+_MEMORY = 0.9
+_TOLERANCE = 0.05
+
+
+class Descent:
+    """
+    Gradient descent on L(θ₀ + σ(s) ⊙ Δθ) over the scores s alone, by Adam (section 2 of the paper,
+    https://huggingface.co/papers/2410.17875; its optimiser and learning rate are not known).
+
+    The paper's constraint ‖γ‖₀ ≤ H, relaxed, is a pressure λ·Σγ that is added to the loss. λ is the price at which a
+    share of the units as large as the budget is worth keeping, by the running mean of −∂L/∂γ; it is higher where the
+    mean gate is above a straight schedule from its initial value to the budget, and lower where it is below.
+
+    Args:
+        units (`int`): The number of gates.
+        steps (`int`): The number of steps.
+        initial_score (`float`): The value that all scores start at.
+        learning_rate (`float`): Adam's.
+        budget (`int` or `float`, *optional*): H as a number of units, or as a share of them in (0, 1].
+
+    Attributes:
+        scores: Of shape (units,), fp32: the next gradient is wanted there.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        steps: int,
+        initial_score: float = 4.0,
+        learning_rate: float = 0.1,
+        budget: float | None = None,
+    ) -> None:
+        check_descent(initial_score, learning_rate, budget, units)
+        self._settings = {"initial_score": initial_score, "learning_rate": learning_rate, "budget": budget}
+        self._share = budget / units if isinstance(budget, int) else budget
+        self._steps = steps
+        self.taken = 0
+        self._parameter = torch.nn.Parameter(torch.full((units,), float(initial_score)))
+        self._adam = torch.optim.Adam([self._parameter], lr=learning_rate)
+        self._start = self._mean_gate()
+        self._worth = torch.zeros(units)
+
+    @property
+    def scores(self) -> torch.Tensor:
+        return self._parameter.detach()
+
+    def _mean_gate(self) -> float:
+        return torch.sigmoid(self.scores).mean().item()
+
+    def step(self, gradient: torch.Tensor) -> None:
+        """Take one step, with ∂L/∂s at the present scores, of shape (units,)."""
+        self.taken += 1
+        slope = torch.sigmoid(self.scores) * torch.sigmoid(-self.scores)  # ∂γ/∂s
+        worth = -gradient / slope.clamp_min(torch.finfo(torch.float32).tiny)
+        price = 0.0 if self._share is None else self._price(worth, self._share)
+        self._parameter.grad = gradient + price * slope
+        self._adam.step()
+
+    def _price(self, worth: torch.Tensor, share: float) -> float:
+        self._worth = _MEMORY * self._worth + (1 - _MEMORY) * worth
+        worth = self._worth / (1 - _MEMORY**self.taken)
+        target = self._start + (share - self._start) * min(1.0, self.taken / (_REACHED * self._steps))
+        expensive = 1 - share + _FEEDBACK * (self._mean_gate() - target)  # the share of the units to push down
+        price = torch.quantile(worth, min(1.0, max(0.0, expensive)))
+        return (price + max(0.0, expensive - 1) * worth.abs().max()).item()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken."""
+        return self.taken >= self._steps
+
+    def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
+        """The learned scores, no standard errors, and what the metadata say."""
+        mean = self._mean_gate()
+        if self._share is not None and abs(mean - self._share) > _TOLERANCE:
+            logger.warning(
+                f"The mean gate is {mean:.2f} after {self.taken} steps, not at the budget of {self._share:.2f}: take "
+                "more steps, a greater learning rate, or an initial score nearer to 0."
+            )
+        return self.scores.tolist(), [], {**self._settings, "mean_gate": mean}
+
+
+def check_descent(
+    initial_score: float = 4.0,
+    learning_rate: float = 0.1,
+    budget: float | None = None,
+    units: int | None = None,
+) -> None:
+    """
+    Check the settings of [`Descent`], where the number of units may not be known yet.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    if not math.isfinite(initial_score):
+        raise ValueError(f"`initial_score` must be finite, got {initial_score}.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"`learning_rate` must be greater than 0, got {learning_rate}.")
+    if budget is None or (isinstance(budget, float) and 0 < budget <= 1):
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= (units or budget):
+        most = f" to {units}" if units else ""
+        raise ValueError(
+            f"`budget` must be a whole number of units from 1{most}, or a share of them in (0, 1], got {budget!r}."
+        )

@@ -1,0 +1,200 @@
+"""learn_gates, stage 2 in a user's own trainer. Changes with what a ranking is asked to say."""
+
+import math
+from collections.abc import Sized
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+
+from ..ranking.importance import LayerImportance
+from ..tuner.model import ILAModel
+from .attribution import ROUND, Attribution
+from .descent import Descent, check_descent
+from .measurement import Measurement, check_engine, measuring
+
+Method = Literal["attribution", "descent"]
+STEPS = {"attribution": 32, "descent": 128}
+
+
+def learn_gates(
+    trainer: Trainer,
+    steps: int | None = None,
+    min_agreement: float | None = 0.8,
+    loss_batches: int = 8,
+    seed: int | None = None,
+    method: Method = "attribution",
+    initial_score: float | None = None,
+    learning_rate: float | None = None,
+    budget: float | None = None,
+) -> LayerImportance:
+    """
+    Learn the gates of a fine-tuned ILA model and rank its units (stage 2).
+
+    The weight deltas are frozen and only the gates get gradients, from the trainer's own training steps: its data,
+    loss, precision, gradient accumulation and processes count as in stage 1. Nothing is trained by the trainer, and
+    dropout is off.
+
+    - `method="attribution"`: all gates are closed, at the base model, and each step measures −∂L/∂γ of all of them.
+      The mean over the steps, the attribution of a unit, is the first-order term of what its delta alone is worth
+      there. The score is n·attribution / Σ attributions − 1, for n units: a gate above ½ means that the unit is worth
+      more than the mean.
+    - `method="descent"`: what the paper does. All scores start at one value, and Adam descends on the loss of the
+      fine-tuned model over the scores alone; the gate is the learned σ(s). At a stable point the loss is flat in
+      every gate, so that without a `budget` this ranks little better than chance (docs/results.md compares).
+
+    Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
+    stage 1 was trained in mode "joint", its gates are first folded into B, so that Δθ is what was trained. After an
+    error everything is as before.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            The trainer of stage 1, such as TRL's `SFTTrainer`, whose model is a `PeftModel` with one active ILA
+            adapter.
+        steps (`int`, *optional*):
+            The greatest number of steps, at least 4. By default 32 for "attribution" (the ranking from 32 batches of
+            8 examples was as good as settled, that from 8 not far behind, docs/defaults.md), and 128 for "descent"
+            (the paper's number, recalled).
+        min_agreement (`float`, *optional*):
+            "attribution" stops when the ranking has settled: when the rankings from the first half of the steps and
+            from all of them have overlaps of the top 30 % and 75 % and a Spearman correlation of at least this much,
+            three times in a row. `None` takes all steps, as "descent" does.
+        loss_batches (`int`): The number of first steps on which to measure L(0) and L(1) too.
+        seed (`int`, *optional*): For the order of the data, by default the trainer's `seed` and `data_seed`. The
+            same seed gives the same scores.
+        method (`str`): `"attribution"` or `"descent"`.
+        initial_score (`float`, *optional*): Of "descent", by default the adapter's `gate_init` (4.0 is the paper's,
+            recalled).
+        learning_rate (`float`, *optional*): Of "descent", of the scores; 0.1 by default, assumed.
+        budget (`int` or `float`, *optional*):
+            Of "descent", the paper's constraint ‖γ‖₀ ≤ H as a number of units or a share of them: a pressure on all
+            gates brings their mean to it. Select H units of the ranking by `top_k` or `top_p`.
+
+    Returns:
+        [`LayerImportance`]: The ranking; of "attribution", from 8 steps on, with the standard error of each score over
+        the batches. Its metadata holds the settings and both losses.
+
+    Raises:
+        TypeError: The trainer's model is not an ILA model.
+        ValueError: A setting is out of range, the adapter is masked or merged, the deltas do not lower the loss (all
+            of them, or a small part of all), a gradient is not finite, the data end too soon, or the trainer runs
+            under DeepSpeed, FSDP1, or FSDP2 with an adapter in half precision.
+    """
+    check_settings(method, steps, min_agreement, loss_batches, initial_score, learning_rate, budget)
+    check_engine(trainer.accelerator)
+    ila = _rankable(trainer)
+    steps = STEPS[method] if steps is None else steps
+    search: Attribution | Descent
+    if method == "descent":
+        (config,) = (ila.peft_config[name] for name in ila.active_adapters)
+        start = config.gate_init if initial_score is None else initial_score
+        search = Descent(len(ila.gates()), steps, start, 0.1 if learning_rate is None else learning_rate, budget)
+    else:
+        search = Attribution(len(ila.gates()), steps, min_agreement)
+
+    hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    with measuring(trainer, ila, seed) as measurement, tqdm(total=steps, desc="Stage 2", disable=hidden) as bar:
+        closed, opened = _run(search, measurement, loss_batches, trainer.args, bar)
+        scores, spread, facts = search.result()
+        measurement.set_scores(scores)
+
+    importance = ila.layer_importance()
+    importance.spread = spread
+    importance.metadata["learn_gates"] = {
+        "method": method,
+        "steps": steps,
+        "steps_taken": search.taken,
+        "seed": trainer.args.seed if seed is None else seed,
+        "batch_size": trainer.get_total_train_batch_size(trainer.args),
+        "loss_closed": closed,
+        "loss_open": opened,
+        **facts,
+    }
+    data: Any = trainer.train_dataset
+    importance.metadata["data"] = {
+        "name": getattr(getattr(data, "info", None), "dataset_name", None),
+        "examples": len(data) if isinstance(data, Sized) else None,
+    }
+    return importance
+
+
+def _run(
+    search: Attribution | Descent, measurement: Measurement, loss_batches: int, args: TrainingArguments, bar: tqdm
+) -> tuple[float, float]:
+    """Take the steps of the search, and L(0) and L(1) on the first of them, in one pass over the data."""
+    losses: list[tuple[float, float]] = []
+    for step in measurement.steps():
+        opened = measurement.loss(step, closed=False) if len(losses) < loss_batches else None
+        gradient, loss = measurement.gradient(step, search.scores)
+        if opened is not None:
+            losses.append((loss if search.scores is None else measurement.loss(step, closed=True), opened))
+            if len(losses) == loss_batches:
+                _means(losses)  # before more work is done in vain
+        search.step(gradient)
+        bar.update()
+        every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
+        if args.logging_strategy == "steps" and search.taken % every == 0 and args.process_index == 0:
+            bar.write(str({"step": search.taken, "loss": round(loss, 4)}))
+        if search.finished:
+            break
+    return _means(losses)
+
+
+def _means(losses: list[tuple[float, float]]) -> tuple[float, float]:
+    if not losses:
+        raise ValueError("None of the training batches gives a loss: there are none, or no label is in them.")
+    closed, opened = (sum(values) / len(losses) for values in zip(*losses))
+    if not closed > opened:
+        raise ValueError(
+            f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, {opened:.4f} "
+            "with it), so there is nothing to rank. Fine-tune longer, or rank on a loss that falls as the model gets "
+            "better."
+        )
+    return closed, opened
+
+
+def check_settings(
+    method: str = "attribution",
+    steps: int | None = None,
+    min_agreement: float | None = None,
+    loss_batches: int = 1,
+    initial_score: float | None = None,
+    learning_rate: float | None = None,
+    budget: float | None = None,
+) -> None:
+    """
+    Check arguments of [`learn_gates`], for callers that have other work to do before.
+
+    Raises:
+        ValueError: One is out of range, or of no use to the method.
+    """
+    if method not in STEPS:
+        raise ValueError(f"`method` must be one of {tuple(STEPS)}, got {method!r}.")
+    for name, value, least in (("steps", steps, ROUND), ("loss_batches", loss_batches, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise ValueError(f"`min_agreement` must be in (0, 1], got {min_agreement}.")
+    settings = {"initial_score": initial_score, "learning_rate": learning_rate, "budget": budget}
+    own: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if method == "descent":
+        check_descent(**own)
+    elif own:
+        raise ValueError(f'{sorted(own)} are settings of `method="descent"`, of no use to {method!r}.')
+
+
+def _rankable(trainer: Trainer) -> ILAModel:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    ila = getattr(model, "base_model", None)
+    if not isinstance(ila, ILAModel):
+        raise TypeError(
+            "`learn_gates` needs a trainer whose model was made by `get_peft_model(model, ILAConfig(...))`, got "
+            f"{type(model).__name__}."
+        )
+    if len(ila.active_adapters) != 1:
+        raise ValueError(f"Exactly one adapter must be active, got {ila.active_adapters}.")
+    (name,) = ila.active_adapters
+    if ila.peft_config[name].gate_mode == "hard":
+        raise ValueError('The adapter is masked (mode "hard"); call `set_gate_mode("open")` to rank all its units.')
+    ila.check_unmerged(name)
+    return ila

@@ -1,0 +1,282 @@
+"""
+A trainer's own training step as a measurement of its loss and of the gradient of the gates; nothing is trained.
+
+Changes with transformers' `Trainer` and with accelerate's engines.
+"""
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import set_seed
+
+from ..tuner.config import GateMode
+from ..tuner.model import ILAModel
+
+
+class Step(NamedTuple):
+    """The batches of one step, several under gradient accumulation, and the number of labels in all of them."""
+
+    batches: list[Any]
+    num_items: torch.Tensor | int | None
+
+
+class Measurement:
+    """Losses and gradients of the steps of a trainer. Made by [`measuring`]."""
+
+    def __init__(self, trainer: Any, ila: ILAModel) -> None:
+        self._trainer = trainer
+        self._gates = list(ila.gates().values())
+
+    def steps(self) -> Iterator[Step]:
+        """The steps of the training data, pass after pass while there are any; those without a label are left out."""
+        trainer = self._trainer
+        loader, size = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
+        try:
+            for epoch in itertools.count():
+                if hasattr(loader, "set_epoch"):
+                    loader.set_epoch(epoch)
+                iterator, found = iter(loader), False
+                with _end_of_stream(trainer.train_dataset):
+                    while (step := Step(*trainer.get_batch_samples(iterator, size, trainer.args.device))).batches:
+                        if step.num_items is None or step.num_items > 0:  # a mean over no label is NaN
+                            found = True
+                            yield step
+                if not found:
+                    return
+        finally:
+            if hasattr(loader, "end"):  # accelerate keeps a loader that was not read to its end as the active one
+                loader.end()
+
+    @torch.no_grad()
+    def loss(self, step: Step, closed: bool) -> float:
+        """The loss of one step, the mean over all processes, with all gates at 0, or at 1."""
+        accelerator = self._trainer.accelerator
+        accelerator.backward = lambda loss, **kwargs: None  # the last thing that a training step does
+        try:
+            return self._run(step, "soft" if closed else "open", closed)
+        finally:
+            del accelerator.backward
+
+    def gradient(self, step: Step, scores: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+        """
+        The gradient of the loss of one step, and the loss: the means over all processes.
+
+        Args:
+            step: The step.
+            scores: Of shape (gates,): the gates stand at σ(scores), and the gradient is ∂L/∂scores. `None`: they
+                stand at 0, and it is ∂L/∂γ.
+
+        Returns:
+            The gradient, of shape (gates,), fp32 on the CPU, and the loss.
+
+        Raises:
+            ValueError: The gradient is NaN or infinite.
+        """
+        if scores is not None:
+            self.set_scores(scores.tolist())
+        scaler = self._trainer.accelerator.scaler  # of fp16
+        while True:
+            loss = self._run(step, "soft", probed=scores is None)
+            gradient, scale = self._take_gradient(), scaler.get_scale() if scaler else 1.0
+            if gradient.isfinite().all():
+                return gradient / scale, loss
+            if scale <= 1 or not math.isfinite(loss):
+                raise ValueError(
+                    "The gradient of the gates is not finite on a training batch. Check the data and the loss."
+                )
+            scaler.update(scale / 2)  # it overflows in fp16: once more
+
+    def _run(self, step: Step, mode: GateMode, probed: bool) -> float:
+        for gate in self._gates:
+            gate.mode, gate.probed = mode, probed
+        trainer = self._trainer
+        trainer.current_gradient_accumulation_steps = len(step.batches)
+        # losses change their inputs
+        losses = [trainer.training_step(trainer.model, copy.copy(b), step.num_items) for b in step.batches]
+        return trainer.accelerator.gather(torch.stack(losses).sum().reshape(1)).mean().item()
+
+    def _take_gradient(self) -> torch.Tensor:
+        weights = [gate.weight for gate in self._gates]
+        local = torch.cat([_local_gradient(weight).to(weights[0].device) for weight in weights])
+        for weight in weights:
+            weight.grad = None
+        if isinstance(weights[0], DTensor):
+            # FSDP2 has taken the mean over the processes, and each holds the scores of a part of the gates
+            mesh = weights[0].device_mesh
+            torch.distributed.all_reduce(local, group=mesh.get_group(mesh.ndim - 1))
+            return local.cpu()
+        return self._trainer.accelerator.reduce(local, "mean").cpu()
+
+    def set_scores(self, scores: Iterable[float]) -> None:
+        """Set the scores of all gates."""
+        _shard(self._trainer)  # the scores are changed, not a copy that a forward pass has gathered
+        for gate, score in zip(self._gates, scores):
+            gate.weight.data.fill_(score)
+
+
+@contextlib.contextmanager
+def _end_of_stream(dataset: Any) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # of accelerate, where a stream that can be read only once is read again
+        if not isinstance(dataset, torch.utils.data.IterableDataset) or "does not contain any data" not in str(error):
+            raise
+
+
+def _local_gradient(score: torch.Tensor) -> torch.Tensor:
+    if (gradient := score.grad) is None:  # no batch reached the unit
+        return torch.zeros(1)
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return local.float().sum().reshape(1)  # an empty shard, of a score that another process holds, adds 0
+
+
+@contextlib.contextmanager
+def measuring(trainer: Any, ila: ILAModel, seed: int | None = None) -> Iterator[Measurement]:
+    """
+    Set a trainer's active adapter up to be measured: mode "soft", no dropout, data in the order of the seed.
+
+    At the end all gates are open, those of mode "joint" folded into B; the rest of the trainer and its model is as
+    before. After an error the adapter is as before too.
+    """
+    seed, data_seed = (trainer.args.seed, trainer.args.data_seed) if seed is None else (seed, seed)
+    with _prepared(trainer), _adapter_as_before(ila), _untouched(trainer), _evaluating(trainer.model):
+        trainer.accelerator.dataloader_config.data_seed = data_seed  # accelerate orders the data by this copy of it
+        set_seed(seed)
+        yield Measurement(trainer, ila)
+
+
+@contextlib.contextmanager
+def _prepared(trainer: Any) -> Iterator[None]:
+    """As `train` prepares a model: its device and precision, and its activations checkpointed."""
+    model, args, trained = trainer.model, trainer.args, bool(trainer.accelerator._models)
+    _shard(trainer)
+    if not trained and not trainer.accelerator.is_fsdp2:
+        trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    checkpoints = not trained and args.gradient_checkpointing and not model.is_gradient_checkpointing
+    if checkpoints:
+        kwargs = dict(args.gradient_checkpointing_kwargs or {})
+        for own in ("every_n_layers", "offload"):  # the trainer's; which layers are checkpointed changes no figure
+            kwargs.pop(own, None)
+        model.gradient_checkpointing_enable(kwargs or None)
+    try:
+        yield
+    finally:
+        if checkpoints:
+            model.gradient_checkpointing_disable()
+
+
+@contextlib.contextmanager
+def _adapter_as_before(ila: ILAModel) -> Iterator[None]:
+    (name,) = ila.active_adapters
+    config = ila.peft_config[name]
+    mode: GateMode = config.gate_mode
+    parts = (".lora_gate.", ".lora_B.", ".lora_embedding_B.") if mode == "joint" else (".lora_gate.",)
+    parameters = dict(ila.model.named_parameters())
+    values = {key: p.detach().clone() for key, p in parameters.items() if any(part in key for part in parts)}
+    trainable = {key: p.requires_grad for key, p in parameters.items()}
+    try:
+        if mode == "joint":
+            ila.fold_gates()
+        ila.set_gate_mode("open")
+        trainable_when_open = {key: p.requires_grad for key, p in parameters.items()}
+        ila.change_config(name, inference_mode=False)
+        ila.set_gate_mode("soft")
+        yield
+        mode, trainable = "open", trainable_when_open
+    except BaseException:
+        for key, value in values.items():
+            parameters[key].data.copy_(value)
+        raise
+    finally:
+        for gate in ila.gates().values():
+            gate.probed = False
+        ila.change_config(name, inference_mode=config.inference_mode)
+        ila.set_gate_mode(mode)
+        for key, parameter in parameters.items():
+            parameter.requires_grad_(trainable[key])
+
+
+@contextlib.contextmanager
+def _untouched(trainer: Any) -> Iterator[None]:
+    """Give a trainer all its attributes back at the end, with what TRL's have gathered for their next log."""
+    before, metrics = dict(vars(trainer)), copy.deepcopy(vars(trainer).get("_metrics"))
+    data, scaler = trainer.accelerator.dataloader_config, trainer.accelerator.scaler
+    data_seed, scale = data.data_seed, scaler.get_scale() if scaler else 1.0
+    trainer.optimizer = None  # a schedule-free one would move the weights
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(before)
+        if metrics is not None:
+            trainer._metrics = metrics
+        data.data_seed = data_seed
+        if scaler and scaler.get_scale() != scale:
+            scaler.update(scale)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Switch off what only training does to a loss, such as dropout, but not the checkpointing of activations."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    checkpointed = [module for module in training if getattr(module, "gradient_checkpointing", False)]
+    rates = [(m, k, v) for m in checkpointed for k, v in vars(m).items() if isinstance(v, float) and "drop" in k]
+    for module in checkpointed:
+        module.training = True  # transformers checkpoints in training only
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    model.train = lambda mode=True: model  # training steps call it
+    try:
+        yield
+    finally:
+        del model.train
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+        for module, was in training.items():
+            module.training = was
+
+
+def check_engine(accelerator: Any) -> None:
+    """
+    Raises:
+        ValueError: Training steps cannot be measured under this engine.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = "DeepSpeed"  # its engine takes the optimiser's step inside `backward`
+    elif accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        engine = "version 1 of FSDP"  # which parameters need gradients is fixed when it wraps the model, for good
+    else:
+        return
+    raise ValueError(
+        f"`learn_gates` does not run under {engine}. Save the adapter that stage 1 has trained, "
+        "`trainer.save_model(path)`, and rank it in a new run under DDP or FSDP2, on the command line by "
+        "`peft-ila rank --adapter path`."
+    )
+
+
+def _shard(trainer: Any) -> None:
+    """Under FSDP2, shard a model that has not been trained before, and one that a forward pass left whole."""
+    if not trainer.accelerator.is_fsdp2:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    model, half = trainer.model, (torch.float16, torch.bfloat16)
+    if any(ILAModel.prefix in name and p.dtype in half for name, p in model.named_parameters()):
+        raise ValueError(
+            "Under FSDP2 `learn_gates` needs an adapter in fp32, as PEFT makes it by `autocast_adapter_dtype=True`: "
+            "sharded scores cannot be cast."
+        )
+    if not isinstance(model, FSDPModule):
+        # accelerate takes a model only with an optimiser; this one has nothing to train
+        trainer.accelerator.prepare(model, torch.optim.SGD([next(model.parameters())]))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,1 @@
+"""Gated LoRA as a method of PEFT."""

@@ -1,0 +1,445 @@
+"""ILAModel: injection, modes, masks and scores of gated LoRA."""
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, cast, get_args
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+
+from ..export.plain import SAVED_PREFIX, lora_options, save_adapter, to_plain_lora
+from ..ranking.importance import LayerImportance
+from ..units import unit_of
+from ..version import __version__
+from .config import GateMode, ILAConfig
+from .layer import Gate, add_gate, freeze_by_mode, is_gated
+
+
+class ILAModel(LoraModel):
+    """
+    LoRA whose weight deltas are multiplied by one learnable gate per unit: W = W₀ + γ·(α/r)·B·A, γ = σ(s).
+
+    The method is described in https://huggingface.co/papers/2410.17875. Created by
+    `get_peft_model(model, ILAConfig(...))`; all methods are reached through the [`~peft.PeftModel`].
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`ILAConfig`]): The configuration of the model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+    """
+
+    peft_config: dict[str, Any]
+
+    # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: by the prefix `lora_`, PEFT and transformers
+    # save, load and merge the scores with the LoRA weights.
+
+    def _create_and_replace(  # type: ignore[override]  # as in LoraModel
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        self._add_gate(getattr(parent, target_name), current_key, adapter_name)
+
+    def _add_gate(self, target: nn.Module, name: str, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        gate = self._find_gate(unit_of(name, config.granularity), adapter_name)
+        owner = gate is None
+        if gate is None:
+            gate = Gate(config.gate_init)
+        # `MultiheadAttention` holds a second LoRA layer, its output projection
+        for module in list(target.modules()):
+            if isinstance(module, LoraLayer):
+                add_gate(module, adapter_name, gate, owner)
+                owner = False
+
+    def _find_gate(self, unit: str, adapter_name: str) -> Gate | None:
+        for module in self.model.get_submodule(unit).modules():
+            if is_gated(module) and adapter_name in module.gates:
+                return module.gates[adapter_name]
+        return None
+
+    # PEFT makes the next three checks for adapters of the type LORA only.
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        state_dict = super()._get_adapter_state_dict(*args, **kwargs)
+        _validate_lora_adapter_state_dict(state_dict, adapter_name=kwargs["adapter_name"])
+        return state_dict
+
+    def _warn_of_experts(self, model: nn.Module, adapter_name: str) -> None:
+        # LoRA reaches experts that transformers fuses into parameters by turning their names, and "all-linear", into
+        # `target_parameters`. They may be names of linear modules too (shared experts), so this is no error.
+        config = copy.deepcopy(LoraConfig(**lora_options(self.peft_config[adapter_name])))
+        convert_peft_config_for_transformers(config, model, None)
+        if config.target_parameters:
+            names = ", ".join(sorted(config.target_parameters))
+            warnings.warn(
+                f"ILA gates linear modules only: the experts of this model are parameters ({names}) and stay as they "
+                "are, although `target_modules` covers them.",
+                stacklevel=2,
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._warn_of_experts(model, adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _keep_gradients_of_4bit(model)
+        self._apply_mode(adapter_name)
+
+    @classmethod
+    def from_lora(cls, model: PeftModel, **gate_options: Any) -> PeftModel:
+        """
+        Gate the LoRA adapters of a model in place, so that stage 2 alone ranks a LoRA that was trained before.
+
+        Args:
+            model ([`~peft.PeftModel`]): A model with LoRA adapters only.
+            **gate_options: `granularity`, `gate_init`, `gate_mode` of [`ILAConfig`]; by default the gates are open.
+
+        Returns:
+            [`~peft.PeftModel`]: The same model.
+
+        Raises:
+            TypeError: The model has adapters of another method.
+            ValueError: An option of an adapter would bypass the gate.
+        """
+        tuner: Any = model.base_model
+        if type(tuner) is not LoraModel:
+            raise TypeError(f"Only a model with LoRA adapters can be gated, got one with a {type(tuner).__name__}.")
+        configs = {
+            name: ILAConfig.from_lora(cast(LoraConfig, config), **{"gate_mode": "open", **gate_options})
+            for name, config in tuner.peft_config.items()
+        }
+        tuner.__class__ = cls
+        model.peft_type = PeftType("ILA")
+        tuner.peft_config.update(configs)  # the dict is shared by the model, the tuner and the base model
+        targets = [(key, layer) for key, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)]
+        for key, layer in targets:
+            for name in configs:
+                if name in layer.r and ".base_layer." not in key:
+                    tuner._add_gate(layer, key, name)
+        _keep_gradients_of_4bit(tuner.model)
+        for name in configs:
+            tuner._apply_mode(name)
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        scores = [
+            f"{name}.lora_gate.{adapter_name}.weight"
+            for name, module in model.named_modules()
+            if is_gated(module) and adapter_name in module.lora_gate
+        ]
+        saved = {key for key in state_dict if ".lora_gate." in key}
+        if not saved:  # an adapter of plain LoRA: its scores start anew
+            state_dict |= {key: torch.full((1,), float(config.gate_init)) for key in scores}
+            return state_dict
+        # transformers' own loading strips this prefix later
+        ours, theirs = ({key.removeprefix(SAVED_PREFIX) for key in keys} for keys in (scores, saved))
+        if difference := sorted(ours ^ theirs):
+            raise ValueError(
+                f"The adapter has {len(saved)} gates, but the model has {len(scores)} for it, so they do not belong "
+                f"together: {difference[0]!r} is in only one of them. Load it into the model that it was made on."
+            )
+        return state_dict
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Modes
+    # ------------------------------------------------------------------------------------------------------------
+
+    def set_gate_mode(self, mode: GateMode, adapter_name: str | None = None) -> None:
+        """
+        Set how the gates act and what trains, see [`ILAConfig`]. The mode is saved with the adapter.
+
+        In mode "soft" the scores are held in at least fp32, whatever cast them before, LoRA's dropout is off, and
+        everything else that the adapter trains (`modules_to_save`, biases) is frozen too.
+
+        Args:
+            mode (`str`): `"joint"`, `"open"`, `"soft"` or `"hard"`; the last one restores the last mask.
+            adapter_name (`str`, *optional*): The adapter, by default the active ones.
+
+        Raises:
+            ValueError: The mode is unknown, the adapter does not exist or is merged, or `"hard"` has no mask.
+        """
+        if mode not in get_args(GateMode):
+            raise ValueError(f"`mode` must be one of {get_args(GateMode)}, got {mode!r}.")
+        for name in self._adapter_names(adapter_name):
+            config = self.peft_config[name]
+            if mode == "hard" and not config.gate_mask:
+                raise ValueError(f"Adapter {name!r} has no mask yet; call `apply_mask(units)` instead.")
+            self.check_unmerged(name)
+            self.change_config(name, gate_mode=mode)
+            self._apply_mode(name)
+
+    def change_config(self, adapter_name: str, **options: Any) -> None:
+        """Set options of an adapter's configuration, in a copy: the one that was passed may serve other models."""
+        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
+        for option, value in options.items():
+            setattr(config, option, value)
+
+    def apply_mask(self, units: Iterable[str], adapter_name: str | None = None) -> None:
+        """
+        Set mode "hard": γ = 1 for these units and 0 for the rest, of which nothing trains any more.
+
+        Args:
+            units (`Iterable[str]`): The units to keep, such as `importance.select(top_p=0.3)`.
+            adapter_name (`str`, *optional*): The adapter, by default the active ones.
+
+        Raises:
+            ValueError: `units` is empty or names a unit that the adapter does not have.
+        """
+        if isinstance(units, str):
+            raise TypeError(f"`units` must be a collection of unit names, got the string {units!r}.")
+        kept = set(units)
+        for name in self._adapter_names(adapter_name):
+            known = self.gates(name)
+            if unknown := sorted(kept - known.keys()):
+                raise ValueError(
+                    f"Adapter {name!r} has no units {unknown[:5]} ({len(unknown)} unknown of {len(kept)}); it has "
+                    f"{len(known)}, such as {next(iter(known))!r}. Was the ranking made on another model?"
+                )
+            if not kept:
+                raise ValueError("The mask keeps no unit; select at least one.")
+            self.check_unmerged(name)
+            self.change_config(name, gate_mask=[unit for unit in known if unit in kept])
+            self.set_gate_mode("hard", name)
+
+    def _apply_mode(self, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        gates = self.gates(adapter_name)
+        kept = config.gate_mask or []
+        if config.gate_mode == "hard" and (unknown := sorted(set(kept) - gates.keys())):
+            raise ValueError(f"`gate_mask` names units that the model does not have: {unknown[:5]}.")
+        for unit, gate in gates.items():
+            gate.mode = config.gate_mode
+            gate.kept = unit in kept
+        for _, layer in self._gated_layers(adapter_name):
+            freeze_by_mode(layer, adapter_name)
+        if adapter_name in self.active_adapters:
+            self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
+            self._mark_only_adapters_as_trainable(self.model)
+        self._settle_dropout_and_dtype(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._freeze_beside_scores()
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        self._freeze_beside_scores()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._freeze_beside_scores()
+
+    def _freeze_beside_scores(self) -> None:
+        # Layers keep A and B frozen by themselves in mode "soft"; this is for biases and `modules_to_save`.
+        if not any(self.peft_config[name].gate_mode == "soft" for name in self.active_adapters):
+            return
+        scores = {id(gate.weight) for name in self.active_adapters for gate in self.gates(name).values()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in scores:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ILAModel":
+        super().train(mode)
+        for name, config in self.peft_config.items():
+            if config.gate_mode == "soft":
+                self._settle_dropout_and_dtype(name)
+        return self
+
+    def _settle_dropout_and_dtype(self, adapter_name: str) -> None:
+        # At every call of `train()` too, since trainers cast trainable parameters after the mode was set: TRL's
+        # QLoRA path makes them bf16, where one step at s = 4 is 0.03 and an update vanishes.
+        soft = self.peft_config[adapter_name].gate_mode == "soft"
+        for _, layer in self._gated_layers(adapter_name):
+            if adapter_name in layer.lora_dropout:
+                layer.lora_dropout[adapter_name].train(layer.training and not soft)
+            score = layer.gates[adapter_name].weight
+            if soft and score.dtype in (torch.float16, torch.bfloat16):
+                score.data = score.data.float()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Units and scores
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _adapter_names(self, adapter_name: str | None) -> list[str]:
+        if adapter_name is None:
+            return self.active_adapters
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}.")
+        return [adapter_name]
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        names = self._adapter_names(adapter_name)
+        if len(names) != 1:
+            raise ValueError(f"{len(names)} adapters are active, {names}; pass `adapter_name`.")
+        return names[0]
+
+    def _gated_layers(self, adapter_name: str) -> Iterator[tuple[str, Any]]:
+        for name, module in self.model.named_modules():
+            if is_gated(module) and adapter_name in module.gates:
+                yield name.partition(".base_layer.")[0], module  # the output projection inside `MultiheadAttention`
+
+    def gates(self, adapter_name: str | None = None) -> dict[str, Gate]:
+        """
+        The gates of an adapter by unit, in the order of the model.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        granularity = self.peft_config[adapter_name].granularity
+        return {
+            unit_of(name, granularity): layer.gates[adapter_name] for name, layer in self._gated_layers(adapter_name)
+        }
+
+    def layer_importance(self, adapter_name: str | None = None) -> LayerImportance:
+        """
+        The present scores as a ranking that outlives the model. Under FSDP2 all processes must call it.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+
+        Raises:
+            ValueError: A score is not finite.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        config = self.peft_config[adapter_name]
+        gated = dict.fromkeys(name for name, _ in self._gated_layers(adapter_name))
+        modules: dict[str, list[str]] = {}
+        for name in gated:
+            modules.setdefault(unit_of(name, config.granularity), []).append(name)
+        last_components = {name.rpartition(".")[2] for name in gated}
+        return LayerImportance(
+            units=list(modules),
+            scores=[_whole(gate.weight).item() for gate in self.gates(adapter_name).values()],
+            metadata={
+                "model": config.base_model_name_or_path,
+                "task_type": config.task_type,
+                "granularity": config.granularity,
+                "r": config.r,
+                "lora_alpha": config.lora_alpha,
+                "versions": {
+                    "peft-ila": __version__,
+                    **{module.__name__: module.__version__ for module in (peft, torch, transformers)},
+                },
+            },
+            modules=modules,
+            lookalikes=[
+                name
+                for name, _ in self.model.named_modules()
+                if name.rpartition(".")[2] in last_components and name not in gated
+            ],
+        )
+
+    def check_unmerged(self, adapter_name: str) -> None:
+        """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
+        if any(adapter_name in layer.merged_adapters for _, layer in self._gated_layers(adapter_name)):
+            raise ValueError(f"Adapter {adapter_name!r} is merged with its gates; call `unmerge_adapter` first.")
+
+    def fold_gates(self, adapter_name: str | None = None) -> None:
+        """
+        Multiply the present gates into B and open them: the outputs stay, the delta is then plain LoRA's.
+
+        The scores keep their values and the mode becomes "open". [`learn_gates`] calls this after a "joint" stage 1.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active ones.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        for name in self._adapter_names(adapter_name):
+            self.check_unmerged(name)
+            self._multiply_gates_into_b(name)
+            self.set_gate_mode("open", name)
+
+    @torch.no_grad()
+    def _multiply_gates_into_b(self, adapter_name: str) -> None:
+        for _, layer in self._gated_layers(adapter_name):
+            weight = _lora_b(layer, adapter_name)
+            weight.copy_(layer.gates[adapter_name](weight))
+
+    def to_lora(self, output_dir: str | os.PathLike[str], adapter_name: str | None = None) -> LoraConfig:
+        """
+        Write the adapter as plain LoRA that computes the same: gates multiplied into B, closed units absent.
+
+        `PeftModel.from_pretrained` loads it without peft-ila, and so do servers that take LoRA adapters.
+
+        Args:
+            output_dir (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+
+        Returns:
+            [`~peft.LoraConfig`]: The configuration that was written.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        saved = get_peft_model_state_dict(self.model, adapter_name=adapter_name)
+        state_dict = {f"base_model.model.{key}": tensor.detach().cpu() for key, tensor in saved.items()}
+        lookalikes = self.layer_importance(adapter_name).lookalikes
+        tensors, config = to_plain_lora(state_dict, self.peft_config[adapter_name], lookalikes)
+        save_adapter(tensors, config, output_dir)
+        return config
+
+    def add_weighted_adapter(  # type: ignore[override]
+        self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any
+    ) -> None:
+        """
+        As [`~peft.LoraModel.add_weighted_adapter`], on the gated deltas; the gates of the new adapter are open.
+        """
+        if adapter_name in self.peft_config:
+            return
+        saved = []
+        for name in adapters:
+            saved += [(layer, name, _lora_b(layer, name).detach().clone()) for _, layer in self._gated_layers(name)]
+            self._multiply_gates_into_b(name)
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        finally:
+            for layer, name, weight in saved:
+                _lora_b(layer, name).data.copy_(weight)
+        self.set_gate_mode("open", adapter_name)
+
+
+def _keep_gradients_of_4bit(model: nn.Module) -> None:
+    """
+    Keep bitsandbytes from packing 4-bit weights, as it does for good at the first evaluation on a CPU with
+    AVX512-BF16: the kernel for them has no backward pass, and PEFT cannot merge them.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:
+    if adapter_name in layer.lora_B:
+        return layer.lora_B[adapter_name].weight
+    return layer.lora_embedding_B[adapter_name]
+
+
+def _whole(weight: Any) -> torch.Tensor:
+    # FSDP2 shards a score of shape (1,) too, so that it lies on one process only
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -1,0 +1,112 @@
+"""The settings of the workflows as dataclasses, for the command line and YAML. Beside them stand TRL's own."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..search.gates import Method
+from ..units import Granularity
+
+
+@dataclass
+class RankArguments:
+    """
+    Arguments of `peft-ila rank`.
+
+    Args:
+        granularity (`str`): See [`ILAConfig`].
+        adapter (`str`): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
+        tuned_model (`str`), tuned_rank (`int`): A fully fine-tuned model to rank as it is, see [`extract_lora`].
+        epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`].
+        method (`str`), gate_steps (`int`), min_agreement (`float`), initial_score (`float`),
+        gate_learning_rate (`float`), budget (`float`): See [`learn_gates`].
+    """
+
+    granularity: Granularity = field(
+        default="layer", metadata={"help": "What one gate stands for: a decoder 'layer' or a 'module'."}
+    )
+    epsilon: float = field(
+        default=0.02, metadata={"help": "Stage 1 is stable when the smoothed loss changes by less than this."}
+    )
+    window: int = field(default=5, metadata={"help": "The number of logged losses to average."})
+    patience: int = field(default=3, metadata={"help": "How many comparisons in a row must be stable."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "A LoRA or ILA adapter to rank as it is, instead of fine-tuning (stage 1)."}
+    )
+    tuned_model: str | None = field(
+        default=None,
+        metadata={"help": "A model that was fully fine-tuned from the given one, to rank instead of fine-tuning."},
+    )
+    tuned_rank: int | None = field(
+        default=None,
+        metadata={"help": "Truncate the deltas of `tuned_model` to this rank; by default they are whole."},
+    )
+    method: Method = field(
+        default="attribution",
+        metadata={
+            "help": "Stage 2: 'attribution' measures what each delta is worth at the base model, 'descent' learns the "
+            "scores as the paper does."
+        },
+    )
+    gate_steps: int | None = field(
+        default=None,
+        metadata={"help": "The greatest number of steps of stage 2, by default 32 (attribution) or 128 (descent)."},
+    )
+    min_agreement: float = field(
+        default=0.8,
+        metadata={
+            "help": "Attribution ends when the rankings from half and from all of its steps agree so well; 0: never."
+        },
+    )
+    initial_score: float | None = field(default=None, metadata={"help": "Of descent: where all scores start; 4.0."})
+    gate_learning_rate: float | None = field(default=None, metadata={"help": "Of descent, of the scores; 0.1."})
+    budget: float | None = field(
+        default=None,
+        metadata={"help": "Of descent: the share of the units to keep, or from 1 on their number."},
+    )
+
+    def gate_settings(self) -> dict[str, Any]:
+        """As [`learn_gates`] takes them."""
+        budget = self.budget
+        if budget is not None and budget >= 1 and budget == int(budget):
+            budget = int(budget)
+        return {
+            "method": self.method,
+            "steps": self.gate_steps,
+            "min_agreement": self.min_agreement or None,
+            "initial_score": self.initial_score,
+            "learning_rate": self.gate_learning_rate,
+            "budget": budget,
+        }
+
+
+@dataclass
+class SelectionArguments:
+    """What to select: exactly one of the first three, see [`LayerImportance.select`]."""
+
+    top_p: float | None = field(default=None, metadata={"help": "The share of the units to select, in (0, 1]."})
+    top_k: int | None = field(default=None, metadata={"help": "The number of units to select."})
+    threshold: float | None = field(default=None, metadata={"help": "The least gate of a selected unit, in [0, 1]."})
+    min_probability: float | None = field(
+        default=None, metadata={"help": "Of the share or number, only units that belong to it with this probability."}
+    )
+
+    def selection(self) -> dict[str, Any]:
+        """As [`LayerImportance.select`] takes it."""
+        return {name: getattr(self, name) for name in ("top_p", "top_k", "threshold", "min_probability")}
+
+
+@dataclass
+class TuneArguments(SelectionArguments):
+    """Arguments of `peft-ila tune`."""
+
+    importance: str | None = field(default=None, metadata={"help": "The ranking, as `rank` wrote it."})
+
+
+def required(value: str | None, flag: str) -> str:
+    """
+    Raises:
+        ValueError: The value is missing.
+    """
+    if not value:
+        raise ValueError(f"`--{flag}` is required.")
+    return value

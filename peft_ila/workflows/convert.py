@@ -1,0 +1,61 @@
+"""A ranking's selection as a file for PEFT or another program: what `peft-ila convert` does."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig
+
+from ..export.recipes import RecipeFormat, write_recipe
+from ..files import whole_file
+from ..ranking.importance import LayerImportance
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["peft", RecipeFormat]
+
+
+def convert(
+    importance: LayerImportance,
+    output_dir: Path,
+    format: Format = "peft",
+    selection: dict[str, Any] | None = None,
+    **lora: Any,
+) -> Path:
+    """
+    Write `adapter_config.json` of the selected units, or the settings that make another program tune them.
+
+    Args:
+        importance ([`LayerImportance`]): The ranking.
+        output_dir: Where to write the file.
+        format (`str`): `"peft"`, or see [`LayerImportance.to_recipe`].
+        selection (`dict`): The arguments of [`LayerImportance.select`].
+        **lora: `r`, `lora_alpha` and `lora_dropout` of LoRA.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: A bad selection, or targets that the program cannot name.
+    """
+    model = _model_config(importance)
+    if format == "peft":
+        path = output_dir / "adapter_config.json"
+        config = importance.to_lora_config(**(selection or {}), model=model, **lora)
+        with whole_file(path) as temporary:
+            config.save_pretrained(str(temporary.parent))
+    else:
+        path = output_dir / f"{format}.yaml"
+        write_recipe(importance.to_recipe(format, **(selection or {}), model=model, **lora), path)
+    return path
+
+
+def _model_config(importance: LayerImportance) -> Any:
+    """The configuration of the ranked model, to check the conversion by injection, where it is at hand."""
+    model = importance.metadata.get("model")
+    try:
+        # code from the hub is not run for a check, nor asked about on the terminal
+        return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False) if model else None
+    except (OSError, ValueError):
+        logger.warning(f"The configuration of {model!r} is not at hand; the targets are checked by name only.")
+        return None

@@ -1,0 +1,168 @@
+"""`peft-ila rank` on a model and a data set by name, with TRL's trainer and arguments. Changes with TRL."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftConfig
+from transformers import TrainerCallback, set_seed
+from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+from ..files import whole_directory
+from ..ranking.card import upload
+from ..ranking.importance import LayerImportance
+from ..search.delta import extract_lora
+from ..search.gates import check_settings
+from ..search.stability import EpsilonStability
+from ..tuner.config import ILAConfig
+from ..units import Granularity
+from .arguments import RankArguments, required
+from .data import load_dataset
+from .rank import rank
+from .resuming import check_finished
+
+
+def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
+    """
+    Raises:
+        ValueError: The name is missing.
+        FileNotFoundError: It is that of a directory that does not exist.
+    """
+    name = required(value, flag)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"There is no model directory {name}.")
+    return name
+
+
+def lora_config(model_args: Any) -> Any:
+    """The [`~peft.LoraConfig`] that TRL makes of its [`~trl.ModelConfig`]."""
+    model_args.use_peft = True
+    return get_peft_config(model_args)
+
+
+def sft_trainer(
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    peft_config: PeftConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SFTTrainer:
+    """An [`~trl.SFTTrainer`] as TRL's own script makes it; the arguments are TRL's."""
+    set_seed(training_args.seed)  # the trainer makes LoRA's first weights before it sets its seed
+    name = model_name(model_args.model_name_or_path)
+    dataset = required(script_args.dataset_name, "dataset_name")
+    train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_test_split)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return SFTTrainer(
+        model=name,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config,
+        callbacks=list(callbacks),
+    )
+
+
+def rank_by_sft(
+    script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments
+) -> tuple[LayerImportance, str | None]:
+    """
+    [`rank`] with TRL's `SFTTrainer` on a model and a data set by name: `peft-ila rank`.
+
+    Args:
+        script_args ([`~trl.ScriptArguments`]): The data set.
+        training_args ([`~trl.SFTConfig`]): Both stages; with `push_to_hub`, the ranked adapter is uploaded with a card
+            that holds the ranking.
+        model_args ([`~trl.ModelConfig`]): The model, its quantisation, LoRA's options.
+        rank_args ([`RankArguments`]): The search.
+
+    Returns:
+        The ranking, and where it was uploaded to.
+
+    Raises:
+        FileNotFoundError: There is no such model or data file.
+        ValueError: See [`rank`]; or arguments contradict each other.
+    """
+    settings = rank_args.gate_settings()
+    check_settings(**settings)
+    if rank_args.adapter and rank_args.tuned_model:
+        raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
+    if rank_args.tuned_rank is not None and not rank_args.tuned_model:
+        raise ValueError("`--tuned_rank` is of no use without `--tuned_model`.")
+    stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
+    model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
+    lora = lora_config(model_args)
+    adapter, facts = rank_args.adapter, None
+    if rank_args.tuned_model:
+        adapter, facts = _extract_delta(model_args, lora, rank_args, training_args)
+    if adapter:
+        config = _gated_config(adapter, rank_args.granularity)
+    else:
+        check_finished(training_args)  # before the model is loaded
+        config = ILAConfig.from_lora(lora, granularity=rank_args.granularity, gate_mode="open")
+    # the ranked adapter is pushed at the end, not what the trainer saves on the way
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    trainer = sft_trainer(script_args, training_args, model_args, config)
+    metadata = {"dataset": script_args.dataset_name, **({"stage_1": facts} if facts else {})}
+    importance = rank(trainer, stability, adapter, metadata, **settings)
+    url = None
+    if push and trainer.is_world_process_zero():
+        output_dir = Path(training_args.output_dir)
+        name = training_args.hub_model_id or output_dir.resolve().name
+        url = str(upload(output_dir / "adapter", name, training_args.hub_token, training_args.hub_private_repo))
+    return importance, url
+
+
+def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
+    """The configuration that puts gates on an adapter that is there already."""
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, ILAConfig):
+        config = ILAConfig.from_lora(config, granularity=granularity, gate_mode="open")
+    elif config.granularity != granularity:
+        raise ValueError(
+            f"The adapter {adapter} has one gate per {config.granularity}: pass `--granularity {config.granularity}`, "
+            "or make a plain LoRA of it by `peft-ila export` first."
+        )
+    config.init_lora_weights = True  # the weights are loaded
+    return config
+
+
+def _extract_delta(
+    model_args: Any, config: Any, rank_args: RankArguments, training_args: Any
+) -> tuple[str, dict[str, Any]]:
+    """Write the delta of a fully fine-tuned model as an adapter, once."""
+    delta = Path(training_args.output_dir) / "delta"
+    report = delta / "delta.json"
+    wanted = {
+        "base_model": model_args.model_name_or_path,
+        "revision": model_args.model_revision,
+        "tuned_model": rank_args.tuned_model,
+        "tuned_rank": rank_args.tuned_rank,
+        "target_modules": model_args.lora_target_modules,
+    }
+    with PartialState().main_process_first():
+        facts = json.loads(report.read_text()) if report.exists() else {}
+        if not facts.items() >= wanted.items():
+            with whole_directory(delta) as temporary:
+                facts = wanted | extract_lora(
+                    model_name(model_args.model_name_or_path),
+                    model_name(rank_args.tuned_model, "tuned_model"),
+                    config,
+                    temporary,
+                    rank=rank_args.tuned_rank,
+                    revision=model_args.model_revision,
+                    trust_remote_code=training_args.trust_remote_code,
+                )
+                (temporary / report.name).write_text(json.dumps(facts))
+    return str(delta), facts

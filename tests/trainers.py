@@ -1,0 +1,57 @@
+"""Trainers on a tiny Llama."""
+
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from peft_ila import ILAConfig
+
+
+def ila(mode="open", granularity="layer", model=None, **kwargs):
+    torch.manual_seed(1)
+    config = ILAConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", granularity=granularity, gate_mode=mode, **kwargs
+    )
+    return get_peft_model(model or tiny_llama(), config)
+
+
+def options(tmp_path, **kwargs):
+    return {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "max_steps": 40,
+        "learning_rate": 2e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **kwargs,
+    }
+
+
+def sft_trainer(tmp_path, tokenizer, dialogues, model=None, callbacks=(), **kwargs) -> SFTTrainer:
+    return SFTTrainer(
+        model=model or ila(),
+        args=SFTConfig(**{"bf16": False, **options(tmp_path, **kwargs)}),
+        train_dataset=Dataset.from_list(dialogues),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def plain_trainer(tmp_path, tokenizer, dialogues, model=None, **kwargs) -> Trainer:
+    rows = []
+    for row in dialogues:
+        messages = row["prompt"] + row["completion"]
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+        rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)})
+    return Trainer(model=model or ila(), args=TrainingArguments(**options(tmp_path, **kwargs)), train_dataset=rows)
+
+
+def lora_weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}

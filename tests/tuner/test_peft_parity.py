@@ -1,0 +1,36 @@
+"""What PEFT does for adapters of the type LORA only, so that ILA does not get it by inheritance."""
+
+import pytest
+import torch
+from models import build
+from peft import LoraConfig, get_peft_model
+from transformers import FalconMambaConfig, FalconMambaForCausalLM
+
+from peft_ila import ILAConfig
+
+
+def test_mamba_modules_whose_weight_is_read_directly_are_refused():
+    model = FalconMambaForCausalLM(FalconMambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=64))
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        get_peft_model(model, ILAConfig(target_modules=["out_proj"]))
+
+
+def test_saving_a_shard_warns(llama, tmp_path):
+    model = get_peft_model(llama, ILAConfig(target_modules=["q_proj"], r=4))
+    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
+    q_proj.lora_A["default"].weight.data = torch.zeros(128)  # as ZeRO-3 leaves it
+    with pytest.warns(UserWarning, match="ZeRO-3 / FSDP shards"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"], r".*\.(q_proj|w2)"])
+def test_experts_that_lora_would_reach_are_named_in_a_warning(targets):
+    assert get_peft_model(build("mixtral"), LoraConfig(target_modules=targets)).base_model.targeted_parameter_names
+    with pytest.warns(UserWarning, match="the experts of this model are parameters"):
+        model = get_peft_model(build("mixtral"), ILAConfig(target_modules=targets))
+    assert len(model.gates()) == 5
+
+
+def test_gated_layers_are_printed_as_those_of_lora(llama):
+    model = get_peft_model(llama, ILAConfig(target_modules=["q_proj"]))
+    assert str(type(model.model.model.layers[0].self_attn.q_proj)) == "<class 'peft.tuners.lora.layer.Linear'>"
