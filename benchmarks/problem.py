@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_ila import ILAConfig
-from peft_ila.data import load_dataset
 from peft_ila.embedded import smollm2
-from peft_ila.layer import Gate
+from peft_ila.tuner.layer import Gate
 from peft_ila.units import unit_of
+from peft_ila.workflows.data import load_dataset
 
 HELD_OUT = 64
 MAX_LENGTH, PROMPT = 96, 56  # tokens; examples with longer prompts are left out

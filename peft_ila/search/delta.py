@@ -79,16 +79,7 @@ def extract_lora(
     kept: dict[str, float] = {}
     outside = 0.0
     for name in tqdm(names, desc="Reading weight deltas"):
-        before, after = base.read(name), tuned.read(name)
-        if before.shape != after.shape:
-            raise ValueError(
-                f"{name!r} has the shape {tuple(before.shape)} in {base_model}, but {tuple(after.shape)} in "
-                f"{tuned_model}."
-            )
-        delta = after.float().sub_(before.float())
-        del before, after
-        if not torch.isfinite(delta).all():
-            raise ValueError(f"The difference of {name!r} is not finite; is one of the checkpoints damaged?")
+        delta = _delta(base, tuned, name, base_model, tuned_model)
         module, norm = name.removesuffix(".weight"), float(delta.square().sum(dtype=torch.float64))
         if module in targets:
             # the weight of Conv1D is transposed
@@ -104,10 +95,34 @@ def extract_lora(
     total = sum(energy.values())
     if total == 0:
         raise ValueError(f"{tuned_model} does not differ from {base_model} in any target module.")
+    save_adapter(factors, _configuration(config, base_model, targets, factors), output_dir)
+    return {
+        "energy_kept": math.fsum(energy[m] * kept[m] for m in energy) / total,
+        "energy_outside": outside / (outside + total),
+        "energy_kept_by_module": kept,
+        "not_compared": sorted(set(weights).difference(names)),
+    }
+
+
+def _delta(base: "_Checkpoint", tuned: "_Checkpoint", name: str, base_model: str, tuned_model: str) -> torch.Tensor:
+    before, after = base.read(name), tuned.read(name)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"{name!r} has the shape {tuple(before.shape)} in {base_model}, but {tuple(after.shape)} in {tuned_model}."
+        )
+    delta = after.float().sub_(before.float())
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"The difference of {name!r} is not finite; is one of the checkpoints damaged?")
+    return delta
+
+
+def _configuration(
+    config: LoraConfig, base_model: str, targets: dict[str, nn.Module], factors: dict[str, torch.Tensor]
+) -> LoraConfig:
     ranks = {module: len(factors[f"{SAVED_PREFIX}{module}.lora_A.weight"]) for module in targets}
     most = max(set(ranks.values()), key=list(ranks.values()).count)
     different = {module: r for module, r in ranks.items() if r != most}
-    adapter = LoraConfig(
+    return LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=base_model,
         r=most,
@@ -117,13 +132,6 @@ def extract_lora(
         target_modules=sorted(targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
     )
-    save_adapter(factors, adapter, output_dir)
-    return {
-        "energy_kept": math.fsum(energy[m] * kept[m] for m in energy) / total,
-        "energy_outside": outside / (outside + total),
-        "energy_kept_by_module": kept,
-        "not_compared": sorted(set(weights).difference(names)),
-    }
 
 
 def _linear_targets(skeleton: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

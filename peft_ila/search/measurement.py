@@ -159,17 +159,20 @@ def _prepared(trainer: Any) -> Iterator[None]:
     _shard(trainer)
     if not trained and not trainer.accelerator.is_fsdp2:
         trainer.accelerator.prepare_model(model, evaluation_mode=True)
-    checkpoints = not trained and args.gradient_checkpointing and not model.is_gradient_checkpointing
-    if checkpoints:
-        kwargs = dict(args.gradient_checkpointing_kwargs or {})
-        for own in ("every_n_layers", "offload"):  # the trainer's; which layers are checkpointed changes no figure
-            kwargs.pop(own, None)
-        model.gradient_checkpointing_enable(kwargs or None)
+    already = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if trained or not args.gradient_checkpointing or already:
+        yield
+        return
+    kwargs = dict(args.gradient_checkpointing_kwargs or {})
+    for own in ("every_n_layers", "offload"):  # the trainer's; which layers are checkpointed changes no figure
+        kwargs.pop(own, None)
+    # "gradient" before transformers 5.23
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")(kwargs or None)
     try:
         yield
     finally:
-        if checkpoints:
-            model.gradient_checkpointing_disable()
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 @contextlib.contextmanager

@@ -109,11 +109,18 @@ def _write_data(directory: Path) -> dict[str, Path]:
     return paths
 
 
-def _trainer(model: Any, directory: str, held_out: Path) -> Any:
-    """A trainer that only measures."""
-    dataset = load_dataset(str(held_out))
+def measuring_trainer(model: Any, directory: str | Path, data: Path) -> SFTTrainer:
+    """
+    A trainer that only measures, on SmolLM2.
+
+    Args:
+        model: The model, with or without adapters.
+        directory: That of the embedded model, for its tokenizer.
+        data: A file of the demo's data, to evaluate on and to rank on.
+    """
+    dataset = load_dataset(str(data))
     args = SFTConfig(
-        output_dir=str(held_out.parent),
+        output_dir=str(data.parent),
         per_device_train_batch_size=4,
         per_device_eval_batch_size=16,
         max_length=64,
@@ -138,7 +145,7 @@ def _load(directory: str, adapter: Path) -> Any:
 def _print_kept(directory: str, ranked: Path, held_out: Path) -> None:
     model = _load(directory, ranked / "adapter")
     importance = LayerImportance.load(ranked / "importance.json")
-    trainer = _trainer(model, directory, held_out)
+    trainer = measuring_trainer(model, directory, held_out)
     tuned = trainer.evaluate()["eval_loss"]
     with model.disable_adapter():
         base = trainer.evaluate()["eval_loss"]
@@ -149,7 +156,7 @@ def _print_kept(directory: str, ranked: Path, held_out: Path) -> None:
 
 
 def _print_comparison(directory: str, adapters: dict[str, Path], held_out: Path) -> None:
-    trainers = {name: _trainer(_load(directory, path), directory, held_out) for name, path in adapters.items()}
+    trainers = {n: measuring_trainer(_load(directory, path), directory, held_out) for n, path in adapters.items()}
     loss = {name: trainer.evaluate()["eval_loss"] for name, trainer in trainers.items()}
     trainable = {name: trainer.model.get_nb_trainable_parameters()[0] for name, trainer in trainers.items()}
     kept: dict[str, int] = {}

@@ -6,7 +6,7 @@ rates. Then first stages of a tenth of the long one's steps, by several learning
 rankings are compared with that of the long run, from batches that no other ranking has seen, and applied to its
 adapter as a hard mask.
 
-    python benchmarks/learning_rates.py --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
+    python -m benchmarks.estimators.learning_rates --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/learning_rates.json --plot docs/learning_rates.png
 
 1 hour on one core. What the output holds already is only printed and drawn.
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from estimators import pressure, pressure_sgd
-from problem import Problem
-from record import save
-from steps import BATCHES, SHARES, STAGE_1, STAGE_2, adapter, against, arguments, plot, ranking
 
+from benchmarks.estimators.quality import pressure, pressure_sgd
+from benchmarks.estimators.steps import BATCHES, SHARES, STAGE_1, STAGE_2, adapter, against, arguments, plot, ranking
+from benchmarks.problem import Problem
+from benchmarks.record import save
 from peft_ila import LayerImportance
-from peft_ila.attribution import attributions
+from peft_ila.search.attribution import attributions
 
 SCORES: dict[str, Callable[[Problem], torch.Tensor]] = {
     "Adam, 0.05": partial(pressure, lr=0.05),

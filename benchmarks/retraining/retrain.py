@@ -1,11 +1,12 @@
 """
 Is tuning the important modules, or the important decoder layers, as good as tuning all? See `docs/defaults.md`.
 
-A new LoRA on each selection, trained as long as the full one that was ranked, from the rankings that `estimators.py`
-left. All selections have at most as many trainable parameters as the given share of the decoder layers: modules are
-taken in the order of their scores while they fit. "Gained" is the held-out loss gain, as a share of full LoRA's.
+A new LoRA on each selection, trained as long as the full one that was ranked, from the rankings that
+`estimators/quality.py` left. All selections have at most as many trainable parameters as the given share of the
+decoder layers: modules are taken in the order of their scores while they fit. "Gained" is the held-out loss gain, as a
+share of full LoRA's.
 
-    python benchmarks/retrain.py --data ../shared/data/sft_alpaca_gpt4.jsonl ../shared/data/sft_lima.jsonl \
+    python -m benchmarks.retraining.retrain --data ../shared/data/sft_alpaca_gpt4.jsonl ../shared/data/sft_lima.jsonl \
         --rankings benchmarks/results/estimators --output_dir benchmarks/results/retrain
 
 On two cores, 4 minutes a selection. What the output holds already is not computed again.
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from problem import LORA, base_model, fine_tune, held_out_loss
-from record import save
 
+from benchmarks.problem import LORA, base_model, fine_tune, held_out_loss
+from benchmarks.record import save
 from peft_ila.units import unit_of
 
 STEPS = 60
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--share", type=float, default=0.3, help="of the trainable parameters")
     parser.add_argument("--selections", nargs="+", help="by default all")
-    parser.add_argument("--rankings", type=Path, required=True, help="the --output_dir of estimators.py")
+    parser.add_argument("--rankings", type=Path, required=True, help="the --output_dir of estimators/quality.py")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where the adapters are kept")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()

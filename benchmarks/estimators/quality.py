@@ -7,7 +7,7 @@ of batches whose gradient they ask for. "Kept" is (L(0) − L(mask)) / (L(0) −
 deltas of all modules but the top ones switched off and nothing retrained. For "layers", whole decoder layers are
 ranked by the sum of their modules' scores.
 
-    python benchmarks/estimators.py --data ../shared/data/sft_alpaca_gpt4.jsonl ../shared/data/sft_lima.jsonl \
+    python -m benchmarks.estimators.quality --data ../shared/data/sft_alpaca_gpt4.jsonl ../shared/data/sft_lima.jsonl \
         ../shared/data/sft_dolly.jsonl --seeds 0 1 2 --output_dir benchmarks/results/estimators
 
 On one core, stage 1 takes 7 minutes a run, each estimator 4. What the output holds already is not computed again;
@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 from peft.helpers import KappaTuneSelector
-from problem import Problem, base_model, top
-from record import save
 
+from benchmarks.problem import Problem, base_model, top
+from benchmarks.record import save
 from peft_ila import LayerImportance
+from peft_ila.search.descent import Descent
 from peft_ila.units import unit_of
 
 SHARES = (0.1, 0.3, 0.5, 0.75)
@@ -106,19 +107,13 @@ def pressure_sgd(problem: Problem, scale: float = 1.0) -> torch.Tensor:
     return pressure(problem, lr=scale * len(problem.units) / problem.worth, optimizer=torch.optim.SGD)
 
 
-def lagrangian(problem: Problem, share: float = 0.3) -> torch.Tensor:
-    """Descent whose λ is a multiplier: it brings mean(γ) down to the budget along a straight schedule."""
-    n = len(problem.units)
-    s = torch.full((n,), 2.0, requires_grad=True)
-    adam = torch.optim.Adam([s], lr=0.15)
-    multiplier, start = problem.worth, float(torch.sigmoid(s.detach()).mean())
-    for i, batch in enumerate(problem.batches):
-        gamma = torch.sigmoid(s.detach())
-        budget = start + (share - start) * min(1, 1.25 * (i + 1) / BATCHES)
-        multiplier *= math.exp(4 * (float(gamma.mean()) - budget))
-        s.grad = (problem.gradient(gamma, batch) + multiplier / n) * gamma * (1 - gamma)
-        adam.step()
-    return s.detach()
+def of_the_package(problem: Problem, **settings: Any) -> torch.Tensor:
+    """What `learn_gates(method="descent")` does."""
+    search = Descent(len(problem.units), BATCHES, **settings)
+    for batch in problem.batches:
+        gamma = torch.sigmoid(search.scores)
+        search.step(problem.gradient(gamma, batch) * gamma * (1 - gamma))
+    return search.scores
 
 
 def hard_concrete(problem: Problem) -> torch.Tensor:
@@ -204,9 +199,9 @@ ESTIMATORS: dict[str, Callable[[Problem], torch.Tensor]] = {
     "pressure": lambda p: pressure(p)[-1],
     "pressure, SGD": lambda p: pressure_sgd(p)[-1],
     "annealed pressure": lambda p: descent(p, lambda progress: 2 * progress * p.worth)[-1],
-    "Lagrangian, 30 %": lagrangian,
+    "descent, budget 30 %": lambda p: of_the_package(p, budget=0.3, learning_rate=0.3),
     "hard-concrete": hard_concrete,
-    "plain descent from s = 4": lambda p: descent(p, lambda _: 0.0, 4.0, 0.1)[-1],
+    "plain descent from s = 4": of_the_package,
     "first order at γ = 1": lambda p: at_points(p, (1.0,)),
     "norm of ΔW": delta_norm,
     "gradient norm": gradient_norm,

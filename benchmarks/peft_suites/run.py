@@ -3,7 +3,7 @@ PEFT's own test suites, run for LoRA and with ILA in its place, and the cases th
 
     pip download --no-deps --no-binary :all: --no-build-isolation peft==0.21.2
     tar xzf peft-0.21.2.tar.gz
-    python benchmarks/peft_suites.py --tests peft-0.21.2/tests --output benchmarks/results/peft_suites.json
+    python -m benchmarks.peft_suites.run --tests peft-0.21.2/tests --output benchmarks/results/peft_suites.json
 
 The tests run without a network, on tiny random stand-ins for the models of the hub. Needs the extra `dev`, and
 `parameterized`, `scipy`, `attrs` and `scikit-learn`. 40 minutes on 2 cores; `--files test_config test_auto` runs only
@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-from peft_suites_plugin import REFUSED, build_hub
-from record import save
+from benchmarks.peft_suites.plugin import REFUSED, build_hub
+from benchmarks.record import save
 
 FILES = """
     test_custom_models test_decoder_models test_encoder_decoder_models test_feature_extraction_models
@@ -37,9 +37,9 @@ FILES = """
 
 def run(tests: Path, file: str, method: str, *, hub: Path) -> dict[str, tuple[str, str]]:
     """The outcome of each case ("passed", "failed", "skipped" or "refused") and its message."""
-    here = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[2]
     report = hub.parent / f"{file}-{method}.xml"
-    path = os.pathsep.join([*map(str, (here, here.parent, tests.parent)), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([*map(str, (tests.parent, root)), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
         "PEFT_SUITES_METHOD": method,
         "PYTHONPATH": path,
@@ -48,7 +48,8 @@ def run(tests: Path, file: str, method: str, *, hub: Path) -> dict[str, tuple[st
         "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    options = f"-q -p peft_suites_plugin -p no:cacheprovider --tb=short -c {os.devnull} --rootdir {tests.parent}"
+    plugins = "-p benchmarks.peft_suites.plugin -p no:cacheprovider"
+    options = f"-q {plugins} --tb=short -c {os.devnull} --rootdir {tests.parent}"
     subprocess.run(
         [sys.executable, "-m", "pytest", *options.split(), f"--junitxml={report}", tests / f"{file}.py"],
         env=environment,

@@ -5,7 +5,7 @@ First the FLOPs of a step of 4×128 tokens (r = 16, all linear modules) against 
 gradient carried down to the first decoder layer. Then injection, ranking, conversion (checked by injection) and plot
 on a model of 126 decoder layers and 405 billion parameters.
 
-    python benchmarks/size.py --output benchmarks/results/size.json
+    python -m benchmarks.cost.size --output benchmarks/results/size.json
 """
 
 import argparse
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.record import save
 from peft_ila import ILAConfig
 
 OPTIONS = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

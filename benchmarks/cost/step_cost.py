@@ -1,7 +1,7 @@
 """
 What a step costs in each mode: the exact count of bytes that autograd keeps for the backward pass, and its time.
 
-    python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
+    python -m benchmarks.cost.step_cost --output benchmarks/results/step_cost.json
 
 SmolLM2-135M in fp32 and NF4, and one random decoder layer as wide as those of Llama-3.1-8B; all linear modules,
 r = 16, 4×128 tokens, both granularities. "Stage 2" is the step of `learn_gates`, "floor" the frozen model with the
@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from record import save
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.record import save
 from peft_ila import ILAConfig
 from peft_ila.embedded import smollm2
 from peft_ila.measure import saved_tensor_bytes

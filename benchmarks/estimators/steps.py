@@ -6,7 +6,7 @@ compared with that of the last one from batches that no other ranking has seen, 
 hard mask. "Agreement" is what `learn_gates` looks at. The spread of the scores is right if the differences between
 rankings from disjoint batches, in units of their standard errors, have a standard deviation of 1.
 
-    python benchmarks/steps.py --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
+    python -m benchmarks.estimators.steps --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/steps.json --plot docs/steps.png
 
 45 minutes on one core. An output that is there already is only printed and drawn.
@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from problem import Problem, fine_tune
-from record import save
 from transformers import TrainerCallback
 
+from benchmarks.problem import Problem, fine_tune
+from benchmarks.record import save
 from peft_ila import LayerImportance
-from peft_ila.attribution import agreement, attributions
 from peft_ila.files import whole_file
+from peft_ila.search.attribution import agreement, attributions
 
 STAGE_1 = (8, 15, 30, 60, 120)
 STAGE_2 = (8, 12, 16, 24, 32)
