@@ -1,0 +1,481 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_llama
+from huggingface_hub import HfApi, RepoUrl
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from peft_ila import LayerImportance
+from peft_ila.cli import main
+from peft_ila.embedded import write_jsonl
+
+TRAINING = (
+    "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 6 "
+    "--report_to none --disable_tqdm True --lora_r 4 --lora_dropout 0 --gradient_checkpointing False"
+).split()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tokenizer, dialogues):
+    """A model, its tokenizer and data on disk."""
+    directory = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    write_jsonl(dialogues, directory / "data.jsonl")
+    return directory
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def rank(workspace, output, *extra):
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    main(["rank", *data, "--output_dir", str(output), *TRAINING, "--gate_steps", "8", *extra])
+
+
+@pytest.fixture(scope="module")
+def ranked(workspace):
+    rank(workspace, workspace / "ranked")
+    return workspace / "ranked"
+
+
+def test_rank_writes_ranking_heatmap_and_adapter(workspace, ranked, input_ids):
+    importance = LayerImportance.load(ranked / "importance.json")
+    assert importance.units == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert importance.metadata["dataset"] == str(workspace / "data.jsonl")
+    assert importance.metadata["model"] == str(workspace / "model")
+    assert importance.metadata["stage_1"] == {"steps": 6, "stable": False}
+    assert (ranked / "importance.png").read_bytes().startswith(b"\x89PNG")
+    model = PeftModel.from_pretrained(tiny_llama(), ranked / "adapter")
+    assert model.layer_importance().scores == importance.scores
+    assert model.peft_config["default"].gate_mode == "open"
+    assert {entry.name for entry in ranked.iterdir()} >= {"adapter", "importance.json", "importance.png"}
+    assert not [entry for entry in ranked.iterdir() if entry.name.startswith(".")]
+
+
+def test_rank_prints_a_table(workspace, tmp_path, capsys):
+    rank(workspace, tmp_path, "--granularity", "module")
+    output = capsys.readouterr().out
+    importance = LayerImportance.load(tmp_path / "importance.json")
+    assert len(importance.units) == 21
+    lines = [line.split() for line in output.splitlines() if ".layers." in line]
+    lines, tosses = [line for line in lines if line[0].isdigit()], importance.coin_tosses(top_p=0.3)
+    assert [line[1] for line in lines] == importance.ranking()
+    assert [float(line[4]) for line in lines] == pytest.approx(
+        [importance.probability(top_p=0.3)[unit] for unit in importance.ranking()], abs=0.005
+    )
+    assert (f"In the top 30% or not by a coin toss: {', '.join(tosses)}\n" in output) == bool(tosses)
+
+
+def test_rank_ends_stage_1_when_it_is_stable(workspace, tmp_path):
+    rank(workspace, tmp_path, "--epsilon", "100", "--window", "1", "--patience", "2")
+    importance = LayerImportance.load(tmp_path / "importance.json")
+    assert importance.metadata["stage_1"] == {"steps": 3, "stable": True}
+
+
+def test_settings_from_yaml(workspace, tmp_path):
+    config = tmp_path / "rank.yaml"
+    config.write_text(
+        f"model_name_or_path: {workspace / 'model'}\ndataset_name: {workspace / 'data.jsonl'}\n"
+        f"output_dir: {tmp_path / 'out'}\ngranularity: module\ngate_steps: 4\nlora_target_modules: [q_proj, up_proj]\n"
+    )
+    main(["rank", "--config", str(config), *TRAINING])
+    importance = LayerImportance.load(tmp_path / "out" / "importance.json")
+    assert len(importance.units) == 6
+    assert importance.metadata["learn_gates"]["steps"] == 4
+
+
+@pytest.mark.parametrize("budget, known", [("0.4", 0.4), ("2", 2)])
+def test_rank_by_descent(workspace, ranked, tmp_path, budget, known):
+    settings = ["--method", "descent", "--budget", budget, "--initial_score", "2", "--gate_learning_rate", "0.3"]
+    rank(workspace, tmp_path, "--adapter", str(ranked / "adapter"), *settings)
+    importance = LayerImportance.load(tmp_path / "importance.json")
+    found = importance.metadata["learn_gates"]
+    assert (found["method"], found["steps_taken"], found["budget"]) == ("descent", 8, known)
+    assert (found["initial_score"], found["learning_rate"]) == (2.0, 0.3)
+    assert importance.spread == []
+
+
+@pytest.mark.support("Trainers", "killed at any moment, resumed by the same command")
+@pytest.mark.parametrize("killed_at", ["checkpoint-2", "adapter"])
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, killed_at):
+    """SIGKILL in stage 1, and between the stages or in stage 2; then the same command with one flag more."""
+
+    def start(output, *extra):
+        data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+        saving = ["--save_strategy", "steps", "--save_steps", "2", "--gate_steps", "6", "--output_dir", str(output)]
+        stability = ["--epsilon", "0.05", "--window", "2", "--patience", "2"]
+        command = [sys.executable, "-m", "peft_ila.cli", "rank", *data, *TRAINING, *saving, *stability, *extra]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    if not (workspace / "whole").exists():
+        assert start(workspace / "whole").wait() == 0
+    process = start(tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / killed_at).exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "importance.json").exists()
+    assert start(tmp_path, "--resume_from_checkpoint", "True").wait() == 0
+    for name in ("importance.json", "adapter/adapter_model.safetensors", "adapter/stage_1.json"):
+        assert (tmp_path / name).read_bytes() == (workspace / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("left", ["checkpoint-", "adapter"])
+def test_a_run_that_was_killed_after_a_last_checkpoint(workspace, tmp_path, left):
+    """Of stage 1, before its adapter was written, and of stage 2, before the ranking was."""
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    rank(workspace, tmp_path, *saving)
+    results = [tmp_path / name for name in ("importance.json", "adapter/adapter_model.safetensors")]
+    expected = [path.read_bytes() for path in results]
+    facts = (tmp_path / "adapter" / "stage_1.json").read_text()
+    results[0].unlink()
+    if left == "checkpoint-":
+        shutil.rmtree(tmp_path / "adapter")
+    rank(workspace, tmp_path, *saving, "--resume_from_checkpoint", "True")
+    assert [path.read_bytes() for path in results] == expected
+    assert (tmp_path / "adapter" / "stage_1.json").read_text() == facts
+    # more steps than it had are more steps
+    shutil.rmtree(tmp_path / "adapter")
+    rank(workspace, tmp_path, *saving, "--resume_from_checkpoint", "True", "--max_steps", "8")
+    assert json.loads((tmp_path / "adapter" / "stage_1.json").read_text())["steps"] == 8
+
+
+def test_another_adapter_in_the_same_directory(workspace, ranked, tmp_path, monkeypatch):
+    """Killed in stage 2 and resumed, it does not go on with the gates of the first."""
+    rank(workspace, tmp_path / "other", "--seed", "7", "--save_strategy", "no")
+    saving = ["--output_dir", str(tmp_path / "out"), "--save_strategy", "steps", "--save_steps", "2"]
+    rank(workspace, tmp_path / "out", *saving, "--adapter", str(ranked / "adapter"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("peft_ila.workflows.rank.learn_gates", interrupted)
+        rank(workspace, tmp_path / "out", *saving, "--adapter", str(tmp_path / "other" / "adapter"))
+    arguments = ["--adapter", str(tmp_path / "other" / "adapter"), "--resume_from_checkpoint", "True"]
+    rank(workspace, tmp_path / "out", *saving, *arguments)
+    other, out = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("other", "out"))
+    for name, value in other.items():
+        if "lora_gate" not in name:
+            assert torch.equal(out[name], value)
+    # the adapter that is ranked may be that of the same directory
+    rank(workspace, tmp_path / "other", "--adapter", str(tmp_path / "other" / "adapter"))
+    again = load_file(tmp_path / "other" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in other.items() if "lora_gate" not in name)
+
+
+def test_a_compiled_model_is_saved(workspace, tmp_path):
+    """In a process of its own: compilation is set up by environment variables."""
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager", "--save_strategy", "no"]
+    arguments = [*data, *TRAINING, *compiled, "--gate_steps", "4", "--output_dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "peft_ila.cli", "rank", *arguments], check=True, capture_output=True)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 3 * (7 * 2 + 1)  # A and B of each module, a gate for each decoder layer
+
+
+def test_a_file_has_no_split_to_evaluate_on(workspace, tmp_path):
+    with pytest.raises(SystemExit, match=r"data.jsonl is a file without a split 'test'. Train on it by"):
+        rank(workspace, tmp_path, "--eval_strategy", "steps")
+
+
+def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    rank(workspace, tmp_path, *saving)
+    rank(workspace, tmp_path, *saving, "--granularity", "module", "--max_steps", "3")  # replaces a finished run
+    assert len(LayerImportance.load(tmp_path / "importance.json").units) == 21
+    assert not (tmp_path / "checkpoint-6").exists()
+    (tmp_path / "importance.json").unlink()
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    error = error_of(["rank", *data, "--output_dir", str(tmp_path), *TRAINING], capsys)
+    assert "is of a run that was not finished; go on with it by `--resume_from_checkpoint True`" in error
+    assert (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_that_was_not_ranked_is_not_trained_anew(workspace, tmp_path, monkeypatch):
+    """Stage 1 may end before the trainer saves its first checkpoint."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("peft_ila.workflows.rank.learn_gates", interrupted)
+        rank(workspace, tmp_path)
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="is of a run that was not finished; go on with it by"):
+        rank(workspace, tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    rank(workspace, tmp_path, "--resume_from_checkpoint", "True")
+    assert (tmp_path / "importance.json").exists()
+
+
+def test_convert(ranked, tmp_path, capsys):
+    main(["convert", str(ranked / "importance.json"), "--top_k", "2", "--output_dir", str(tmp_path), "--lora_r", "3"])
+    config = LoraConfig.from_pretrained(tmp_path)
+    top = LayerImportance.load(ranked / "importance.json").select(top_k=2)
+    assert config.layers_to_transform == sorted(int(unit[-1]) for unit in top)
+    assert (config.r, config.peft_type, config.task_type) == (3, "LORA", "CAUSAL_LM")
+    assert "adapter_config.json" in capsys.readouterr().out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_only_sure_units_are_converted(ranked, tmp_path):
+    path = tmp_path / "importance.json"
+    LayerImportance([f"model.layers.{i}" for i in range(3)], [4.0, 1.1, 1.0], spread=[0.1, 0.5, 0.5]).save(path)
+    arguments = ["--top_k", "2", "--min_probability", "0.9", "--output_dir", str(tmp_path)]
+    main(["convert", str(path), *arguments])
+    assert LoraConfig.from_pretrained(tmp_path).target_modules == {"model.layers.0"}
+
+
+def test_convert_without_the_model_at_hand(ranked, tmp_path, caplog):
+    content = json.loads((ranked / "importance.json").read_text())
+    content["metadata"]["model"] = "someone/elsewhere"
+    (tmp_path / "moved.json").write_text(json.dumps(content))
+    main(["convert", str(tmp_path / "moved.json"), "--top_p", "0.3", "--output_dir", str(tmp_path / "lora")])
+    assert "'someone/elsewhere' is not at hand" in caplog.text
+    assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 1
+
+
+@pytest.mark.parametrize("share", ["0.3", "1.0"])
+def test_tune(workspace, ranked, tmp_path, share, capsys):
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    selection = ["--importance", str(ranked / "importance.json"), "--top_p", share]
+    main(["tune", *selection, *data, "--output_dir", str(tmp_path), *TRAINING])
+    assert "Wrote a LoRA adapter" in capsys.readouterr().out
+    selected = LayerImportance.load(ranked / "importance.json").select(top_p=float(share))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    tuned = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    prefix = "base_model.model."
+    assert {name.removeprefix(prefix)[: len("model.layers.0")] for name in tuned} == set(selected)
+    assert not any("lora_gate" in name for name, _ in model.named_parameters())
+    assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+def test_a_published_lora_adapter_is_ranked_as_it_is(workspace, ranked, tmp_path):
+    main(["export", str(ranked / "adapter"), "--output_dir", str(tmp_path / "plain")])
+    assert LoraConfig.from_pretrained(tmp_path / "plain").peft_type == "LORA"
+    rank(workspace, tmp_path / "again", "--adapter", str(tmp_path / "plain"))
+    first, second = (LayerImportance.load(path / "importance.json") for path in (ranked, tmp_path / "again"))
+    assert second.scores == first.scores
+    assert second.metadata["stage_1"] == {"adapter": str(tmp_path / "plain")}
+
+
+def test_an_ila_adapter_is_ranked_anew(workspace, ranked, tmp_path):
+    with pytest.raises(SystemExit, match="has one gate per layer: pass `--granularity layer`"):
+        rank(workspace, tmp_path / "x", "--adapter", str(ranked / "adapter"), "--granularity", "module")
+    rank(workspace, tmp_path / "again", "--adapter", str(ranked / "adapter"))
+    first, second = (LayerImportance.load(path / "importance.json") for path in (ranked, tmp_path / "again"))
+    assert second.scores == first.scores
+
+
+def test_an_adapter_of_another_size_is_refused(workspace, ranked, tmp_path):
+    tiny_llama(intermediate_size=32).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "model")
+    data = ["--dataset_name", str(workspace / "data.jsonl")]
+    with pytest.raises(SystemExit, match=r"adapter .*ranked/adapter does not fit .*model: .*size mismatch"):
+        rank(tmp_path, tmp_path / "x", "--adapter", str(ranked / "adapter"), *data)
+
+
+@pytest.mark.support("Operations", "rank a fully fine-tuned model, `--tuned_model`")
+@pytest.mark.parametrize("truncation", [[], ["--tuned_rank", "4"]])
+def test_a_fully_fine_tuned_model_is_ranked(workspace, ranked, tmp_path, truncation, capsys):
+    """The tuned model is the LoRA of `ranked`, of rank 4, merged."""
+    PeftModel.from_pretrained(tiny_llama(), ranked / "adapter").merge_and_unload().save_pretrained(tmp_path / "tuned")
+    extra = ["--tuned_model", str(tmp_path / "tuned"), *truncation]
+    rank(workspace, tmp_path / "out", *extra)
+    first, second = (LayerImportance.load(path / "importance.json") for path in (ranked, tmp_path / "out"))
+    assert second.scores == pytest.approx(first.scores, abs=1e-3)
+    facts = second.metadata["stage_1"]
+    assert facts["energy_kept"] == pytest.approx(1, abs=1e-4) and facts["energy_outside"] == 0
+    assert "100.0% of the squared norm of the target modules' deltas; 0.0% of all" in capsys.readouterr().out
+
+    written = (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns
+    rank(workspace, tmp_path / "out", *extra, "--resume_from_checkpoint", "True")
+    assert (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns == written
+    rank(workspace, tmp_path / "out", *extra, "--lora_target_modules", "q_proj", "v_proj")
+    targets = LoraConfig.from_pretrained(tmp_path / "out" / "delta").target_modules
+    assert {target.rpartition(".")[2] for target in targets} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.support("Operations", "models with code of their own (`--trust_remote_code`)")
+def test_a_model_with_code_of_its_own(workspace, ranked, tmp_path):
+    """In a process of its own, where the code was not imported before and nobody answers a question."""
+    for name in ("base", "tuned"):
+        model = tmp_path / name
+        shutil.copytree(workspace / "model", model)
+        config = json.loads((model / "config.json").read_text())
+        code = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomForCausalLM"}
+        config |= {"model_type": "custom", "architectures": ["CustomForCausalLM"], "auto_map": code}
+        (model / "config.json").write_text(json.dumps(config))
+        (model / "custom.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class CustomConfig(LlamaConfig):\n    model_type = 'custom'\n"
+            "class CustomForCausalLM(LlamaForCausalLM):\n    config_class = CustomConfig\n"
+        )
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    torch.manual_seed(0)
+    save_file(
+        {k: v + 0.01 * torch.randn_like(v) for k, v in tensors.items()}, tmp_path / "tuned" / "model.safetensors"
+    )
+    data = ["--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(workspace / "data.jsonl")]
+    options = [*data, *TRAINING, "--trust_remote_code", "True"]
+    ranking = ["--importance", str(ranked / "importance.json"), "--top_k", "1"]
+    tune = ["tune", *options, *ranking, "--output_dir", str(tmp_path / "out")]
+    extract = (
+        "from peft import LoraConfig\nfrom peft_ila.search.delta import extract_lora\n"
+        "config = LoraConfig(target_modules=['q_proj'])\n"
+        f"extract_lora({str(tmp_path / 'base')!r}, {str(tmp_path / 'tuned')!r}, config, {str(tmp_path / 'delta')!r}, "
+        "trust_remote_code=True)"
+    )
+    script = f"from peft_ila.cli import main\nmain({tune!r})\n{extract}\n"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)
+    for name in ("out", "delta"):
+        assert (tmp_path / name / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--adapter", "a", "--tuned_model", "b"], "Pass `--adapter` or `--tuned_model`, not both."),
+        (["--tuned_rank", "4"], "`--tuned_rank` is of no use without `--tuned_model`."),
+        (["--tuned_model", "/nowhere"], "There is no model directory /nowhere."),
+        (["--gate_steps", "2"], "`steps` must be a whole number of at least 4, got 2"),
+        (["--min_agreement", "2"], r"`min_agreement` must be in \(0, 1\], got 2"),
+        (["--budget", "0.3"], r"\['budget'\] are settings of `method=\"descent\"`"),
+        (["--method", "descent", "--budget", "2.5"], "`budget` must be a whole number of units from 1"),
+    ],
+)
+def test_bad_settings_are_found_before_any_work(workspace, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        rank(workspace, tmp_path, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", ["axolotl", "axolotl-full", "llamafactory", "trl"])
+def test_convert_for_other_programs(ranked, tmp_path, program):
+    arguments = ["--top_k", "2", "--lora_r", "3", "--output_dir", str(tmp_path), "--format", program]
+    main(["convert", str(ranked / "importance.json"), *arguments])
+    importance = LayerImportance.load(ranked / "importance.json")
+    settings = yaml.safe_load((tmp_path / f"{program}.yaml").read_text())
+    lora = {"r": 3, "lora_alpha": 32, "lora_dropout": 0.0}
+    assert settings == importance.to_recipe(program, top_k=2, model=tiny_llama(), **lora)
+
+
+def test_the_ranked_adapter_is_pushed(workspace, ranked, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://huggingface.co/{repo_id}")
+    )
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: pushed.append((self.token, kwargs)))
+    options = ["--push_to_hub", "--hub_model_id", "me/ranked", "--hub_token", "t"]
+    rank(workspace, tmp_path / "out", "--adapter", str(ranked / "adapter"), *options)
+    assert pushed == [("t", {"repo_id": "me/ranked", "folder_path": tmp_path / "out" / "adapter"})]
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert all(unit in card for unit in LayerImportance.load(tmp_path / "out" / "importance.json").units)
+
+
+def test_the_seed_decides_on_the_first_weights(workspace, tmp_path):
+    weights = []
+    for i, seed in enumerate("112"):
+        rank(workspace, tmp_path / str(i), "--seed", seed, "--learning_rate", "1e-3", "--gate_steps", "4")
+        weights.append(load_file(tmp_path / str(i) / "adapter" / "adapter_model.safetensors"))
+    key = next(key for key in weights[0] if "lora_A" in key)
+    assert torch.equal(weights[0][key], weights[1][key])
+    assert not torch.allclose(weights[0][key], weights[2][key], atol=0.02)  # training moves them by less
+
+
+def test_compare(ranked, capsys):
+    path = str(ranked / "importance.json")
+    main(["compare", path, path])
+    assert "1.00         1.00      1.00" in capsys.readouterr().out
+
+
+def test_plot(ranked, tmp_path):
+    main(["plot", str(ranked / "importance.json"), "--output", str(tmp_path / "heatmap.svg")])
+    assert "<svg" in (tmp_path / "heatmap.svg").read_text()
+
+
+def error_of(arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    message = str(exit_.value) if isinstance(exit_.value.code, str) else capsys.readouterr().err
+    assert exit_.value.code not in (0, None)
+    return message
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["convert", "missing.json", "--top_p", "0.3", "--output_dir", "x"], "No such file.*missing.json"),
+        (["compare", "missing.json", "missing.json"], "No such file.*missing.json"),
+        (["rank", "--model_name_or_path", "./nowhere", "--dataset_name", "d.jsonl"], "no model directory ./nowhere"),
+        (["rank", "--dataset_name", "d.jsonl"], "`--model_name_or_path` is required"),
+        (["demo"], "`--output_dir` is required"),
+        (["tune", "--model_name_or_path", "m"], "`--importance` is required"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys):
+    error = error_of(arguments, capsys)
+    assert re.search(message, error), error
+    assert error.startswith(f"peft-ila {arguments[0]}: error: ") and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "holds no examples"),
+        ("\n\n", "holds no examples"),
+        ('{"text": "a"}\nnot json\n', "line 2 is not JSON"),
+        ("[1, 2]\n", "line 1 is not a JSON object but list"),
+        ('{"question": "a", "answer": "b"}\n', r"line 1: the example has the keys \['answer', 'question'\]. Expected"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2: `completion` is None"),
+        ('{"messages": [{"role": "user"}]}\n', r"line 1: `messages` holds \{'role': 'user'\}, which is not a message"),
+        ('{"messages": "hello"}\n', "line 1: `messages` is 'hello'"),
+        ('{"messages": []}\n', r"line 1: `messages` is \[\]"),
+        ('{"text": ["hello"]}\n', r"line 1: `text` is \['hello'\]"),
+        (None, "There is no data file"),
+    ],
+)
+def test_bad_data(workspace, tmp_path, content, message, capsys):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content)
+    arguments = ["rank", "--model_name_or_path", str(workspace / "model"), "--dataset_name", str(path), *TRAINING]
+    error = error_of([*arguments, "--output_dir", str(tmp_path / "out")], capsys)
+    assert re.search(message, error), error
+    assert "\n" not in error
+    assert not (tmp_path / "out" / "importance.json").exists()
+
+
+def test_bad_shares_and_targets(workspace, ranked, tmp_path, capsys):
+    ranking = str(ranked / "importance.json")
+    error = error_of(["convert", ranking, "--top_p", "1.5", "--output_dir", str(tmp_path)], capsys)
+    assert "`top_p` is the share of units to select and must be in (0, 1], got 1.5" in error
+    assert "exactly one of" in error_of(["convert", ranking, "--output_dir", str(tmp_path)], capsys)
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    arguments = ["rank", *data, *TRAINING, "--output_dir", str(tmp_path / "out"), "--lora_target_modules", "query"]
+    assert "Target modules query not found in the base model" in error_of(arguments, capsys)
+    assert "at least two rankings" in error_of(["compare", ranking], capsys)
+
+
+@pytest.mark.parametrize("arguments", [[], ["ranks"], ["convert"]])
+def test_usage(arguments, capsys):
+    assert "usage: peft-ila" in error_of(arguments, capsys)
+
+
+def test_an_unknown_option_is_named(capsys):
+    assert "'--outputs'" in error_of(["plot", "a.json", "--outputs", "b.png"], capsys)
+
+
+@pytest.mark.parametrize("command", ["rank", "convert", "tune", "export", "compare", "plot", "demo"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: peft-ila {command}" in capsys.readouterr().out
