@@ -78,16 +78,16 @@ def freeze(model: nn.Module, units: Iterable[str]) -> list[str]:
     Raises:
         ValueError: The model lacks one of the units; nothing is frozen then.
     """
-    modules = dict(model.named_modules())
     units = list(units)
-    if missing := [unit for unit in units if unit not in modules]:
+    every = list(model.named_parameters(remove_duplicate=False))
+    known = {name for name, _ in (*model.named_modules(), *every)}
+    if missing := [unit for unit in units if unit not in known]:
         raise ValueError(
             f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units to freeze are missing). Pass the "
             "plain model that was ranked, not a `PeftModel` or another architecture."
         )
-    inside = tuple(f"{unit}." for unit in units)
-    every = model.named_parameters(remove_duplicate=False)
-    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    inside, own = tuple(f"{unit}." for unit in units), set(units)  # modules, and parameters
+    outside = {id(parameter) for name, parameter in every if not name.startswith(inside) and name not in own}
     names = [name for name, parameter in model.named_parameters() if id(parameter) not in outside]
     for name in names:
         model.get_parameter(name).requires_grad_(False)

@@ -1,25 +1,55 @@
 """From selected units to a configuration of PEFT that targets exactly them. Changes with how PEFT reads targets."""
 
+import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PretrainedConfig
 
 from ..units import split_layer
 from .skeleton import check_injection, meta_skeleton
 
-DECIDED_BY_SELECTION = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
+DECIDED_BY_SELECTION = (
+    "target_modules",
+    "target_parameters",
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+)
+
+
+@dataclass
+class Targets:
+    """
+    What a ranking knows of the model.
+
+    Args:
+        modules: The target modules and parameters of every unit, selected or not, in the order of the model.
+        lookalikes: Modules that share the last part of their name with a target module but are none.
+        parameters: Which of `modules` are parameters, and their ranks in multiples of LoRA's.
+        model_type: That of the model's configuration: PEFT reads some names otherwise in some models.
+    """
+
+    modules: Mapping[str, Sequence[str]]
+    lookalikes: Sequence[str] = ()
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    model_type: str | None = None
+
+    def of(self, units: Iterable[str]) -> set[str]:
+        """The modules and parameters of these units."""
+        return {name for unit in units for name in self.modules[unit]}
 
 
 def to_lora_config(
-    modules: Mapping[str, Sequence[str]],
+    targets: Targets,
     selected: Sequence[str],
-    lookalikes: Sequence[str] = (),
     model: nn.Module | PretrainedConfig | None = None,
     config_cls: type[PeftConfig] = LoraConfig,
     **kwargs: Any,
@@ -28,14 +58,14 @@ def to_lora_config(
     See [`LayerImportance.to_lora_config`].
 
     Args:
-        modules: The target modules of every unit, selected or not.
+        targets: What the ranking knows of the model.
         selected: The units to target, in any order.
-        lookalikes: Modules that share the last part of their name with a target module but are none.
         model: The base model or its configuration, to check the result by injection.
         config_cls: The configuration class of a method of PEFT.
         **kwargs: Its other options.
     """
-    if not {"target_modules", "layers_to_transform", "layers_pattern"} <= {f.name for f in fields(config_cls)}:
+    options = {option.name for option in fields(config_cls)}
+    if not {"target_modules", "layers_to_transform", "layers_pattern"} <= options:
         raise TypeError(
             f"{config_cls.__name__} cannot target single layers; `config_cls` must have `target_modules`, "
             "`layers_to_transform` and `layers_pattern`, as LoraConfig and AdaLoraConfig do."
@@ -43,39 +73,97 @@ def to_lora_config(
     if decided := sorted(set(kwargs) & set(DECIDED_BY_SELECTION)):
         raise ValueError(f"{decided} follow from the selected units and cannot be passed.")
 
-    expected = {module for unit in selected for module in modules[unit]}
-    known = {module for own in modules.values() for module in own} | set(lookalikes)
-    skeleton = None
-    if model is not None:
-        skeleton = meta_skeleton(model)
-        known = {name for name, _ in skeleton.named_modules() if name}
-        if missing := sorted(expected - known):
-            raise ValueError(
-                f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
-                "missing): the ranking was made on another architecture."
-            )
-    for targets in _target_candidates(modules, selected, expected):
-        config: Any = config_cls(**targets, **kwargs)
-        if {name for name in known if check_target_module_exists(config, name)} == expected:
+    expected = targets.of(selected)
+    parameters = expected & targets.parameters.keys()
+    if parameters and "target_parameters" not in options:
+        raise TypeError(f"{config_cls.__name__} cannot target parameters, such as {min(parameters)!r}.")
+    skeleton = None if model is None else meta_skeleton(model, expected)
+    names = _Names(targets) if skeleton is None else _Names.of_model(skeleton)
+    if missing := sorted(expected - names.modules - names.parameters):
+        raise ValueError(
+            f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
+            "missing): the ranking was made on another architecture."
+        )
+    for candidate in _target_candidates(targets, selected, expected - parameters):
+        if parameters:
+            candidate["target_parameters"] = sorted(parameters)
+        config: Any = config_cls(**candidate, **kwargs)
+        if names.hit_by(config) == expected:
             break
-    else:  # the last candidate names each module in full, so this is a mistake in this function
-        raise AssertionError(f"No configuration hits exactly {sorted(expected)}.")
+    else:
+        raise ValueError(
+            f"PEFT has no way to target exactly {sorted(expected)[:3]} (of {len(expected)}) in a model of the type "
+            f"{names.config.model_type!r}: it takes names such as `up_proj` for fused experts. Rank the weights of "
+            "such modules as parameters, by `target_parameters`."
+        )
+    _set_ranks(config, {name: targets.parameters[name] for name in parameters})
     if skeleton is not None:
         check_injection(config, skeleton, expected)
     return config
 
 
-def _target_candidates(
-    modules: Mapping[str, Sequence[str]], selected: Sequence[str], expected: set[str]
-) -> Iterator[dict[str, Any]]:
+class _Names:
+    """The names of a model's modules and parameters, for what PEFT asks of a model before it looks at any of them."""
+
+    def __init__(self, targets: Targets) -> None:
+        every = targets.of(targets.modules)
+        self.parameters = set(targets.parameters)
+        self.modules = (every - self.parameters) | set(targets.lookalikes)
+        self.config = SimpleNamespace(model_type=targets.model_type)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> "_Names":
+        names = cls(Targets({}))
+        names.modules = {name for name, _ in model.named_modules() if name}
+        names.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        names.config = SimpleNamespace(model_type=getattr(getattr(model, "config", None), "model_type", None))
+        return names
+
+    def named_modules(self) -> Iterator[tuple[str, None]]:
+        return ((name, None) for name in self.modules)
+
+    def named_parameters(self) -> Iterator[tuple[str, None]]:
+        return ((name, None) for name in self.parameters)
+
+    def hit_by(self, config: Any) -> set[str] | None:
+        """What PEFT would adapt, after its own conversion of the names; `None` if it refuses them."""
+        config = copy.deepcopy(config)
+        stand_in: Any = self
+        try:
+            convert_peft_config_for_transformers(config, stand_in, None)
+        except ValueError:
+            return None
+        modules = {name for name in self.modules if config.target_modules and check_target_module_exists(config, name)}
+        wanted = tuple(getattr(config, "target_parameters", None) or ())
+        endings = tuple(f".{name}" for name in wanted)
+        return modules | {name for name in self.parameters if name in wanted or name.endswith(endings)}
+
+
+def _set_ranks(config: Any, multiples: Mapping[str, float]) -> None:
+    """Give fused parameters the ranks that PEFT gives them, at the same scaling."""
+    by_ending: dict[str, set[float]] = {}
+    for name, multiple in multiples.items():
+        by_ending.setdefault(name.rpartition(".")[2], set()).add(multiple)
+    for name, multiple in multiples.items():
+        ending = name.rpartition(".")[2]
+        pattern = rf".*\.{re.escape(ending)}" if len(by_ending[ending]) == 1 else re.escape(name)
+        if multiple != 1 and pattern not in config.rank_pattern:
+            config.rank_pattern[pattern] = round(config.r * multiple)
+            config.alpha_pattern[pattern] = config.lora_alpha * multiple
+
+
+def _target_candidates(targets: Targets, selected: Sequence[str], modules: set[str]) -> Iterator[dict[str, Any]]:
     """Ways to target the modules, the most readable first. Not all of them hit only those modules."""
+    if not modules:
+        yield {"target_modules": []}  # `None` would be PEFT's default for the model
+        return
     layers = [split_layer(unit) for unit in selected]
     # units that are whole layers, not modules in them
     if all(layer and unit == f"{layer[0]}.{layer[1]}" for unit, layer in zip(selected, layers)):
         stacks = {layer[0] for layer in layers if layer}
         indices = sorted({layer[1] for layer in layers if layer})
-        short = sorted({name.rpartition(".")[2] for name in expected})
-        within = sorted({name.removeprefix(f"{unit}.") for unit in selected for name in modules[unit]})
+        short = sorted({name.rpartition(".")[2] for name in modules})
+        within = sorted({name.removeprefix(f"{unit}.") for unit in selected for name in targets.of([unit]) & modules})
         patterns: list[str | None] = [None]
         if len(stacks) == 1:
             # inserted in a regular expression by PEFT
@@ -84,6 +172,6 @@ def _target_candidates(
         for pattern in patterns:
             for names in (short, within):
                 yield {"target_modules": names, "layers_to_transform": indices, "layers_pattern": pattern}
-    yield {"target_modules": sorted(expected)}
+    yield {"target_modules": sorted(modules)}
     # the full name of one module can end in that of another
-    yield {"target_modules": "|".join(re.escape(name) for name in sorted(expected))}
+    yield {"target_modules": "|".join(re.escape(name) for name in sorted(modules))}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files import whole_file
 from ..units import unit_of
-from .lora import DECIDED_BY_SELECTION, to_lora_config
+from .lora import DECIDED_BY_SELECTION, Targets, to_lora_config
 
 # what PeftModel puts before the names of the base model's modules
 SAVED_PREFIX = "base_model.model."
@@ -25,47 +25,60 @@ def lora_options(config: LoraConfig) -> dict[str, Any]:
 
 
 def to_plain_lora(
-    state_dict: dict[str, torch.Tensor], config: Any, lookalikes: list[str] | None = None
+    state_dict: dict[str, torch.Tensor],
+    config: Any,
+    lookalikes: list[str] | None = None,
+    model_type: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """
     Turn a saved ILA adapter into a plain LoRA adapter that computes the same: gates multiplied into B, closed units
-    left out.
+    left out. What is no LoRA weight (biases, `modules_to_save`) has no gate and stays.
 
     Args:
         state_dict: The adapter's tensors as PEFT saves them; they are not changed.
         config ([`ILAConfig`]): The adapter's configuration.
         lookalikes: Modules of the model that share the last part of their name with a target module but are none.
             Without the model, modules that are left over after others were left out are targeted by their full names.
+        model_type: That of the model's configuration, if the model is at hand.
 
     Returns:
         Tensors and configuration, ready to be written. The configuration is the given one without the gates, except
         that its targets are the modules left over where some are closed.
 
     Raises:
-        ValueError: The tensors lack the gate of a unit.
+        ValueError: The tensors lack the gate of a unit, or a DoRA adapter has gates between 0 and 1.
     """
+    parameters = config.gated_parameters or {}
     gates: dict[str, torch.Tensor] = {}
     modules: dict[str, list[str]] = {}
     for key, tensor in state_dict.items():
-        name, _, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
-        unit = unit_of(name, config.granularity)
+        path, _, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
+        unit = unit_of(parameters.get(path, path), config.granularity)
         if part.startswith("gate"):
             gates[unit] = torch.sigmoid(tensor.float())
         elif part.startswith(("A", "embedding_A")):
-            modules.setdefault(unit, []).append(name)
+            modules.setdefault(unit, []).append(parameters.get(path, path))
     if missing := sorted(modules.keys() - gates.keys()):
         raise ValueError(f"The adapter holds no gate for {missing[0]!r}; is it an ILA adapter of this configuration?")
+    between = config.gate_mode in ("joint", "soft")
+    if between and config.use_dora:
+        raise ValueError(
+            'A DoRA adapter with gates between 0 and 1 is no DoRA adapter. Open its gates by `set_gate_mode("open")`, '
+            "or close those of some units by `apply_mask`."
+        )
 
     kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(modules)
+    paths = {key.removeprefix(SAVED_PREFIX).partition(".lora_")[0] for key in state_dict if ".lora_A." in key}
+    paths = {path for path in paths if unit_of(parameters.get(path, path), config.granularity) in kept}
     tensors = {}
     for key, tensor in state_dict.items():
-        name, is_lora, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
-        unit = unit_of(name, config.granularity)
+        path, is_lora, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
+        unit = unit_of(parameters.get(path, path), config.granularity)
         if is_lora and (part.startswith("gate") or unit not in kept):
             continue
-        if part.startswith(("B", "embedding_B")) and config.gate_mode in ("joint", "soft"):
+        if part.startswith(("B", "embedding_B")) and between:
             tensor = (tensor * gates[unit].to(tensor.device)).to(tensor.dtype)
-        tensors[key] = tensor.contiguous()
+        tensors[_key_in_plain_lora(key, path, paths, path in parameters)] = tensor.contiguous()
 
     options = lora_options(config)
     if kept >= modules.keys():
@@ -73,9 +86,26 @@ def to_plain_lora(
     for name in DECIDED_BY_SELECTION:
         del options[name]
     selected = [unit for unit in modules if unit in kept]
-    if lookalikes is None:
-        return tensors, LoraConfig(target_modules=[name for unit in selected for name in modules[unit]], **options)
-    return tensors, to_lora_config(modules, selected, lookalikes, **options)
+    ranks = dict.fromkeys(parameters.values(), 1.0)  # those of the options hold
+    if lookalikes is None:  # nothing but full names is safe
+        modules = {name: [name] for own in modules.values() for name in own}
+        selected = [name for name in modules if unit_of(name, config.granularity) in kept]
+    return tensors, to_lora_config(Targets(modules, lookalikes or (), ranks, model_type), selected, **options)
+
+
+def _key_in_plain_lora(key: str, path: str, kept: set[str], is_parameter: bool) -> str:
+    """The key of a tensor where PEFT wraps the kept modules only."""
+    if key.endswith(".base_layer.bias"):
+        module = key.removeprefix(SAVED_PREFIX).removesuffix(".base_layer.bias")
+        return key if module in kept else f"{SAVED_PREFIX}{module}.bias"
+    if is_parameter:  # the layers of several parameters of one module are nested
+        module, around = path.replace(".base_layer", ""), 0
+        outer = module
+        while outer != path:
+            around += outer in kept
+            outer += ".base_layer"
+        return key.replace(path, module + ".base_layer" * around, 1)
+    return key
 
 
 def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> LoraConfig:

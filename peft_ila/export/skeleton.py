@@ -1,6 +1,7 @@
 """Models without weights, to see what PEFT does with a configuration. Changes with how transformers builds models."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,21 +14,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 def check_injection(config: PeftConfig, skeleton: nn.Module, expected: set[str]) -> None:
     """
-    Inject a configuration and compare the modules that PEFT adapts with the expected ones.
+    Inject a configuration and compare the modules and parameters that PEFT adapts with the expected ones.
 
     Args:
         config: The configuration; it is copied, since PEFT edits what it is given.
         skeleton: A model on the meta device, which gets the adapter.
-        expected: The names of the modules that must be hit.
+        expected: The names of the modules and parameters that must be hit.
 
     Raises:
-        ValueError: PEFT hits other modules.
+        ValueError: PEFT hits others.
     """
     config = copy.deepcopy(config)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # some other initialisations read the base weights
     tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-    hit = set(tuner_cls(skeleton, config, "default", low_cpu_mem_usage=True).targeted_module_names)
+    tuner = tuner_cls(skeleton, config, "default", low_cpu_mem_usage=True)
+    hit = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
     if hit != expected:
         raise ValueError(
             f"PEFT would adapt {len(hit)} modules instead of the {len(expected)} selected: it misses "
@@ -35,33 +37,66 @@ def check_injection(config: PeftConfig, skeleton: nn.Module, expected: set[str])
         )
 
 
-def meta_skeleton(model: nn.Module | PretrainedConfig) -> nn.Module:
+def meta_skeleton(model: nn.Module | PretrainedConfig, names: Collection[str] = ()) -> nn.Module:
     """
     The plain architecture of a model on the meta device, without its weights, its quantisation or its adapters.
 
     Args:
         model: A model of transformers, with or without adapters, its configuration, or any other module.
+        names: Modules and parameters that tell which of a configuration's models is meant, if it does not say itself.
+
+    Raises:
+        ValueError: No model of transformers with these names has such a configuration.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     if isinstance(model, PretrainedConfig):
-        architecture = (model.architectures or [""])[0]
-        model_class = getattr(transformers, architecture, None)
-        auto: Any = (
-            transformers.AutoModelForSeq2SeqLM if model.is_encoder_decoder else transformers.AutoModelForCausalLM
-        )
-        with torch.device("meta"):
-            if model_class is not None:
-                return model_class(copy.deepcopy(model))
-            # a configuration with code of its own was trusted when it was loaded
-            return auto.from_config(
-                model, trust_remote_code=type(model).__module__.startswith("transformers_modules.")
-            )
+        return _of_config(model, names)
     if isinstance(model, PreTrainedModel):
         with torch.device("meta"):
             return type(model)(copy.deepcopy(model.config))
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
+
+
+def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if model_class is not None:
+            return model_class(copy.deepcopy(config))
+        if type(config).__module__.startswith("transformers_modules."):
+            # a configuration with code of its own was trusted when it was loaded
+            auto: Any = transformers.AutoModelForCausalLM
+            return auto.from_config(config, trust_remote_code=True)
+        for kind in _KINDS:
+            auto = getattr(transformers, kind, None)
+            if auto is None or type(config) not in auto._model_mapping:
+                continue
+            skeleton = auto.from_config(copy.deepcopy(config))
+            known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
+            if known.issuperset(names):
+                return skeleton
+    raise ValueError(
+        f"This {type(config).__name__} has no `architectures`, and no model of transformers that it could be of has "
+        f"modules such as {min(names, default='')!r}. Pass the model itself, or set `architectures`."
+    )
+
+
+# the heads that a configuration without `architectures` may mean
+_KINDS = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForImageClassification",
+    "AutoModelForCTC",
+    "AutoModelForAudioClassification",
+    "AutoModel",
+)
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:

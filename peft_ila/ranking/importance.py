@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+    from ..export.lora import Targets
     from ..export.recipes import RecipeFormat
 
 _FORMAT = "peft_ila.LayerImportance"
@@ -37,12 +38,15 @@ class LayerImportance:
         scores (`list[float]`): The score of each unit, any finite number; the greater, the more important.
         metadata (`dict`): Where the scores come from, JSON values only.
         modules (`dict[str, list[str]]`, *optional*):
-            The target modules of each unit. By default each unit is a module itself.
+            What is adapted in each unit: target modules, and parameters. By default each unit is a module itself.
         lookalikes (`list[str]`, *optional*):
             Modules of the model that share the last part of their name with a target module but are none, so that
             [`to_lora_config`] can tell them apart without the model.
         spread (`list[float]`, *optional*):
             The standard error of each score, such as [`learn_gates`] finds it from the differences between batches.
+        parameters (`dict[str, float]`, *optional*):
+            Which of `modules` are no modules but parameters, such as experts that are fused into one, and the rank of
+            each in multiples of LoRA's (PEFT takes twice the rank for two fused projections).
 
     Raises:
         ValueError: No units, a repeated unit, scores of another number than units, or a score that is not finite.
@@ -54,6 +58,7 @@ class LayerImportance:
     modules: dict[str, list[str]] = field(default_factory=dict)
     lookalikes: list[str] = field(default_factory=list)
     spread: list[float] = field(default_factory=list)
+    parameters: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.units:
@@ -71,6 +76,8 @@ class LayerImportance:
         if self.modules.keys() != set(self.units):
             raise ValueError("`modules` must list the target modules of exactly the given units.")
         self.modules = {unit: self.modules[unit] for unit in self.units}  # in the order of the model
+        if unknown := sorted(self.parameters.keys() - {name for own in self.modules.values() for name in own}):
+            raise ValueError(f"`parameters` names {unknown[0]!r}, which belongs to no unit.")
         if self.spread and (len(self.spread) != len(self.units) or not all(0 <= s < math.inf for s in self.spread)):
             raise ValueError(
                 f"`spread` must hold one finite number of at least 0 for each of {len(self.units)} units."
@@ -215,6 +222,9 @@ class LayerImportance:
         ]
         for row, spread in zip(rows, self.spread):
             row["spread"] = spread
+        for row in rows:
+            if own := {name: self.parameters[name] for name in row["modules"] if name in self.parameters}:
+                row["parameters"] = own
         head = {"format": _FORMAT, "version": _VERSION, "metadata": self.metadata, "lookalikes": self.lookalikes}
         lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
         units = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
@@ -249,6 +259,7 @@ class LayerImportance:
                 modules={row["unit"]: row["modules"] for row in content["units"]},
                 lookalikes=content["lookalikes"],
                 spread=[row["spread"] for row in content["units"] if "spread" in row],
+                parameters={k: v for row in content["units"] for k, v in row.get("parameters", {}).items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
@@ -311,8 +322,9 @@ class LayerImportance:
         A plain [`~peft.LoraConfig`] whose targets are exactly the modules of the selected units.
 
         Decoder layers become `layers_to_transform` (with `layers_pattern` where PEFT needs it to find the index),
-        modules become `target_modules`. Where that would hit anything else, such as the other stack of an
-        encoder-decoder model, the modules are named one by one.
+        modules become `target_modules`, parameters `target_parameters`. Where that would hit anything else, such as
+        the other stack of an encoder-decoder model, the modules are named one by one. What counts is what PEFT makes
+        of the names when it injects them: in some models it takes those of linear modules for fused experts.
 
         Args:
             top_p, top_k, threshold, min_probability: What to select, see [`select`].
@@ -333,7 +345,12 @@ class LayerImportance:
         selected = self.select(top_p, top_k, threshold, min_probability)
         kwargs.setdefault("task_type", self.metadata.get("task_type"))
         kwargs.setdefault("base_model_name_or_path", self.metadata.get("model"))
-        return to_lora_config(self.modules, selected, self.lookalikes, model, config_cls or LoraConfig, **kwargs)
+        return to_lora_config(self._targets(), selected, model, config_cls or LoraConfig, **kwargs)
+
+    def _targets(self) -> "Targets":
+        from ..export.lora import Targets
+
+        return Targets(self.modules, self.lookalikes, self.parameters, self.metadata.get("model_type"))
 
     def to_recipe(
         self,
@@ -363,7 +380,7 @@ class LayerImportance:
         from ..export.recipes import recipe
 
         selected = self.select(top_p, top_k, threshold, min_probability)
-        return recipe(self.modules, selected, program, self.lookalikes, model, **kwargs)
+        return recipe(self._targets(), selected, program, model, **kwargs)
 
     def freeze_unselected(
         self,

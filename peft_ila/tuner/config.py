@@ -12,8 +12,6 @@ GateMode = Literal["joint", "open", "soft", "hard"]
 
 # LoRA options that would bypass the gate or apply it twice without a word, and why.
 _UNSUPPORTED = {
-    "use_dora": "the magnitude vector renormalises the gated weight",
-    "target_parameters": "the delta of an `nn.Parameter` does not pass through `lora_B`",
     "layer_replication": "replicated layers share one weight but would get separate gates",
     "lora_bias": "the bias of `lora_B` would escape the gate",
     "kasa_config": "KaSA changes the base weight",
@@ -37,7 +35,7 @@ class ILAConfig(LoraConfig):
     "Understanding Layer Significance in LLM Alignment" (https://huggingface.co/papers/2410.17875).
 
     Every option of [`~peft.LoraConfig`] is accepted except those that would bypass the gate, which raise a
-    `ValueError` here: DoRA, `target_parameters`, `layer_replication`, `lora_bias`, KaSA, BD-LoRA, QA-LoRA, VeLoRA,
+    `ValueError` here: `layer_replication`, `lora_bias`, KaSA, BD-LoRA, QA-LoRA, VeLoRA,
     MonteCLoRA, Arrow, aLoRA, Megatron, `ensure_weight_tying`, and the initialisations PiSSA, OLoRA, CorDA, LoftQ,
     LoRA-GA, MiCA and EVA.
 
@@ -53,6 +51,9 @@ class ILAConfig(LoraConfig):
             γ is 1 for the units of `gate_mask` and 0 for the rest, only the LoRA weights of the former train.
         gate_mask (`list[str]`, *optional*):
             The units that `"hard"` keeps, usually set by [`ILAModel.apply_mask`].
+        gated_parameters (`dict[str, str]`, *optional*):
+            Set by [`ILAModel`]: the parameter that each LoRA layer of a parameter adapts, by the layer's name in a
+            saved adapter, which does not tell.
     """
 
     granularity: Granularity = field(
@@ -67,6 +68,9 @@ class ILAConfig(LoraConfig):
         },
     )
     gate_mask: list[str] | None = field(default=None, metadata={"help": "The units that mode 'hard' keeps."})
+    gated_parameters: dict[str, str] | None = field(
+        default=None, metadata={"help": "Set by `ILAModel`: the parameter that each LoRA layer of a parameter adapts."}
+    )
 
     @classmethod
     def from_lora(cls, config: LoraConfig, **gate_options: Any) -> "ILAConfig":

@@ -2,7 +2,9 @@
 
 The gate multiplies the rank-r activation between `lora_A` and `lora_B`, never the layer's output: a factor on the
 output makes autograd keep a tensor of the output's size (1.20 times the memory of a LoRA step on SmolLM2, against
-0.77 here). Every LoRA layer of PEFT that calls `lora_B(lora_A(x))`, quantised or not, is gated by the same hook.
+0.77 here). Every LoRA layer of PEFT that calls `lora_B(lora_A(x))`, quantised or not, is gated by the same hook. LoRA
+of a parameter (fused experts), which has no activation of its own, is gated at one of its two factors, and a variant
+such as DoRA, which is no product, at its difference from the base layer. Changes with PEFT's LoRA layers.
 """
 
 import functools
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -78,6 +81,17 @@ class _GatedModuleDict(nn.ModuleDict):
                 module.register_forward_pre_hook(hook)
 
 
+def target_name(path: str, layer: nn.Module) -> str:
+    """
+    The name, in the base model, of what a LoRA layer at this path adapts: a module, or a parameter of one.
+
+    LoRA layers of two parameters of one module are nested, the inner one as `base_layer` of the outer one.
+    """
+    if isinstance(layer, ParamWrapper):
+        return f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+    return path.partition(".base_layer.")[0]  # `MultiheadAttention` holds a second LoRA layer, its output projection
+
+
 def is_gated(module: nn.Module) -> bool:
     """Whether the module is a LoRA layer with gates: `layer.gates`, one per adapter."""
     return isinstance(module, LoraLayer) and hasattr(module, "gates")
@@ -100,12 +114,15 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         layer.other_param_names = (*layer.other_param_names, "gates")
         layer.lora_B.__class__ = _GatedModuleDict
-        layer.lora_B.ila_gates = layer.gates
+        layer.lora_B.ila_gates = {}
     layer.gates[adapter_name] = gate
     if owner:
         layer.lora_gate[adapter_name] = gate
         layer._move_adapter_to_device_of_base_layer(adapter_name)
-    if adapter_name in layer.lora_B:
+    if adapter_name in layer.lora_variant:
+        layer.lora_variant[adapter_name] = _GatedVariant(layer.lora_variant[adapter_name], gate)
+    elif adapter_name in layer.lora_B:
+        layer.lora_B.ila_gates[adapter_name] = gate
         layer.lora_B[adapter_name] = layer.lora_B[adapter_name]  # gates it
     elif isinstance(layer, Embedding):
         layer.output_fns[adapter_name] = gate  # PEFT calls it on the rank-r result of the lookup
@@ -169,10 +186,66 @@ def _soft_adapter(layer: Any) -> str | None:
     return names[0] if bare and "forward" not in vars(lora_B) else None
 
 
+class _GatedVariant:
+    """
+    A variant of LoRA, such as DoRA, whose output, or merged weight, is gated at its difference from the base layer's:
+    θ₀ + γ·(θ − θ₀). Its own A and B are not gated: they are no product with a factor.
+    """
+
+    def __init__(self, variant: Any, gate: Gate) -> None:
+        self.variant = variant
+        self.gate = gate
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("variant", "gate"):  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.variant, name)
+
+    def _between(self, base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return other if self.gate.is_open else base + self.gate(other - base)
+
+    def forward(self, module: Any, active_adapter: str, x: Any, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.gate.mode == "hard" and not self.gate.kept:
+            return result
+        other = self.variant.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
+        return self._between(result, other)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        self._set_aside(module, active_adapter, orig_weight)
+        return self._between(orig_weight, self.variant.merge_safe(module, active_adapter, orig_weight))
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        self._set_aside(module, active_adapter, orig_weight)
+        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
+
+    def _set_aside(self, module: Any, active_adapter: str, weight: torch.Tensor) -> None:
+        if not self.gate.is_open:  # what lies between cannot be unmerged by the variant
+            module._cache_store(f"{active_adapter}-ungated", weight.detach().clone())
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        if self.gate.is_open:
+            return self.variant.unmerge(module, active_adapter, orig_weight)
+        module._cache_pop(f"{active_adapter}-weight_norm")
+        return module._cache_pop(f"{active_adapter}-ungated")
+
+
 @functools.cache
 def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
     # A single base: only then can an instance of `base` be turned into one of the subclass.
     class Gated(base):  # type: ignore[valid-type, misc]
+        def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+            delta = super().get_delta_weight(adapter, *args, **kwargs)
+            return delta if adapter in self.lora_variant else self.gates[adapter](delta)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name
+
+    class GatedParameter(Gated):
+        def get_delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+            left, right, scaling = super().get_delta_factors(adapter)
+            return left, self.gates[adapter](right), scaling
+
+    class GatedModule(Gated):
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             adapter = _soft_adapter(self)
             if adapter is None or len(args) != 1 or kwargs:  # such as the adapters of a mixed batch
@@ -194,24 +267,18 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
             base, rank_r = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (output, gate(rank_r)))
             return torch.addmm(base, rank_r, lora_B.weight.t()).view(output.shape)
 
-        def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-            delta = super().get_delta_weight(adapter, *args, **kwargs)
-            return self.gates[adapter](delta)
-
         def _embed(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             output = super()._embed(input, weight, *args, **kwargs)
             if "output_fn" not in kwargs:  # mixed-adapter batches do not pass it
-                (gate,) = (g for name, g in self.gates.items() if self.lora_embedding_A[name].is_set_to(weight.T))
-                output = gate(output)
+                (name,) = (name for name in self.gates if self.lora_embedding_A[name].is_set_to(weight.T))
+                output = output if name in self.lora_variant else self.gates[name](output)
             return output
 
-        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name
-
+    gated = GatedParameter if issubclass(base, ParamWrapper) else GatedModule
     # what PEFT prints, and tells linear layers by
-    Gated.__name__ = Gated.__qualname__ = base.__name__
-    Gated.__module__ = base.__module__
-    return Gated
+    gated.__name__ = gated.__qualname__ = base.__name__
+    gated.__module__ = base.__module__
+    return gated
 
 
 def _new_gated(base: type[LoraLayer]) -> LoraLayer:

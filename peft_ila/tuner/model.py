@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, cast, get_args
 
@@ -11,6 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -20,7 +20,7 @@ from ..ranking.importance import LayerImportance
 from ..units import unit_of
 from ..version import __version__
 from .config import GateMode, ILAConfig
-from .layer import Gate, add_gate, freeze_by_mode, is_gated
+from .layer import Gate, add_gate, freeze_by_mode, is_gated, target_name
 
 
 class ILAModel(LoraModel):
@@ -56,16 +56,19 @@ class ILAModel(LoraModel):
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
-        self._add_gate(getattr(parent, target_name), current_key, adapter_name)
+        # a parameter that another adapter has wrapped gets no layer of its own
+        added = isinstance(target, ParamWrapper) and target.parameter_name == kwargs.get("parameter_name")
+        self._add_gate(target if added else getattr(parent, target_name), current_key, adapter_name)
 
     def _add_gate(self, target: nn.Module, name: str, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
-        gate = self._find_gate(unit_of(name, config.granularity), adapter_name)
+        unit = unit_of(name, config.granularity)
+        gate = None if unit == name else self._find_gate(unit, adapter_name)
         owner = gate is None
         if gate is None:
             gate = Gate(config.gate_init)
         # `MultiheadAttention` holds a second LoRA layer, its output projection
-        for module in list(target.modules()):
+        for module in [target] if isinstance(target, ParamWrapper) else list(target.modules()):
             if isinstance(module, LoraLayer):
                 add_gate(module, adapter_name, gate, owner)
                 owner = False
@@ -87,23 +90,24 @@ class ILAModel(LoraModel):
         _validate_lora_adapter_state_dict(state_dict, adapter_name=kwargs["adapter_name"])
         return state_dict
 
-    def _warn_of_experts(self, model: nn.Module, adapter_name: str) -> None:
-        # LoRA reaches experts that transformers fuses into parameters by turning their names, and "all-linear", into
-        # `target_parameters`. They may be names of linear modules too (shared experts), so this is no error.
-        config = copy.deepcopy(LoraConfig(**lora_options(self.peft_config[adapter_name])))
-        convert_peft_config_for_transformers(config, model, None)
-        if config.target_parameters:
-            names = ", ".join(sorted(config.target_parameters))
-            warnings.warn(
-                f"ILA gates linear modules only: the experts of this model are parameters ({names}) and stay as they "
-                "are, although `target_modules` covers them.",
-                stacklevel=2,
-            )
+    def _target_experts(self, model: nn.Module, adapter_name: str) -> None:
+        # PEFT reaches experts that transformers fuses into parameters by turning their names, and "all-linear", into
+        # `target_parameters`, for adapters of the type LORA only.
+        config = self.peft_config[adapter_name]
+        lora = copy.deepcopy(LoraConfig(**lora_options(config)))
+        convert_peft_config_for_transformers(lora, model, None)
+        for option in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+            setattr(config, option, getattr(lora, option))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._warn_of_experts(model, adapter_name)
+        self._target_experts(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _keep_gradients_of_4bit(model)
+        self._settle(adapter_name)
+
+    def _settle(self, adapter_name: str) -> None:
+        _keep_gradients_of_4bit(self.model)
+        parameters = {path: name for path, name, layer in self._gated_layers(adapter_name) if _is_of_parameter(layer)}
+        self.change_config(adapter_name, gated_parameters=parameters or None)
         self._apply_mode(adapter_name)
 
     @classmethod
@@ -133,13 +137,14 @@ class ILAModel(LoraModel):
         model.peft_type = PeftType("ILA")
         tuner.peft_config.update(configs)  # the dict is shared by the model, the tuner and the base model
         targets = [(key, layer) for key, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)]
+        key: str
+        layer: Any
         for key, layer in targets:
             for name in configs:
-                if name in layer.r and ".base_layer." not in key:
-                    tuner._add_gate(layer, key, name)
-        _keep_gradients_of_4bit(tuner.model)
+                if name in layer.r and (_is_of_parameter(layer) or ".base_layer." not in key):
+                    tuner._add_gate(layer, target_name(key, layer), name)
         for name in configs:
-            tuner._apply_mode(name)
+            tuner._settle(name)
         return model
 
     @classmethod
@@ -235,7 +240,7 @@ class ILAModel(LoraModel):
         for unit, gate in gates.items():
             gate.mode = config.gate_mode
             gate.kept = unit in kept
-        for _, layer in self._gated_layers(adapter_name):
+        for *_, layer in self._gated_layers(adapter_name):
             freeze_by_mode(layer, adapter_name)
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
@@ -274,7 +279,7 @@ class ILAModel(LoraModel):
         # At every call of `train()` too, since trainers cast trainable parameters after the mode was set: TRL's
         # QLoRA path makes them bf16, where one step at s = 4 is 0.03 and an update vanishes.
         soft = self.peft_config[adapter_name].gate_mode == "soft"
-        for _, layer in self._gated_layers(adapter_name):
+        for *_, layer in self._gated_layers(adapter_name):
             if adapter_name in layer.lora_dropout:
                 layer.lora_dropout[adapter_name].train(layer.training and not soft)
             score = layer.gates[adapter_name].weight
@@ -298,10 +303,11 @@ class ILAModel(LoraModel):
             raise ValueError(f"{len(names)} adapters are active, {names}; pass `adapter_name`.")
         return names[0]
 
-    def _gated_layers(self, adapter_name: str) -> Iterator[tuple[str, Any]]:
-        for name, module in self.model.named_modules():
+    def _gated_layers(self, adapter_name: str) -> Iterator[tuple[str, str, Any]]:
+        """The path of each layer in the adapted model, the name of what it adapts in the base model, and the layer."""
+        for path, module in self.model.named_modules():
             if is_gated(module) and adapter_name in module.gates:
-                yield name.partition(".base_layer.")[0], module  # the output projection inside `MultiheadAttention`
+                yield path, target_name(path, module), module
 
     def gates(self, adapter_name: str | None = None) -> dict[str, Gate]:
         """
@@ -313,7 +319,8 @@ class ILAModel(LoraModel):
         adapter_name = self._one_adapter(adapter_name)
         granularity = self.peft_config[adapter_name].granularity
         return {
-            unit_of(name, granularity): layer.gates[adapter_name] for name, layer in self._gated_layers(adapter_name)
+            unit_of(name, granularity): layer.gates[adapter_name]
+            for _, name, layer in self._gated_layers(adapter_name)
         }
 
     def layer_importance(self, adapter_name: str | None = None) -> LayerImportance:
@@ -328,7 +335,7 @@ class ILAModel(LoraModel):
         """
         adapter_name = self._one_adapter(adapter_name)
         config = self.peft_config[adapter_name]
-        gated = dict.fromkeys(name for name, _ in self._gated_layers(adapter_name))
+        gated = {name: layer for _, name, layer in self._gated_layers(adapter_name)}
         modules: dict[str, list[str]] = {}
         for name in gated:
             modules.setdefault(unit_of(name, config.granularity), []).append(name)
@@ -338,6 +345,7 @@ class ILAModel(LoraModel):
             scores=[_whole(gate.weight).item() for gate in self.gates(adapter_name).values()],
             metadata={
                 "model": config.base_model_name_or_path,
+                "model_type": getattr(getattr(self.model, "config", None), "model_type", None),
                 "task_type": config.task_type,
                 "granularity": config.granularity,
                 "r": config.r,
@@ -353,11 +361,14 @@ class ILAModel(LoraModel):
                 for name, _ in self.model.named_modules()
                 if name.rpartition(".")[2] in last_components and name not in gated
             ],
+            parameters={
+                name: layer.r[adapter_name] / config.r for name, layer in gated.items() if _is_of_parameter(layer)
+            },
         )
 
     def check_unmerged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
-        if any(adapter_name in layer.merged_adapters for _, layer in self._gated_layers(adapter_name)):
+        if any(adapter_name in layer.merged_adapters for *_, layer in self._gated_layers(adapter_name)):
             raise ValueError(f"Adapter {adapter_name!r} is merged with its gates; call `unmerge_adapter` first.")
 
     def fold_gates(self, adapter_name: str | None = None) -> None:
@@ -379,7 +390,7 @@ class ILAModel(LoraModel):
 
     @torch.no_grad()
     def _multiply_gates_into_b(self, adapter_name: str) -> None:
-        for _, layer in self._gated_layers(adapter_name):
+        for *_, layer in self._gated_layers(adapter_name):
             weight = _lora_b(layer, adapter_name)
             weight.copy_(layer.gates[adapter_name](weight))
 
@@ -399,8 +410,10 @@ class ILAModel(LoraModel):
         adapter_name = self._one_adapter(adapter_name)
         saved = get_peft_model_state_dict(self.model, adapter_name=adapter_name)
         state_dict = {f"base_model.model.{key}": tensor.detach().cpu() for key, tensor in saved.items()}
-        lookalikes = self.layer_importance(adapter_name).lookalikes
-        tensors, config = to_plain_lora(state_dict, self.peft_config[adapter_name], lookalikes)
+        importance = self.layer_importance(adapter_name)
+        tensors, config = to_plain_lora(
+            state_dict, self.peft_config[adapter_name], importance.lookalikes, importance.metadata["model_type"]
+        )
         save_adapter(tensors, config, output_dir)
         return config
 
@@ -414,7 +427,7 @@ class ILAModel(LoraModel):
             return
         saved = []
         for name in adapters:
-            saved += [(layer, name, _lora_b(layer, name).detach().clone()) for _, layer in self._gated_layers(name)]
+            saved += [(layer, name, _lora_b(layer, name).detach().clone()) for *_, layer in self._gated_layers(name)]
             self._multiply_gates_into_b(name)
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
@@ -432,6 +445,10 @@ def _keep_gradients_of_4bit(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _is_of_parameter(layer: nn.Module) -> bool:
+    return isinstance(layer, ParamWrapper)
 
 
 def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:

@@ -109,7 +109,7 @@ def _write_data(directory: Path) -> dict[str, Path]:
     return paths
 
 
-def measuring_trainer(model: Any, directory: str | Path, data: Path) -> SFTTrainer:
+def measuring_trainer(model: Any, directory: str | Path, data: Path) -> Any:
     """
     A trainer that only measures, on SmolLM2.
 

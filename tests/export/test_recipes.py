@@ -12,7 +12,7 @@ from peft_ila.export.recipes import write_recipe
 
 
 def recipe(importance, selected, program, model=None, **kwargs):
-    return recipes.recipe(importance.modules, selected, program, importance.lookalikes, model, **kwargs)
+    return recipes.recipe(importance._targets(), selected, program, model, **kwargs)
 
 
 def selection(granularity, model="llama", **kwargs):
