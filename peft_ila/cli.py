@@ -18,7 +18,7 @@ from typing import Any
 from .export.plain import export_adapter
 from .ranking.importance import LayerImportance
 from .ranking.table import comparison_table, ranking_table
-from .workflows.arguments import RankArguments, SelectionArguments, TuneArguments, required
+from .workflows.arguments import RankArguments, SelectionArguments, TuneArguments, model_name, required
 from .workflows.convert import Format
 from .workflows.convert import convert as write_conversion
 
@@ -34,6 +34,10 @@ class ConvertArguments(SelectionArguments):
             "help": "'peft': `adapter_config.json`; 'axolotl', 'llamafactory', 'trl': YAML that makes that program "
             "tune the selected units by LoRA; 'axolotl-full': in full, by `unfrozen_parameters`."
         },
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The ranked model, to check the result by injection; by default where the ranking says."},
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
@@ -106,7 +110,9 @@ def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
     importance = LayerImportance.load(paths.importance)
     output_dir = Path(required(args.output_dir, "output_dir"))
     lora: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    print(f"Wrote {write_conversion(importance, output_dir, args.format, args.selection(), **lora)}.")
+    model = model_name(args.model_name_or_path) if args.model_name_or_path else None
+    path = write_conversion(importance, output_dir, args.format, args.selection(), model, **lora)
+    print(f"Wrote {path}.")
 
 
 def export(args: ExportArguments, paths: argparse.Namespace) -> None:

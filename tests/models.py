@@ -5,6 +5,7 @@ import random
 import torch
 import transformers
 from peft import get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
     BartConfig,
@@ -97,8 +98,18 @@ def ranked(model, granularity="layer", seed=0, **kwargs) -> LayerImportance:
     return ila.layer_importance()
 
 
+def adapted(model) -> set[str]:
+    """The modules and parameters that LoRA adapts in a model of PEFT, read off the model itself."""
+    found = set()
+    for path, module in model.named_modules():
+        path = path.removeprefix("base_model.model.")
+        if isinstance(module, ParamWrapper):
+            found.add(f"{path.replace('.base_layer', '')}.{module.parameter_name}")
+        elif hasattr(module, "lora_A"):
+            found.add(path)
+    return found
+
+
 def injected(model, config) -> set[str]:
-    """The modules that PEFT adapts, read off the model itself."""
-    prefix = "base_model.model."
-    adapted = get_peft_model(model, config)
-    return {name.removeprefix(prefix) for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    """The modules and parameters that PEFT adapts by a configuration."""
+    return adapted(get_peft_model(model, config))

@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import tiny_llama
 from huggingface_hub import HfApi, RepoUrl
+from models import build
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -239,6 +240,20 @@ def test_convert_without_the_model_at_hand(ranked, tmp_path, caplog):
     main(["convert", str(tmp_path / "moved.json"), "--top_p", "0.3", "--output_dir", str(tmp_path / "lora")])
     assert "'someone/elsewhere' is not at hand" in caplog.text
     assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 1
+
+
+def test_convert_with_a_model_that_has_moved(workspace, ranked, tmp_path, caplog, capsys):
+    content = json.loads((ranked / "importance.json").read_text())
+    content["metadata"]["model"] = "/gone"
+    (tmp_path / "moved.json").write_text(json.dumps(content))
+    arguments = ["convert", str(tmp_path / "moved.json"), "--top_k", "1", "--output_dir", str(tmp_path / "lora")]
+    main([*arguments, "--model_name_or_path", str(workspace / "model")])
+    assert "not at hand" not in caplog.text
+    assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 1
+    build("gpt2").save_pretrained(tmp_path / "gpt2")
+    error = error_of([*arguments, "--model_name_or_path", str(tmp_path / "gpt2")], capsys)
+    assert "the ranking was made on another architecture" in error
+    assert "no model directory /gone" in error_of([*arguments, "--model_name_or_path", "/gone"], capsys)
 
 
 @pytest.mark.parametrize("share", ["0.3", "1.0"])

@@ -46,7 +46,7 @@ def meta_skeleton(model: nn.Module | PretrainedConfig, names: Collection[str] = 
         names: Modules and parameters that tell which of a configuration's models is meant, if it does not say itself.
 
     Raises:
-        ValueError: No model of transformers with these names has such a configuration.
+        ValueError: The configuration does not tell what model it is of.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -68,6 +68,7 @@ def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
             # a configuration with code of its own was trusted when it was loaded
             auto: Any = transformers.AutoModelForCausalLM
             return auto.from_config(config, trust_remote_code=True)
+        first = None
         for kind in _KINDS:
             auto = getattr(transformers, kind, None)
             if auto is None or type(config) not in auto._model_mapping:
@@ -76,10 +77,13 @@ def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
             known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
             if known.issuperset(names):
                 return skeleton
-    raise ValueError(
-        f"This {type(config).__name__} has no `architectures`, and no model of transformers that it could be of has "
-        f"modules such as {min(names, default='')!r}. Pass the model itself, or set `architectures`."
-    )
+            first = first or skeleton
+    if first is None:
+        raise ValueError(
+            f"This {type(config).__name__} has no `architectures`, which say what model it is of. Set them, or pass "
+            "the model itself."
+        )
+    return first
 
 
 # the heads that a configuration without `architectures` may mean

@@ -211,16 +211,15 @@ class _GatedVariant:
         return self._between(result, other)
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        self._set_aside(module, active_adapter, orig_weight)
+        if not self.gate.is_open:  # what lies between cannot be unmerged by the variant
+            module._cache_store(f"{active_adapter}-ungated", orig_weight.detach().clone())
         return self._between(orig_weight, self.variant.merge_safe(module, active_adapter, orig_weight))
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        self._set_aside(module, active_adapter, orig_weight)
-        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
-
-    def _set_aside(self, module: Any, active_adapter: str, weight: torch.Tensor) -> None:
-        if not self.gate.is_open:  # what lies between cannot be unmerged by the variant
-            module._cache_store(f"{active_adapter}-ungated", weight.detach().clone())
+        if self.gate.is_open:
+            self.variant.merge_unsafe(module, active_adapter, orig_weight)
+        else:
+            orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         if self.gate.is_open:

@@ -107,7 +107,8 @@ class ILAModel(LoraModel):
     def _settle(self, adapter_name: str) -> None:
         _keep_gradients_of_4bit(self.model)
         parameters = {path: name for path, name, layer in self._gated_layers(adapter_name) if _is_of_parameter(layer)}
-        self.change_config(adapter_name, gated_parameters=parameters or None)
+        if parameters:
+            self.change_config(adapter_name, gated_parameters=parameters)
         self._apply_mode(adapter_name)
 
     @classmethod
@@ -381,7 +382,7 @@ class ILAModel(LoraModel):
             adapter_name (`str`, *optional*): The adapter, by default the active ones.
 
         Raises:
-            ValueError: The adapter is merged.
+            ValueError: The adapter is merged, or one of DoRA.
         """
         for name in self._adapter_names(adapter_name):
             self.check_unmerged(name)
@@ -390,6 +391,11 @@ class ILAModel(LoraModel):
 
     @torch.no_grad()
     def _multiply_gates_into_b(self, adapter_name: str) -> None:
+        if self.peft_config[adapter_name].use_dora:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is a DoRA adapter, whose gates cannot be multiplied into B. Train it "
+                'in mode "open", where there is nothing to multiply.'
+            )
         for *_, layer in self._gated_layers(adapter_name):
             weight = _lora_b(layer, adapter_name)
             weight.copy_(layer.gates[adapter_name](weight))
@@ -408,7 +414,11 @@ class ILAModel(LoraModel):
             [`~peft.LoraConfig`]: The configuration that was written.
         """
         adapter_name = self._one_adapter(adapter_name)
-        saved = get_peft_model_state_dict(self.model, adapter_name=adapter_name)
+        saved = get_peft_model_state_dict(
+            self.model,
+            adapter_name=adapter_name,
+            save_embedding_layers="auto" if _has_embeddings(self.model) else False,
+        )
         state_dict = {f"base_model.model.{key}": tensor.detach().cpu() for key, tensor in saved.items()}
         importance = self.layer_importance(adapter_name)
         tensors, config = to_plain_lora(
@@ -445,6 +455,14 @@ def _keep_gradients_of_4bit(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _has_embeddings(model: Any) -> bool:
+    # models of speech have none, and raise, which PEFT does not expect where their `lm_head` is adapted
+    try:
+        return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
+    except NotImplementedError:
+        return False
 
 
 def _is_of_parameter(layer: nn.Module) -> bool:

@@ -20,6 +20,7 @@ def convert(
     output_dir: Path,
     format: Format = "peft",
     selection: dict[str, Any] | None = None,
+    model_name_or_path: str | None = None,
     **lora: Any,
 ) -> Path:
     """
@@ -30,15 +31,18 @@ def convert(
         output_dir: Where to write the file.
         format (`str`): `"peft"`, or see [`LayerImportance.to_recipe`].
         selection (`dict`): The arguments of [`LayerImportance.select`].
+        model_name_or_path (`str`, *optional*): The ranked model, to check the conversion by injection into its
+            architecture. By default the one in the ranking's metadata, which may be gone; then names alone are compared.
         **lora: `r`, `lora_alpha` and `lora_dropout` of LoRA.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: A bad selection, or targets that the program cannot name.
+        OSError: There is no such model.
+        ValueError: A bad selection, another model than the ranked one, or targets that the program cannot name.
     """
-    model = _model_config(importance)
+    model = _ranked_config(importance) if model_name_or_path is None else _config(model_name_or_path, hub=True)
     if format == "peft":
         path = output_dir / "adapter_config.json"
         config = importance.to_lora_config(**(selection or {}), model=model, **lora)
@@ -50,12 +54,18 @@ def convert(
     return path
 
 
-def _model_config(importance: LayerImportance) -> Any:
-    """The configuration of the ranked model, to check the conversion by injection, where it is at hand."""
+def _config(model: str, hub: bool) -> Any:
+    # code from the hub is not run for a check, nor asked about on the terminal
+    return AutoConfig.from_pretrained(model, local_files_only=not hub, trust_remote_code=False)
+
+
+def _ranked_config(importance: LayerImportance) -> Any:
     model = importance.metadata.get("model")
     try:
-        # code from the hub is not run for a check, nor asked about on the terminal
-        return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False) if model else None
+        return _config(model, hub=False) if model else None
     except (OSError, ValueError):
-        logger.warning(f"The configuration of {model!r} is not at hand; the targets are checked by name only.")
+        logger.warning(
+            f"The configuration of {model!r} is not at hand; the targets are checked by name only. Say where it is by "
+            "`--model_name_or_path`."
+        )
         return None

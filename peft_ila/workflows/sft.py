@@ -18,22 +18,10 @@ from ..search.gates import check_settings
 from ..search.stability import EpsilonStability
 from ..tuner.config import ILAConfig
 from ..units import Granularity
-from .arguments import RankArguments, required
+from .arguments import RankArguments, model_name, required
 from .data import load_dataset
 from .rank import rank
 from .resuming import check_finished
-
-
-def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
-    """
-    Raises:
-        ValueError: The name is missing.
-        FileNotFoundError: It is that of a directory that does not exist.
-    """
-    name = required(value, flag)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"There is no model directory {name}.")
-    return name
 
 
 def lora_config(model_args: Any) -> Any:

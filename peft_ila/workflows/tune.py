@@ -8,9 +8,9 @@ from trl import SFTTrainer
 from ..export.freezing import FrozenPrefix
 from ..export.lora import DECIDED_BY_SELECTION
 from ..ranking.importance import LayerImportance
-from .arguments import TuneArguments, required
+from .arguments import TuneArguments, model_name, required
 from .resuming import checkpoint_of
-from .sft import lora_config, model_name, sft_trainer
+from .sft import lora_config, sft_trainer
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> SFTTrainer:

@@ -1,5 +1,6 @@
 """Every conversion is proved by what PEFT really injects into a real (tiny, random) model."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -7,12 +8,14 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from conftest import tiny_llama
-from models import MODELS, build, injected, ranked
+from models import LLAVA, MODELS, build, injected, ranked
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AlbertConfig, SwinConfig, WhisperConfig
 
 from peft_ila import ILAConfig
 from peft_ila.export.plain import export_adapter
@@ -289,3 +292,93 @@ def test_only_ila_adapters_are_exported(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="adapter of type LORA, not ILA"):
         export_adapter(tmp_path, tmp_path / "plain")
+
+
+@pytest.mark.support("Operations", "export with trained biases, masked")
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_biases_have_no_gate(tmp_path, bias, granularity):
+    """A closed unit's trained bias stays: in the model, saved, merged and exported."""
+    options = {"r": 2, "target_modules": ["q_proj", "fc1"], "init_lora_weights": False, "bias": bias}
+    model = get_peft_model(build("opt"), ILAConfig(**options, granularity=granularity, gate_mode="open")).eval()
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "bias" in name:
+            parameter.data.normal_()
+    model.apply_mask(model.layer_importance().select(top_p=0.4))
+    ids = torch.randint(1, 32, (2, 7), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    assert not torch.allclose(expected, build("opt").eval()(ids).logits, atol=1e-2)
+    model.to_lora(tmp_path / "memory")
+    model.save_pretrained(tmp_path / "ila")
+    export_adapter(tmp_path / "ila", tmp_path / "disk")
+    for path in ("ila", "memory", "disk"):
+        loaded = PeftModel.from_pretrained(build("opt"), tmp_path / path).eval()
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+WITHOUT_ARCHITECTURES = {
+    "WhisperForConditionalGeneration": WhisperConfig(
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=32,
+        pad_token_id=0,
+    ),
+    "AlbertForMaskedLM": AlbertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=32
+    ),
+    "SwinForImageClassification": SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4
+    ),
+    "LlavaForConditionalGeneration": LLAVA,
+    "BertForSequenceClassification": MODELS["bert"][1],
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ARCHITECTURES)
+def test_a_configuration_that_does_not_say_what_it_is_of(name):
+    """As one that was built in memory."""
+    config = copy.deepcopy(WITHOUT_ARCHITECTURES[name])
+    assert not config.architectures
+    importance = ranked(getattr(transformers, name)(copy.deepcopy(config)), "module")
+    lora = importance.to_lora_config(top_p=0.3, model=config)
+    selected = set(importance.select(top_p=0.3))
+    assert injected(getattr(transformers, name)(copy.deepcopy(config)), lora) == selected
+
+
+def test_a_configuration_without_any_model_is_refused():
+    importance = ranked(build("llama"))
+    with pytest.raises(ValueError, match="This PreTrainedConfig has no `architectures`.* pass the model itself"):
+        importance.to_lora_config(top_k=1, model=transformers.PretrainedConfig())
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2", "Hubert"])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_a_model_without_input_embeddings_is_exported(tmp_path, name, granularity):
+    sizes = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2}
+    sizes |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "vocab_size": 32}
+    sizes |= {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+
+    def load():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCTC")(copy.deepcopy(config)).eval()
+
+    options = {"target_modules": "all-linear", "init_lora_weights": False, "granularity": granularity}
+    model = get_peft_model(load(), ILAConfig(**options, gate_mode="open")).eval()
+    importance = model.layer_importance()
+    model.apply_mask(importance.select(top_p=0.5))
+    model.to_lora(tmp_path)
+    waves = torch.randn(1, 200)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(load(), tmp_path).eval()(waves).logits, model(waves).logits, rtol=1e-4, atol=1e-5
+    )
+    for given in (None, load(), config):
+        lora = importance.to_lora_config(top_p=0.5, model=given)
+        assert injected(load(), lora) == {m for unit in importance.select(top_p=0.5) for m in importance.modules[unit]}

@@ -316,6 +316,39 @@ def test_gradient_accumulation_changes_nothing_but_the_memory(tmp_path, tokenize
     torch.testing.assert_close(torch.tensor(parts.scores), torch.tensor(whole.scores), rtol=1e-4, atol=1e-4)
 
 
+def per_label(outputs, labels, num_items_in_batch):
+    losses = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    return losses / num_items_in_batch
+
+
+class DividedByHand(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return per_label(model(**inputs), labels, num_items_in_batch)
+
+
+@pytest.mark.support("Trainers", "losses that need `num_items_in_batch`")
+@pytest.mark.parametrize("by", ["compute_loss_func", "compute_loss"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_losses_that_need_the_number_of_labels(tmp_path, tokenizer, dialogues, by, accumulation):
+    plain = plain_trainer(tmp_path, tokenizer, dialogues, learning_rate=5e-3)
+    plain.train()
+    expected = learn_gates(plain, steps=6, loss_batches=6)
+    args = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=plain.model, **args)
+    if by == "compute_loss":
+        trainer.__class__ = DividedByHand
+    else:
+        trainer.compute_loss_func = per_label
+    found = learn_gates(trainer, steps=6, loss_batches=6)
+    assert found.scores == pytest.approx(expected.scores, abs=1e-3)
+    for figure in ("loss_closed", "loss_open", "attributed"):
+        known = expected.metadata["learn_gates"][figure]
+        assert found.metadata["learn_gates"][figure] == pytest.approx(known, rel=1e-3)
+
+
 def test_a_model_that_is_in_mode_soft_already(tmp_path, tokenizer, dialogues):
     trainer = sft_trainer(tmp_path, tokenizer, dialogues)
     trainer.train()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_llama
-from models import SMALL, ranked
+from models import SMALL, adapted, ranked
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -71,18 +71,6 @@ def gated(name, granularity="module", mode="open", **kwargs):
     model = build(name)
     torch.manual_seed(1)
     return get_peft_model(model, ILAConfig(**options(name), granularity=granularity, gate_mode=mode, **kwargs)).eval()
-
-
-def adapted(model):
-    """What a model of PEFT has LoRA on, read off the model itself."""
-    found = set()
-    for path, module in model.named_modules():
-        path = path.removeprefix(PREFIX)
-        if isinstance(module, ParamWrapper):
-            found.add(f"{path.replace('.base_layer', '')}.{module.parameter_name}")
-        elif hasattr(module, "lora_A"):
-            found.add(path)
-    return found
 
 
 def outputs(model):

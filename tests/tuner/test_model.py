@@ -444,8 +444,8 @@ def test_only_lora_can_be_gated():
     model = get_peft_model(tiny_llama(), LoHaConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="got one with a LoHaModel"):
         ILAModel.from_lora(model)
-    with pytest.raises(ValueError, match="does not support `use_dora`"):
-        ILAModel.from_lora(trained_lora(use_dora=True))
+    with pytest.raises(ValueError, match="does not support `lora_bias`"):
+        ILAModel.from_lora(trained_lora(lora_bias=True))
 
 
 @pytest.mark.support("Operations", "hot-swap")

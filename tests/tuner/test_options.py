@@ -33,8 +33,6 @@ ACCEPTED = [
     ("tied lm_head and embeddings among the targets", {"target_modules": ["embed_tokens", "lm_head"], "tie": True}),
 ]
 REFUSED = [
-    ("use_dora", {"use_dora": True}),
-    ("target_parameters", {"target_parameters": ["experts.w"]}),
     ("layer_replication", {"layer_replication": [(0, 2)]}),
     ("lora_bias", {"lora_bias": True}),
     ("alora_invocation_tokens", {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}),
@@ -51,10 +49,11 @@ REFUSED = [
         for init in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "mica", "eva", "loftq")
     ),
 ]
-# Not options of the mathematics, or options of another option that is refused.
+# Not options of the mathematics, options of another option that is refused, or of a test file of their own.
 BESIDES = """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha
     runtime_config megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size fan_in_fan_out
+    use_dora target_parameters
 """.split()
 
 
