@@ -3,8 +3,9 @@ What a step costs in each mode: the exact count of bytes that autograd keeps for
 
     python -m benchmarks.cost.step_cost --output benchmarks/results/step_cost.json
 
-SmolLM2-135M in fp32 and NF4, and one random decoder layer as wide as those of Llama-3.1-8B; all linear modules,
-r = 16, 4×128 tokens, both granularities. "Stage 2" is the step of `learn_gates`, "floor" the frozen model with the
+SmolLM2-135M in fp32 and NF4, one random decoder layer as wide as those of Llama-3.1-8B, and one of Qwen3-30B-A3B with
+32 of its 128 experts, which are parameters; all that LoRA adapts by "all-linear", r = 16, 4×128 tokens, both
+granularities. "Stage 2" is the step of `learn_gates`, "floor" the frozen model with the
 gradient carried down to the first decoder layer. A time is the median over rounds, in each of which every step is
 taken once in random order, of the ratio to the floor's step (stage 2, soft) or to LoRA's (open, joint), since the
 machine's speed drifts and a step feels what the one before left in memory; the spread is half the distance of the
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3MoeConfig
 
 from benchmarks.record import save
 from peft_ila import ILAConfig
@@ -42,14 +43,25 @@ WIDE = LlamaConfig(
     num_hidden_layers=1,
     vocab_size=1024,
 )
-BASES = ("fp32", "NF4", "wide")
+MOE = Qwen3MoeConfig(
+    hidden_size=2048,
+    moe_intermediate_size=768,
+    num_experts=32,
+    num_experts_per_tok=8,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_hidden_layers=1,
+    vocab_size=1024,
+)
+BASES = ("fp32", "NF4", "wide", "MoE")
 # and what they are compared with
 MODES = {"open": "LoRA", "stage 2": "floor", "soft": "floor", "joint": "LoRA"}
 
 
 def load(base: str) -> Any:
-    if base == "wide":
-        return LlamaForCausalLM(WIDE).train()
+    if base in ("wide", "MoE"):
+        return AutoModelForCausalLM.from_config({"wide": WIDE, "MoE": MOE}[base]).train()
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if base == "NF4" else None
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32, quantization_config=quantization)
     return model.train()

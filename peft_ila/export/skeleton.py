@@ -73,7 +73,10 @@ def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
             auto = getattr(transformers, kind, None)
             if auto is None or type(config) not in auto._model_mapping:
                 continue
-            skeleton = auto.from_config(copy.deepcopy(config))
+            try:
+                skeleton = auto.from_config(copy.deepcopy(config))
+            except (ValueError, TypeError, AttributeError):
+                continue  # this head needs what the configuration does not say, such as a vocabulary
             known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
             if known.issuperset(names):
                 return skeleton

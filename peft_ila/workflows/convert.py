@@ -31,8 +31,9 @@ def convert(
         output_dir: Where to write the file.
         format (`str`): `"peft"`, or see [`LayerImportance.to_recipe`].
         selection (`dict`): The arguments of [`LayerImportance.select`].
-        model_name_or_path (`str`, *optional*): The ranked model, to check the conversion by injection into its
-            architecture. By default the one in the ranking's metadata, which may be gone; then names alone are compared.
+        model_name_or_path (`str`, *optional*):
+            The ranked model, to check the conversion by injection into its architecture. By default the one in the
+            ranking's metadata, which may be gone; then names alone are compared.
         **lora: `r`, `lora_alpha` and `lora_dropout` of LoRA.
 
     Returns:
