@@ -110,6 +110,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
+    # the files that take longest first, so that no process ends long after the others
+    long = {item.path for item in items if item.get_closest_marker("smollm2")}
+    items.sort(key=lambda item: item.path not in long)
     for item in items:
         for mark in item.iter_markers("support"):
             good = "refused" if mark.kwargs.get("refused") else "supported"

@@ -50,8 +50,8 @@ def test_make_targets_exist():
 
 
 def test_every_file_is_on_the_map():
-    for path in (ROOT / "peft_ila").glob("*.py"):
-        assert path.name == "__init__.py" or f"{path.name}`" in README, path.name
+    for path in (ROOT / "peft_ila").rglob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.stem}`" in README or f"{path.name}`" in README, path.name
 
 
 def test_links_inside_the_repository_resolve():

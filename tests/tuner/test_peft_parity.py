@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import build
+from models import adapted, build
 from peft import LoraConfig, get_peft_model
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
@@ -24,11 +24,11 @@ def test_saving_a_shard_warns(llama, tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "w1", "w2", "w3"], r".*\.(q_proj|w2)"])
-def test_experts_that_lora_would_reach_are_named_in_a_warning(targets):
-    assert get_peft_model(build("mixtral"), LoraConfig(target_modules=targets)).base_model.targeted_parameter_names
-    with pytest.warns(UserWarning, match="the experts of this model are parameters"):
-        model = get_peft_model(build("mixtral"), ILAConfig(target_modules=targets))
-    assert len(model.gates()) == 5
+def test_experts_that_lora_reaches_are_reached(targets):
+    lora = get_peft_model(build("mixtral"), LoraConfig(target_modules=targets))
+    assert lora.base_model.targeted_parameter_names
+    model = get_peft_model(build("mixtral"), ILAConfig(target_modules=targets, granularity="module"))
+    assert set(model.gates()) == adapted(model) == adapted(lora)
 
 
 def test_gated_layers_are_printed_as_those_of_lora(llama):
