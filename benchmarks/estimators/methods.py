@@ -42,7 +42,11 @@ def gated(adapter: Path, granularity: Any) -> PeftModel:
         return PeftModel.from_pretrained(base_model(), plain, config=config, is_trainable=True)
 
 
-def measure(demo: Path, granularity: Any, found: dict[str, Any], output: Path, figures: dict[str, Any]) -> None:
+def measure(demo: Path, granularity: Any, methods: list[str], output: Path, figures: dict[str, Any]) -> None:
+    found = figures.setdefault(granularity, {})
+    todo = [name for name in methods if name not in found]
+    if not todo:
+        return
     model = gated(demo / "part_a" / "adapter", granularity)
     ranker, held_out = (
         measuring_trainer(model, smollm2(), demo / "data" / f"{d}.jsonl") for d in ("part_a", "held_out")
@@ -51,10 +55,8 @@ def measure(demo: Path, granularity: Any, found: dict[str, Any], output: Path, f
     with model.disable_adapter():
         closed = held_out.evaluate()["eval_loss"]
     print(f"{granularity}: held-out loss {closed:.3f} → {opened:.3f}", flush=True)
-    for name, settings in METHODS.items():
-        if name in found:
-            continue
-        importance = learn_gates(ranker, **settings)
+    for name in todo:
+        importance = learn_gates(ranker, **METHODS[name])
         row: dict[str, Any] = {"scores": importance.scores, "learn_gates": importance.metadata["learn_gates"]}
         reference = LayerImportance(importance.units, found.get("attribution", row)["scores"])
         row["overlap@75"], row["overlap@30"] = (importance.overlap(reference, share) for share in (0.75, 0.3))
@@ -71,11 +73,12 @@ def measure(demo: Path, granularity: Any, found: dict[str, Any], output: Path, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True, help="the output of `peft-ila demo`")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--output", type=Path, required=True, help="what it holds already is not computed again")
     args = parser.parse_args()
     figures: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     for granularity in ("layer", "module"):
-        measure(args.demo, granularity, figures.setdefault(granularity, {}), args.output, figures)
+        measure(args.demo, granularity, args.methods, args.output, figures)
     columns = ["overlap@75", "overlap@30", "Spearman", *(f"kept at {share:.0%}" for share in SHARES)]
     print(f"| unit | method | steps | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 3)}")
     for granularity in ("layer", "module"):

@@ -77,7 +77,8 @@ def to_lora_config(
     parameters = expected & targets.parameters.keys()
     if parameters and "target_parameters" not in options:
         raise TypeError(f"{config_cls.__name__} cannot target parameters, such as {min(parameters)!r}.")
-    skeleton = None if model is None else meta_skeleton(model, expected)
+    # all names, not only the selected ones, tell a model from its decoder alone
+    skeleton = None if model is None else meta_skeleton(model, targets.of(targets.modules))
     names = _Names(targets) if skeleton is None else _Names.of_model(skeleton)
     if missing := sorted(expected - names.modules - names.parameters):
         raise ValueError(

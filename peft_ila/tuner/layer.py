@@ -7,7 +7,9 @@ of a parameter (fused experts), which has no activation of its own, is gated at 
 such as DoRA, which is no product, at its difference from the base layer. Changes with PEFT's LoRA layers.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -186,6 +188,46 @@ def _soft_adapter(layer: Any) -> str | None:
     return names[0] if bare and "forward" not in vars(lora_B) else None
 
 
+class _ProbedWeight(torch.autograd.Function):
+    """
+    A weight as it is, and the gradient of γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂weight, left @ right⟩.
+
+    Args:
+        weight: Of shape (experts, rows, columns).
+        score: Of shape (1,); its gradient is ∂L/∂γ.
+        left: Of shape (experts, rows, r).
+        right: Of shape (experts, r, columns).
+        scaling: α/r.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, score: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.scaling = scaling
+        return weight.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        worth = (left.transpose(1, 2).to(grad.dtype) @ grad).float().mul_(right.float()).sum()
+        return None, (worth * ctx.scaling).view(1), None, None, None
+
+
+class _ParameterProbe(nn.Module):
+    """What PEFT puts in place of a parameter, for a gate that is probed."""
+
+    def __init__(self, gate: Gate, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
+        super().__init__()
+        self.of = (gate, left.detach(), right.detach(), scaling)  # in a tuple: the gate is registered elsewhere
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        gate, left, right, scaling = self.of
+        return _ProbedWeight.apply(weight, gate.weight.to(weight.device), left, right, scaling)
+
+
 class _GatedVariant:
     """
     A variant of LoRA, such as DoRA, whose output, or merged weight, is gated at its difference from the base layer's:
@@ -240,6 +282,25 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
             return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name
 
     class GatedParameter(Gated):
+        @contextlib.contextmanager
+        def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+            probed = [name for name in active_adapters if name in self.gates and self.gates[name].probed]
+            if len(active_adapters) != 1 or not probed or self.num_experts == 1:
+                with super()._activate_lora(active_adapters):
+                    yield
+                return
+            # as PEFT, but with the parameter itself instead of a sum of its size, which would be kept
+            probe = _ParameterProbe(self.gates[probed[0]], *super().get_delta_factors(probed[0]))
+            module, name = self.get_base_layer(), self.parameter_name
+            requires_grad = self.get_param().requires_grad
+            nn.utils.parametrize.register_parametrization(module, name, probe)
+            module.parametrizations[name].original.requires_grad_(requires_grad)
+            try:
+                with nn.utils.parametrize.cached():
+                    yield
+            finally:
+                self._remove_parametrizations()
+
         def get_delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
             left, right, scaling = super().get_delta_factors(adapter)
             return left, self.gates[adapter](right), scaling
