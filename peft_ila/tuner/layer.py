@@ -281,7 +281,15 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name
 
-    class GatedParameter(Gated):
+    gated = _gated_parameter(Gated) if issubclass(base, ParamWrapper) else _gated_module(Gated)
+    # what PEFT prints, and tells linear layers by
+    gated.__name__ = gated.__qualname__ = base.__name__
+    gated.__module__ = base.__module__
+    return gated
+
+
+def _gated_parameter(gated: Any) -> Any:
+    class GatedParameter(gated):
         @contextlib.contextmanager
         def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
             probed = [name for name in active_adapters if name in self.gates and self.gates[name].probed]
@@ -305,7 +313,11 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
             left, right, scaling = super().get_delta_factors(adapter)
             return left, self.gates[adapter](right), scaling
 
-    class GatedModule(Gated):
+    return GatedParameter
+
+
+def _gated_module(gated: Any) -> Any:
+    class GatedModule(gated):
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             adapter = _soft_adapter(self)
             if adapter is None or len(args) != 1 or kwargs:  # such as the adapters of a mixed batch
@@ -334,11 +346,7 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
                 output = output if name in self.lora_variant else self.gates[name](output)
             return output
 
-    gated = GatedParameter if issubclass(base, ParamWrapper) else GatedModule
-    # what PEFT prints, and tells linear layers by
-    gated.__name__ = gated.__qualname__ = base.__name__
-    gated.__module__ = base.__module__
-    return gated
+    return GatedModule
 
 
 def _new_gated(base: type[LoraLayer]) -> LoraLayer:
