@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -119,6 +120,18 @@ def pytest_collection_modifyitems(items):
             item.user_properties.append(("support", [*mark.args, good]))  # goes with the reports of other processes
 
 
+def _breadth() -> str:
+    """What `benchmarks/breadth.py` found in all of transformers."""
+    figures = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "breadth.json").read_text())
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(figures["counts"].items()))
+    versions = figures["made_by"]["versions"]
+    return f"""
+Of the model classes of transformers {versions["transformers"]}, gated and exported on the meta device by `python -m
+benchmarks.breadth`, which compares with what plain PEFT injects: {counts}
+({sum(figures["counts"].values())} tried so far). *Not built*: from its default configuration, with few layers or with all.
+"""
+
+
 class SupportTable:
     """Collects the outcomes of the tests marked `@pytest.mark.support(section, row, refused=False)`."""
 
@@ -134,7 +147,7 @@ class SupportTable:
             self.rows[section][row].append((outcome, report.location[0]))
 
     def pytest_sessionfinish(self):
-        text = _SUPPORT_HEAD
+        text = _SUPPORT_HEAD + _breadth()
         for section in sorted(self.rows):
             text += f"\n## {section}\n\n| | | tests |\n|---|---|---|\n"
             for row, results in sorted(self.rows[section].items()):
