@@ -128,7 +128,7 @@ def _breadth() -> str:
     return f"""
 Of the model classes of transformers {versions["transformers"]}, gated and exported on the meta device by `python -m
 benchmarks.breadth`, which compares with what plain PEFT injects: {counts}
-({sum(figures["counts"].values())} tried so far). *Not built*: from its default configuration, with few layers or with all.
+({sum(figures["counts"].values())} tried so far). *Not built*: from its default configuration.
 """
 
 
