@@ -28,7 +28,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --support-table=docs/support.md
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --support-table=docs/support.md
 
 demo: install
 	$(BIN)/peft-ila demo --output_dir demo_output
