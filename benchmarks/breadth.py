@@ -30,7 +30,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from benchmarks.record import save
-from peft_ila import ILAConfig
+from peft_ila import ILAConfig, LayerImportance
 from peft_ila.export.plain import to_plain_lora
 
 MAPPINGS = (
@@ -134,12 +134,13 @@ def differences(name: str, config: PretrainedConfig, shares: tuple[float, ...] =
         if adapted(model) != expected:
             found.append(f"{granularity}: ILA adapts {len(adapted(model))}, LoRA {len(expected or ())}")
             continue
-        found += [f"{granularity}, {line}" for line in _selections(name, config, model, shares)]
-        found += [f"{granularity}, {line}" for line in _export(name, config, model)]
+        importance = _ranking(model)
+        found += [f"{granularity}, {line}" for line in _selections(name, config, importance, shares)]
+        found += [f"{granularity}, {line}" for line in _export(name, config, model, importance)]
     return found
 
 
-def _ranking(model: PeftModel) -> Any:
+def _ranking(model: PeftModel) -> LayerImportance:
     # the scores of a model on the meta device are on it too
     for gate in model.gates().values():
         gate.weight = torch.nn.Parameter(torch.zeros(1))
@@ -149,8 +150,9 @@ def _ranking(model: PeftModel) -> Any:
     return importance
 
 
-def _selections(name: str, config: PretrainedConfig, model: PeftModel, shares: tuple[float, ...]) -> list[str]:
-    importance = _ranking(model)
+def _selections(
+    name: str, config: PretrainedConfig, importance: LayerImportance, shares: tuple[float, ...]
+) -> list[str]:
     found, right = [], []
     given = {"the model": build(name, config), "its configuration": copy.deepcopy(config), "neither": None}
     for share in shares:
@@ -171,8 +173,7 @@ def _selections(name: str, config: PretrainedConfig, model: PeftModel, shares: t
     return found
 
 
-def _export(name: str, config: PretrainedConfig, model: PeftModel) -> list[str]:
-    importance = _ranking(model)
+def _export(name: str, config: PretrainedConfig, model: PeftModel, importance: LayerImportance) -> list[str]:
     selected = importance.select(top_p=0.3)
     model.apply_mask(selected)
     base = model.base_model.model

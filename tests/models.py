@@ -5,7 +5,6 @@ import random
 import torch
 import transformers
 from peft import get_peft_model
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
     BartConfig,
@@ -28,6 +27,7 @@ from transformers import (
     T5Config,
 )
 
+from benchmarks.breadth import adapted
 from peft_ila import ILAConfig, LayerImportance
 
 SMALL = {
@@ -96,18 +96,6 @@ def ranked(model, granularity="layer", seed=0, **kwargs) -> LayerImportance:
     for gate in ila.gates().values():
         gate.weight.data.fill_(scores.uniform(-3, 3))
     return ila.layer_importance()
-
-
-def adapted(model) -> set[str]:
-    """The modules and parameters that LoRA adapts in a model of PEFT, read off the model itself."""
-    found = set()
-    for path, module in model.named_modules():
-        path = path.removeprefix("base_model.model.")
-        if isinstance(module, ParamWrapper):
-            found.add(f"{path.replace('.base_layer', '')}.{module.parameter_name}")
-        elif hasattr(module, "lora_A"):
-            found.add(path)
-    return found
 
 
 def injected(model, config) -> set[str]:

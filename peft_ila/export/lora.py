@@ -79,7 +79,7 @@ def to_lora_config(
         raise TypeError(f"{config_cls.__name__} cannot target parameters, such as {min(parameters)!r}.")
     # all names, not only the selected ones, tell a model from its decoder alone
     skeleton = None if model is None else meta_skeleton(model, targets.of(targets.modules))
-    names = _Names(targets) if skeleton is None else _Names.of_model(skeleton)
+    names = _Names.of_ranking(targets) if skeleton is None else _Names.of_model(skeleton)
     if missing := sorted(expected - names.modules - names.parameters):
         raise ValueError(
             f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
@@ -106,19 +106,22 @@ def to_lora_config(
 class _Names:
     """The names of a model's modules and parameters, for what PEFT asks of a model before it looks at any of them."""
 
-    def __init__(self, targets: Targets) -> None:
-        every = targets.of(targets.modules)
-        self.parameters = set(targets.parameters)
-        self.modules = (every - self.parameters) | set(targets.lookalikes)
-        self.config = SimpleNamespace(model_type=targets.model_type)
+    def __init__(self, modules: set[str], parameters: set[str], model_type: str | None) -> None:
+        self.modules = modules
+        self.parameters = parameters
+        self.config = SimpleNamespace(model_type=model_type)
+
+    @classmethod
+    def of_ranking(cls, targets: Targets) -> "_Names":
+        parameters = set(targets.parameters)
+        modules = targets.of(targets.modules) - parameters | set(targets.lookalikes)
+        return cls(modules, parameters, targets.model_type)
 
     @classmethod
     def of_model(cls, model: nn.Module) -> "_Names":
-        names = cls(Targets({}))
-        names.modules = {name for name, _ in model.named_modules() if name}
-        names.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        names.config = SimpleNamespace(model_type=getattr(getattr(model, "config", None), "model_type", None))
-        return names
+        modules = {name for name, _ in model.named_modules() if name}
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        return cls(modules, parameters, getattr(getattr(model, "config", None), "model_type", None))
 
     def named_modules(self) -> Iterator[tuple[str, None]]:
         return ((name, None) for name in self.modules)

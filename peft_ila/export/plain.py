@@ -51,13 +51,17 @@ def to_plain_lora(
     parameters = config.gated_parameters or {}
     gates: dict[str, torch.Tensor] = {}
     modules: dict[str, list[str]] = {}
+    units: dict[str, str] = {}  # by the path of a LoRA layer
     for key, tensor in state_dict.items():
-        path, _, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
-        unit = unit_of(parameters.get(path, path), config.granularity)
+        path, is_lora, part = _split(key)
+        name = parameters.get(path, path)
+        unit = unit_of(name, config.granularity)
+        if is_lora:
+            units[path] = unit
         if part.startswith("gate"):
             gates[unit] = torch.sigmoid(tensor.float())
         elif part.startswith(("A", "embedding_A")):
-            modules.setdefault(unit, []).append(parameters.get(path, path))
+            modules.setdefault(unit, []).append(name)
     if missing := sorted(modules.keys() - gates.keys()):
         raise ValueError(f"The adapter holds no gate for {missing[0]!r}; is it an ILA adapter of this configuration?")
     between = config.gate_mode in ("joint", "soft")
@@ -68,16 +72,14 @@ def to_plain_lora(
         )
 
     kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(modules)
-    paths = {key.removeprefix(SAVED_PREFIX).partition(".lora_")[0] for key in state_dict if ".lora_A." in key}
-    paths = {path for path in paths if unit_of(parameters.get(path, path), config.granularity) in kept}
+    paths = {path for path, unit in units.items() if unit in kept}
     tensors = {}
     for key, tensor in state_dict.items():
-        path, is_lora, part = key.removeprefix(SAVED_PREFIX).partition(".lora_")
-        unit = unit_of(parameters.get(path, path), config.granularity)
-        if is_lora and (part.startswith("gate") or unit not in kept):
+        path, is_lora, part = _split(key)
+        if is_lora and (part.startswith("gate") or path not in paths):
             continue
         if part.startswith(("B", "embedding_B")) and between:
-            tensor = (tensor * gates[unit].to(tensor.device)).to(tensor.dtype)
+            tensor = (tensor * gates[units[path]].to(tensor.device)).to(tensor.dtype)
         tensors[_key_in_plain_lora(key, path, paths, path in parameters)] = tensor.contiguous()
 
     options = lora_options(config)
@@ -91,6 +93,11 @@ def to_plain_lora(
         modules = {name: [name] for own in modules.values() for name in own}
         selected = [name for name in modules if unit_of(name, config.granularity) in kept]
     return tensors, to_lora_config(Targets(modules, lookalikes or (), ranks, model_type), selected, **options)
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """The path of a LoRA layer in the base model, ".lora_", and which of its tensors; the last two empty if none."""
+    return key.removeprefix(SAVED_PREFIX).partition(".lora_")
 
 
 def _key_in_plain_lora(key: str, path: str, kept: set[str], is_parameter: bool) -> str:

@@ -106,7 +106,9 @@ class ILAModel(LoraModel):
 
     def _settle(self, adapter_name: str) -> None:
         _keep_gradients_of_4bit(self.model)
-        parameters = {path: name for path, name, layer in self._gated_layers(adapter_name) if _is_of_parameter(layer)}
+        parameters = {
+            path: name for path, name, layer in self._gated_layers(adapter_name) if isinstance(layer, ParamWrapper)
+        }
         if parameters:
             self.change_config(adapter_name, gated_parameters=parameters)
         self._apply_mode(adapter_name)
@@ -142,7 +144,7 @@ class ILAModel(LoraModel):
         layer: Any
         for key, layer in targets:
             for name in configs:
-                if name in layer.r and (_is_of_parameter(layer) or ".base_layer." not in key):
+                if name in layer.r and (isinstance(layer, ParamWrapper) or ".base_layer." not in key):
                     tuner._add_gate(layer, target_name(key, layer), name)
         for name in configs:
             tuner._settle(name)
@@ -363,7 +365,9 @@ class ILAModel(LoraModel):
                 if name.rpartition(".")[2] in last_components and name not in gated
             ],
             parameters={
-                name: layer.r[adapter_name] / config.r for name, layer in gated.items() if _is_of_parameter(layer)
+                name: layer.r[adapter_name] / config.r
+                for name, layer in gated.items()
+                if isinstance(layer, ParamWrapper)
             },
         )
 
@@ -463,10 +467,6 @@ def _has_embeddings(model: Any) -> bool:
         return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
     except NotImplementedError:
         return False
-
-
-def _is_of_parameter(layer: nn.Module) -> bool:
-    return isinstance(layer, ParamWrapper)
 
 
 def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:

@@ -205,9 +205,7 @@ def test_exactly_the_selected_are_injected(tmp_path, name, granularity):
     full = get_peft_model(build(name), LoraConfig(**options(name)))
     for path, module in full.named_modules():
         if hasattr(module, "lora_A"):
-            unit = path.removeprefix(PREFIX).replace(".base_layer", "")
-            unit = f"{unit}.{module.parameter_name}" if isinstance(module, ParamWrapper) else unit
-            ranks[unit] = (module.r["default"], module.scaling["default"])
+            ranks[target_name(path.removeprefix(PREFIX), module)] = (module.r["default"], module.scaling["default"])
     for share in (0.1, 0.3, 0.75, 1.0):
         selected = importance.select(top_p=share)
         expected = {module for unit in selected for module in importance.modules[unit]}
@@ -218,8 +216,7 @@ def test_exactly_the_selected_are_injected(tmp_path, name, granularity):
             assert adapted(plain) == expected
             for path, module in plain.named_modules():
                 if hasattr(module, "lora_A"):
-                    unit = path.removeprefix(PREFIX).replace(".base_layer", "")
-                    unit = f"{unit}.{module.parameter_name}" if isinstance(module, ParamWrapper) else unit
+                    unit = target_name(path.removeprefix(PREFIX), module)
                     assert (module.r["default"], module.scaling["default"]) == ranks[unit]
 
 
