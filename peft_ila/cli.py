@@ -9,6 +9,7 @@ scripts, so each works as a flag and from YAML (`--config`).
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ from typing import Any
 from .export.plain import export_adapter
 from .ranking.importance import LayerImportance
 from .ranking.table import comparison_table, ranking_table
-from .workflows.arguments import RankArguments, SelectionArguments, TuneArguments, model_name, required
+from .workflows.arguments import RankArguments, SelectionArguments, TuneArguments, required
 from .workflows.convert import Format
 from .workflows.convert import convert as write_conversion
+from .workflows.models import model_name
 
 
 @dataclass
@@ -141,6 +143,7 @@ def demo(args: DemoArguments) -> None:
     run(Path(required(args.output_dir, "output_dir")))
 
 
+TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
 _COMMANDS = ("rank", "convert", "tune", "export", "compare", "plot", "demo")
 
 
@@ -173,12 +176,50 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[An
     if command in ("rank", "tune"):
         # SFTConfig's learning rate is for full tuning (this is TRL's advice for LoRA), its bf16 fails without a GPU.
         parser.set_defaults(learning_rate=2e-4, bf16=is_torch_bf16_gpu_available())
+    if "--config" in argv:
+        position = argv.index("--config") + 1
+        if position == len(argv):
+            raise ValueError("`--config` needs the path of a YAML file.")
+        argv = [*argv[:position], os.path.expanduser(argv[position]), *argv[position + 1 :]]
     arguments: Any = parser.parse_args_and_config(argv)
     return function, arguments
 
 
+# what holds a path, or may: `~` is the user's home in all of them
+_PATHS = (
+    "output_dir",
+    "output",
+    "importance",
+    "adapter",
+    "tuned_model",
+    "model_name_or_path",
+    "dataset_name",
+    "resume_from_checkpoint",
+)
+
+
+def _expand_paths(arguments: tuple[Any, ...]) -> None:
+    for group in arguments:
+        for name in _PATHS:
+            value = getattr(group, name, None)
+            if isinstance(value, str):
+                setattr(group, name, os.path.expanduser(value))
+            elif isinstance(value, list):
+                setattr(group, name, [os.path.expanduser(path) for path in value])
+        if str(getattr(group, "resume_from_checkpoint", None)).lower() in ("false", "none"):
+            group.resume_from_checkpoint = None  # transformers takes it for a path
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, (OSError, ValueError, TypeError, ImportError)):
+        text = f"{type(error).__name__}: {text} (`{TRACEBACK}=1` shows where)"
+    # from files of others: no control sequences for the terminal
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; bad input ends it with one line on stderr and exit code 1."""
+    """Run a command; whatever goes wrong ends it with one line on stderr and exit code 1, Ctrl-C with 130."""
     argv = sys.argv[1:] if argv is None else argv
     top = argparse.ArgumentParser(prog="peft-ila", description="Rank the layers of a model, tune the important ones.")
     top.add_argument("command", choices=_COMMANDS, help="`peft-ila COMMAND --help` lists its options")
@@ -187,10 +228,15 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("peft_ila").setLevel(logging.INFO)
     try:
         function, arguments = _parse(command, argv[1:])
+        _expand_paths(arguments)
         function(*arguments)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        message = " ".join(str(error).split())
-        raise SystemExit(f"peft-ila {command}: error: {message}") from error
+    except KeyboardInterrupt:
+        print(f"peft-ila {command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            raise
+        raise SystemExit(f"peft-ila {command}: error: {_one_line(error)}") from error
 
 
 if __name__ == "__main__":

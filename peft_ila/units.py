@@ -10,6 +10,23 @@ Granularity = Literal["layer", "module"]
 _DECODER_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?[^.\d][^.]*)\.(?P<index>\d+)(?=\.|$)")
 
 
+_LONGEST = 1000  # characters of a name; those of real models have about 100
+
+
+def check_name(name: object) -> None:
+    """
+    Check that a string from outside can be the name of a module or parameter.
+
+    Raises:
+        TypeError: It is no string.
+        ValueError: It is empty, has an empty part, cannot be printed, or is endless.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a module must be a string, got a {type(name).__name__}.")
+    if not name.isprintable() or not all(name.split(".")) or len(name) > _LONGEST:
+        raise ValueError(f"{name[:80]!r} cannot be the name of a module, such as 'model.layers.3.mlp.up_proj'.")
+
+
 def split_layer(name: str) -> tuple[str, int] | None:
     """Split a module name into its stack and layer index.
 

@@ -61,8 +61,7 @@ def input_ids() -> torch.Tensor:
 WORDS = [f"w{i}" for i in range(58)]
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def tiny_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +79,11 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def dialogues() -> list[dict]:
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def tiny_dialogues() -> list[dict]:
     """Answers that follow from the question, so that there is something to learn."""
     rows = []
     for i in range(48):
@@ -92,6 +95,11 @@ def dialogues() -> list[dict]:
             }
         )
     return rows
+
+
+@pytest.fixture(scope="session")
+def dialogues() -> list[dict]:
+    return tiny_dialogues()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

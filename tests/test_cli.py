@@ -14,11 +14,13 @@ from huggingface_hub import HfApi, RepoUrl
 from models import build
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from peft_ila import LayerImportance
 from peft_ila.cli import main
 from peft_ila.embedded import write_jsonl
+from peft_ila.export.skeleton import meta_skeleton
+from peft_ila.workflows.data import load_dataset
 
 TRAINING = (
     "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 6 "
@@ -159,7 +161,7 @@ def test_another_adapter_in_the_same_directory(workspace, ranked, tmp_path, monk
     rank(workspace, tmp_path / "other", "--seed", "7", "--save_strategy", "no")
     saving = ["--output_dir", str(tmp_path / "out"), "--save_strategy", "steps", "--save_steps", "2"]
     rank(workspace, tmp_path / "out", *saving, "--adapter", str(ranked / "adapter"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr("peft_ila.workflows.rank.learn_gates", interrupted)
         rank(workspace, tmp_path / "out", *saving, "--adapter", str(tmp_path / "other" / "adapter"))
     arguments = ["--adapter", str(tmp_path / "other" / "adapter"), "--resume_from_checkpoint", "True"]
@@ -168,10 +170,11 @@ def test_another_adapter_in_the_same_directory(workspace, ranked, tmp_path, monk
     for name, value in other.items():
         if "lora_gate" not in name:
             assert torch.equal(out[name], value)
-    # the adapter that is ranked may be that of the same directory
-    rank(workspace, tmp_path / "other", "--adapter", str(tmp_path / "other" / "adapter"))
+    # the adapter that is ranked may not be the one that would be replaced
+    with pytest.raises(SystemExit, match="would be replaced by the ranked one; choose another `output_dir`"):
+        rank(workspace, tmp_path / "other", "--adapter", str(tmp_path / "other" / "adapter"))
     again = load_file(tmp_path / "other" / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(again[name], value) for name, value in other.items() if "lora_gate" not in name)
+    assert all(torch.equal(again[name], value) for name, value in other.items())
 
 
 def test_a_compiled_model_is_saved(workspace, tmp_path):
@@ -204,7 +207,7 @@ def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
 
 def test_an_adapter_that_was_not_ranked_is_not_trained_anew(workspace, tmp_path, monkeypatch):
     """Stage 1 may end before the trainer saves its first checkpoint."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr("peft_ila.workflows.rank.learn_gates", interrupted)
         rank(workspace, tmp_path)
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -433,6 +436,7 @@ def error_of(arguments, capsys) -> str:
         (["rank", "--dataset_name", "d.jsonl"], "`--model_name_or_path` is required"),
         (["demo"], "`--output_dir` is required"),
         (["tune", "--model_name_or_path", "m"], "`--importance` is required"),
+        (["rank", "--config"], "`--config` needs the path of a YAML file"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys):
@@ -454,18 +458,117 @@ def test_errors_are_one_line(arguments, message, capsys):
         ('{"messages": "hello"}\n', "line 1: `messages` is 'hello'"),
         ('{"messages": []}\n', r"line 1: `messages` is \[\]"),
         ('{"text": ["hello"]}\n', r"line 1: `text` is \['hello'\]"),
+        ('{"messages": [{"role": "user", "content": null}]}\n', r"line 1: `messages` holds .*not a message with"),
+        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', "line 2: `text` is None"),
+        (
+            '{"text": "a", "x": 1}\n{"text": "a", "x": [1]}\n',
+            "line 2: `x` is a list, but a number in an example before",
+        ),
+        ('{"text": "a", "x": [1]}\n{"text": "a", "x": ["b"]}\n', "bad.jsonl have values of different kinds"),
+        ("[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
+        ('{"text": "a"}\n{"text": [' + "1, " * 9999 + "1]}", "line 2: `text` is "),
+        ('{"text": "ä"}\n'.encode("latin-1"), "line 1 is not UTF-8"),
+        ('{"text": "a"}\n'.encode("utf-16"), "line 1 is not UTF-8"),
         (None, "There is no data file"),
     ],
 )
 def test_bad_data(workspace, tmp_path, content, message, capsys):
     path = tmp_path / "bad.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     arguments = ["rank", "--model_name_or_path", str(workspace / "model"), "--dataset_name", str(path), *TRAINING]
     error = error_of([*arguments, "--output_dir", str(tmp_path / "out")], capsys)
     assert re.search(message, error), error
-    assert "\n" not in error
+    assert "\n" not in error and len(error) < 500
     assert not (tmp_path / "out" / "importance.json").exists()
+
+
+def test_data_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert load_dataset(str(tmp_path / "data.jsonl"))["text"] == ["a"]
+
+
+def test_a_directory_as_data(tmp_path):
+    with pytest.raises(ValueError, match="is an empty directory. Pass a `.jsonl` file"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "notes.bin").write_bytes(b"\0")
+    with pytest.raises((ValueError, OSError)):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_size": "a"}, "The configuration of .*model cannot be read"),
+        ({"hidden_size": -1}, "No model can be built of this LlamaConfig|cannot be read"),
+        ({"hidden_size": 10**40}, "No model can be built of this LlamaConfig|cannot be read"),
+        ({"num_hidden_layers": 10**12}, "has `num_hidden_layers` 1000000000000, more than 10000"),
+        (None, "is not JSON"),
+    ],
+)
+def test_impossible_models(workspace, ranked, tmp_path, change, message, capsys):
+    model = shutil.copytree(workspace / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text("{" if change is None else json.dumps(config | change))
+    arguments = ["convert", str(ranked / "importance.json"), "--top_k", "1", "--output_dir", str(tmp_path / "lora")]
+    error = error_of([*arguments, "--model_name_or_path", str(model)], capsys)
+    assert re.search(message, error), error
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("architecture", ["Trainer", "HfArgumentParser", "GPT2LMHeadModel", "logging", 5])
+def test_only_models_of_a_configuration_are_built(architecture):
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=8)
+    config.architectures = [architecture]
+    assert type(meta_skeleton(config)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_tokenizer_of_another_model(workspace, tmp_path, capsys):
+    model = shutil.copytree(workspace / "model", tmp_path / "model")
+    tiny_llama(vocab_size=20).save_pretrained(model)
+    with pytest.raises(SystemExit, match="has the token .* by this tokenizer, but the model knows only 20"):
+        rank(tmp_path, tmp_path / "out", "--dataset_name", str(workspace / "data.jsonl"))
+
+
+def test_a_template_that_refuses_the_data(workspace, tmp_path):
+    model = shutil.copytree(workspace / "model", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(SystemExit, match=r"cannot be trained on .*data.jsonl: .*roles must alternate"):
+        rank(tmp_path, tmp_path / "out", "--dataset_name", str(workspace / "data.jsonl"))
+
+
+def test_a_damaged_model(workspace, tmp_path):
+    model = shutil.copytree(workspace / "model", tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(SystemExit, match="model.safetensors is damaged or no safetensors file"):
+        rank(tmp_path, tmp_path / "out", "--dataset_name", str(workspace / "data.jsonl"))
+
+
+def test_one_target_is_a_name(workspace, tmp_path):
+    rank(workspace, tmp_path, "--lora_target_modules", "q_proj", "--gate_steps", "4")
+    modules = LayerImportance.load(tmp_path / "importance.json").modules
+    assert modules["model.layers.0"] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_ctrl_c(ranked, monkeypatch, capsys):
+    monkeypatch.setattr("peft_ila.cli.LayerImportance.load", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", "a.json", "b.json"])
+    assert exit_.value.code == 130 and capsys.readouterr().err == "peft-ila compare: interrupted\n"
+
+
+def test_an_error_of_our_own(monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError("division\nby zero \x1b[2J")
+
+    monkeypatch.setattr("peft_ila.cli.LayerImportance.load", broken)
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", "a.json", "b.json"])
+    assert exit_.value.code.startswith("peft-ila compare: error: ZeroDivisionError: division by zero ?[2J (`PEFT_ILA_")
+    monkeypatch.setenv("PEFT_ILA_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["compare", "a.json", "b.json"])
 
 
 def test_bad_shares_and_targets(workspace, ranked, tmp_path, capsys):
@@ -475,7 +578,7 @@ def test_bad_shares_and_targets(workspace, ranked, tmp_path, capsys):
     assert "exactly one of" in error_of(["convert", ranking, "--output_dir", str(tmp_path)], capsys)
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     arguments = ["rank", *data, *TRAINING, "--output_dir", str(tmp_path / "out"), "--lora_target_modules", "query"]
-    assert "Target modules query not found in the base model" in error_of(arguments, capsys)
+    assert "Target modules {'query'} not found in the base model" in error_of(arguments, capsys)
     assert "at least two rankings" in error_of(["compare", ranking], capsys)
 
 

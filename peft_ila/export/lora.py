@@ -137,10 +137,32 @@ class _Names:
             convert_peft_config_for_transformers(config, stand_in, None)
         except ValueError:
             return None
-        modules = {name for name in self.modules if config.target_modules and check_target_module_exists(config, name)}
+        modules = self._targeted(config) if config.target_modules else set()
         wanted = tuple(getattr(config, "target_parameters", None) or ())
         endings = tuple(f".{name}" for name in wanted)
         return modules | {name for name in self.parameters if name in wanted or name.endswith(endings)}
+
+    def _targeted(self, config: Any) -> set[str]:
+        if isinstance(config.target_modules, str):
+            return {name for name in self.modules if check_target_module_exists(config, name)}
+        # PEFT compares each name with each target; only those with a target as their last parts need be asked about
+        targets = set(config.target_modules)
+        if config.layers_to_transform is not None:
+            config.layers_to_transform = set(config.layers_to_transform)
+        certain = targets if not config.modules_to_save else set()
+        return {
+            name
+            for name in self.modules
+            if name in certain or (_ends_in(name, targets) and check_target_module_exists(config, name))
+        }
+
+
+def _ends_in(name: str, endings: set[str]) -> bool:
+    while name not in endings:
+        _, dot, name = name.partition(".")
+        if not dot:
+            return False
+    return True
 
 
 def _set_ranks(config: Any, multiples: Mapping[str, float]) -> None:
@@ -172,7 +194,7 @@ def _target_candidates(targets: Targets, selected: Sequence[str], modules: set[s
         if len(stacks) == 1:
             # inserted in a regular expression by PEFT
             stack = stacks.pop()
-            patterns += [stack.rpartition(".")[2], re.escape(stack)]
+            patterns += [re.escape(stack.rpartition(".")[2]), re.escape(stack)]
         for pattern in patterns:
             for names in (short, within):
                 yield {"target_modules": names, "layers_to_transform": indices, "layers_pattern": pattern}

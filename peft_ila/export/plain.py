@@ -1,22 +1,15 @@
 """From a gated adapter to the plain LoRA adapter that computes the same. Changes with how PEFT saves adapters."""
 
-import copy
 import os
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig
 
-from ..files import whole_file
 from ..units import unit_of
+from .adapters import SAVED_PREFIX, adapter_directory, read_adapter, read_config, save_adapter, split_key
 from .lora import DECIDED_BY_SELECTION, Targets, to_lora_config
-
-# what PeftModel puts before the names of the base model's modules
-SAVED_PREFIX = "base_model.model."
 
 
 def lora_options(config: LoraConfig) -> dict[str, Any]:
@@ -53,7 +46,7 @@ def to_plain_lora(
     modules: dict[str, list[str]] = {}
     units: dict[str, str] = {}  # by the path of a LoRA layer
     for key, tensor in state_dict.items():
-        path, is_lora, part = _split(key)
+        path, is_lora, part = split_key(key)
         name = parameters.get(path, path)
         unit = unit_of(name, config.granularity)
         if is_lora:
@@ -75,7 +68,7 @@ def to_plain_lora(
     paths = {path for path, unit in units.items() if unit in kept}
     tensors = {}
     for key, tensor in state_dict.items():
-        path, is_lora, part = _split(key)
+        path, is_lora, part = split_key(key)
         if is_lora and (part.startswith("gate") or path not in paths):
             continue
         if part.startswith(("B", "embedding_B")) and between:
@@ -93,11 +86,6 @@ def to_plain_lora(
         modules = {name: [name] for own in modules.values() for name in own}
         selected = [name for name in modules if unit_of(name, config.granularity) in kept]
     return tensors, to_lora_config(Targets(modules, lookalikes or (), ranks, model_type), selected, **options)
-
-
-def _split(key: str) -> tuple[str, str, str]:
-    """The path of a LoRA layer in the base model, ".lora_", and which of its tensors; the last two empty if none."""
-    return key.removeprefix(SAVED_PREFIX).partition(".lora_")
 
 
 def _key_in_plain_lora(key: str, path: str, kept: set[str], is_parameter: bool) -> str:
@@ -124,26 +112,14 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
         output_dir: Where to write the same two files.
 
     Raises:
-        ValueError: There is no ILA adapter in `adapter_dir`.
+        FileNotFoundError: There is no adapter in `adapter_dir`.
+        ValueError: It is no ILA adapter, or a damaged one.
     """
-    config: Any = PeftConfig.from_pretrained(str(adapter_dir))
-    if config.peft_type != "ILA":
-        raise ValueError(f"{adapter_dir} holds an adapter of type {config.peft_type.value}, not ILA.")
-    tensors, lora = to_plain_lora(load_file(Path(adapter_dir) / SAFETENSORS_WEIGHTS_NAME), config)
+    directory = adapter_directory(adapter_dir)
+    kind = read_config(directory).peft_type
+    if kind != "ILA":
+        raise ValueError(f"{adapter_dir} holds an adapter of type {kind.value}, not ILA.")
+    config, saved = read_adapter(directory)
+    tensors, lora = to_plain_lora(saved, config)
     save_adapter(tensors, lora, output_dir)
     return lora
-
-
-def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, output_dir: str | os.PathLike[str]) -> None:
-    """Write an adapter as PEFT does, the configuration last."""
-    seen: set[int] = set()
-    for key, tensor in tensors.items():  # safetensors refuses tied weights, which PEFT saves twice
-        if tensor.data_ptr() in seen:
-            tensors[key] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    with whole_file(Path(output_dir) / SAFETENSORS_WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    config = copy.copy(config)
-    config.inference_mode = True  # as PEFT saves an adapter
-    with whole_file(Path(output_dir) / CONFIG_NAME) as temporary:
-        config.save_pretrained(str(temporary.parent))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def check_injection(config: PeftConfig, skeleton: nn.Module, expected: set[str])
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # some other initialisations read the base weights
     tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-    tuner = tuner_cls(skeleton, config, "default", low_cpu_mem_usage=True)
+    # the weights of some other methods cannot be made without memory
+    with torch.device("meta") if isinstance(config, LoraConfig) else nullcontext():
+        tuner = tuner_cls(skeleton, config, "default", low_cpu_mem_usage=True)
     hit = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
     if hit != expected:
         raise ValueError(
@@ -46,7 +49,7 @@ def meta_skeleton(model: nn.Module | PretrainedConfig, names: Collection[str] = 
         names: Modules and parameters that tell which of a configuration's models is meant, if it does not say itself.
 
     Raises:
-        ValueError: The configuration does not tell what model it is of.
+        ValueError: The configuration does not tell what model it is of, or no model can be built of it.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -60,32 +63,49 @@ def meta_skeleton(model: nn.Module | PretrainedConfig, names: Collection[str] = 
 
 
 def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        if model_class is not None:
-            return model_class(copy.deepcopy(config))
-        if type(config).__module__.startswith("transformers_modules."):
-            # a configuration with code of its own was trusted when it was loaded
-            auto: Any = transformers.AutoModelForCausalLM
-            return auto.from_config(config, trust_remote_code=True)
-        first = None
-        for kind in _KINDS:
-            auto = getattr(transformers, kind, None)
-            if auto is None or type(config) not in auto._model_mapping:
-                continue
-            try:
-                skeleton = auto.from_config(copy.deepcopy(config))
-            except (ValueError, TypeError, AttributeError):
-                continue  # this head needs what the configuration does not say, such as a vocabulary
-            known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
-            if known.issuperset(names):
-                return skeleton
-            first = first or skeleton
-    if first is None:
+    try:
+        with torch.device("meta"):
+            skeleton = _named(config) or _of_known_heads(config, names)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"No model can be built of this {type(config).__name__}: {error}") from error
+    if skeleton is None:
         raise ValueError(
             f"This {type(config).__name__} has no `architectures`, which say what model it is of. Set them, or pass "
             "the model itself."
         )
+    return skeleton
+
+
+def _named(config: PretrainedConfig) -> nn.Module | None:
+    """The model that a configuration says it is of."""
+    architectures = config.architectures if isinstance(config.architectures, list) else []
+    model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
+    # it may name anything: no other attribute of transformers is called
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        own = model_class.config_class
+        if own is not None and isinstance(config, own):
+            return model_class(copy.deepcopy(config))
+    if type(config).__module__.startswith("transformers_modules."):
+        # a configuration with code of its own was trusted when it was loaded
+        auto: Any = transformers.AutoModelForCausalLM
+        return auto.from_config(config, trust_remote_code=True)
+    return None
+
+
+def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Module | None:
+    first = None
+    for kind in _KINDS:
+        auto = getattr(transformers, kind, None)
+        if auto is None or type(config) not in auto._model_mapping:
+            continue
+        try:
+            skeleton = auto.from_config(copy.deepcopy(config))
+        except (ValueError, TypeError, AttributeError):
+            continue  # this head needs what the configuration does not say, such as a vocabulary
+        known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
+        if known.issuperset(names):
+            return skeleton
+        first = first or skeleton
     return first
 
 

@@ -1,10 +1,12 @@
 """The ranking in an adapter's model card. Changes with the hub's cards."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..files import whole_file
@@ -26,11 +28,18 @@ def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, f
         ranking: All units and their gates, the most important first.
     """
     file = Path(directory) / "README.md"
-    card = ModelCard(file.read_text(encoding="utf-8")) if file.exists() else ModelCard.from_template(ModelCardData())
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), *_TAGS})
-    before, _, after = card.text.partition(f"\n{_HEADING}\n")
+    try:
+        card = (
+            ModelCard(file.read_text(encoding="utf-8")) if file.exists() else ModelCard.from_template(ModelCardData())
+        )
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is no model card that can be added to; mend or delete it: {error}") from error
+    tags = card.data.get("tags")
+    known = tags if isinstance(tags, list) else [tags] if tags else []
+    card.data["tags"] = sorted({*(tag for tag in known if isinstance(tag, str)), *_TAGS})
+    before, _, after = f"\n{card.text}".partition(f"\n{_HEADING}\n")
     _, heading, after = after.partition("\n## ")  # what follows the section of an earlier ranking
-    card.text = f"{before.rstrip()}\n\n{_section(ranking)}{heading}{after}"
+    card.text = f"{before.strip()}\n\n{_section(ranking)}{heading}{after}"
     with whole_file(file) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
 
@@ -46,11 +55,18 @@ def _section(ranking: Sequence[tuple[str, float]]) -> str:
         "",
         "| rank | unit | gate |",
         "|---|---|---|",
-        *(f"| {rank} | `{unit}` | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),
+        *(f"| {rank} | {_code(unit)} | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),
     ]
     if len(ranking) > TOP_ROWS:
         lines.append(f"\n… and {len(ranking) - TOP_ROWS} more.")
     return "\n".join(lines) + "\n"
+
+
+def _code(name: str) -> str:
+    # Names of real models need no care; those of a ranking from elsewhere may hold anything that prints.
+    if re.fullmatch(r"[\w.-]+", name):
+        return f"`{name}`"
+    return "<code>" + re.sub(r"[^\w. -]", lambda match: f"&#{ord(match[0])};", name) + "</code>"
 
 
 def upload(

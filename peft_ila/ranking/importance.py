@@ -9,8 +9,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import whole_file
-from .comparison import jaccard, membership, spearman, top
+from ..files import read_json, whole_file
+from .comparison import is_coin_toss, jaccard, membership, spearman, top
+from .validation import check_metadata, check_ranking
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -49,7 +50,9 @@ class LayerImportance:
             each in multiples of LoRA's (PEFT takes twice the rank for two fused projections).
 
     Raises:
-        ValueError: No units, a repeated unit, scores of another number than units, or a score that is not finite.
+        TypeError: A field or an entry is of the wrong kind.
+        ValueError: No units, a repeated unit, a name that cannot be a module's, modules outside their unit, scores of
+            another number than units, or a score that is not finite.
     """
 
     units: list[str]
@@ -61,27 +64,12 @@ class LayerImportance:
     parameters: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.units:
-            raise ValueError("A ranking needs at least one unit, got none.")
-        if len(set(self.units)) != len(self.units):
-            repeated = next(unit for unit in self.units if self.units.count(unit) > 1)
-            raise ValueError(f"Each unit must appear once, but {repeated!r} is repeated.")
-        if len(self.scores) != len(self.units):
-            raise ValueError(f"Each unit needs one score, got {len(self.scores)} scores for {len(self.units)} units.")
-        for unit, score in zip(self.units, self.scores):
-            if not math.isfinite(score):
-                raise ValueError(f"The score of {unit!r} is {score}; scores must be finite. Did training diverge?")
-        if not self.modules:
-            self.modules = {unit: [unit] for unit in self.units}
-        if self.modules.keys() != set(self.units):
-            raise ValueError("`modules` must list the target modules of exactly the given units.")
+        if not self.modules and isinstance(self.units, list):
+            self.modules = {unit: [unit] for unit in self.units if isinstance(unit, str)}
+        check_ranking(
+            self.units, self.scores, self.metadata, self.modules, self.lookalikes, self.spread, self.parameters
+        )
         self.modules = {unit: self.modules[unit] for unit in self.units}  # in the order of the model
-        if unknown := sorted(self.parameters.keys() - {name for own in self.modules.values() for name in own}):
-            raise ValueError(f"`parameters` names {unknown[0]!r}, which belongs to no unit.")
-        if self.spread and (len(self.spread) != len(self.units) or not all(0 <= s < math.inf for s in self.spread)):
-            raise ValueError(
-                f"`spread` must hold one finite number of at least 0 for each of {len(self.units)} units."
-            )
 
     @property
     def gates(self) -> list[float]:
@@ -177,7 +165,7 @@ class LayerImportance:
             ValueError: The ranking has no `spread`, or a bad selection.
         """
         probability = self.probability(top_p, top_k)
-        return [unit for unit in self.ranking() if 0.25 < probability[unit] < 0.75]
+        return [unit for unit in self.ranking() if is_coin_toss(probability[unit])]
 
     def overlap(self, other: "LayerImportance", top_p: float = 0.75) -> float:
         """
@@ -241,27 +229,30 @@ class LayerImportance:
             ValueError: The file is not a ranking, or was written by a newer version.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
         except ValueError as error:
-            raise ValueError(f"{path} is not a ranking: it is not JSON ({error}).") from error
+            raise ValueError(f"This is not a ranking: {error}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f'{path} is not a ranking: it lacks `"format": "{_FORMAT}"`.')
-        if content.get("version") != _VERSION:
+        version = content.get("version")
+        if type(version) is not int or version != _VERSION:
             raise ValueError(
-                f"{path} has version {content.get('version')!r} of the file format, but this peft-ila reads version "
+                f"{path} has version {str(version)[:40]} of the file format, but this peft-ila reads version "
                 f"{_VERSION}; upgrade peft-ila."
             )
         try:
+            rows = content["units"]
+            check_metadata(content["metadata"])
             return cls(
-                units=[row["unit"] for row in content["units"]],
-                scores=[row["score"] for row in content["units"]],
+                units=[row["unit"] for row in rows],
+                scores=[row["score"] for row in rows],
                 metadata=content["metadata"],
-                modules={row["unit"]: row["modules"] for row in content["units"]},
+                modules={row["unit"]: row["modules"] for row in rows},
                 lookalikes=content["lookalikes"],
-                spread=[row["spread"] for row in content["units"] if "spread" in row],
-                parameters={k: v for row in content["units"] for k, v in row.get("parameters", {}).items()},
+                spread=[row["spread"] for row in rows] if any("spread" in row for row in rows) else [],
+                parameters={name: multiple for row in rows for name, multiple in row.get("parameters", {}).items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":

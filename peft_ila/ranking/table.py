@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from .card import TOP_ROWS
+from .comparison import is_coin_toss
 from .importance import LayerImportance
 
 _SHARE = 0.3  # the table shows how sure it is that a unit belongs to this share
@@ -25,7 +26,7 @@ def ranking_table(importance: LayerImportance) -> str:
         lines.append(f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}{sure}  {gates[unit]:>5.3f}  {bar}")
     if len(ranking) > TOP_ROWS:
         lines.append(f"      … and {len(ranking) - TOP_ROWS} more")
-    if spread and (open_ones := importance.coin_tosses(top_p=_SHARE)):
+    if open_ones := [unit for unit in ranking if unit in probability and is_coin_toss(probability[unit])]:
         lines.append(f"In the top {_SHARE:.0%} or not by a coin toss: {', '.join(open_ones)}")
     return "\n".join(lines)
 

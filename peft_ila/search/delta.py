@@ -1,9 +1,7 @@
 """From a fully fine-tuned checkpoint to a LoRA adapter that holds what fine-tuning changed, one module at a time."""
 
-import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +9,16 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..export.adapters import SAVED_PREFIX, save_adapter
 from ..export.lora import DECIDED_BY_SELECTION
-from ..export.plain import SAVED_PREFIX, save_adapter
 from ..export.skeleton import meta_skeleton
+from ..files import open_safetensors, read_json
 
 
 def extract_lora(
@@ -171,18 +169,11 @@ class _Checkpoint:
         if not directory.is_dir():
             files_wanted = ["*.safetensors", "*.safetensors.index.json"]
             directory = Path(snapshot_download(name, revision=revision, allow_patterns=files_wanted))
-        index = directory / SAFE_WEIGHTS_INDEX_NAME
-        if index.exists():
-            files: Iterable[str] = set(json.loads(index.read_text())["weight_map"].values())
-        elif (directory / SAFE_WEIGHTS_NAME).exists():
-            files = [SAFE_WEIGHTS_NAME]
-        else:
-            raise ValueError(f"{name} holds no {SAFE_WEIGHTS_NAME}; convert its weights to safetensors first.")
         self._prefix = prefix
         self._where: dict[str, Path] = {}
-        for file in files:
-            with safe_open(directory / file, "pt") as tensors:
-                self._where |= dict.fromkeys(tensors.keys(), directory / file)
+        for path in _weight_files(directory):
+            with open_safetensors(path) as tensors:
+                self._where |= dict.fromkeys(tensors.keys(), path)
 
     def _key(self, name: str) -> str | None:
         # a backbone saved without its head lacks the prefix, a head may be loaded from a model with one
@@ -195,5 +186,21 @@ class _Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         key = self._key(name)
         assert key is not None
-        with safe_open(self._where[key], "pt") as tensors:
+        with open_safetensors(self._where[key]) as tensors:
             return tensors.get_tensor(key)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if not index.exists():
+        if not (directory / SAFE_WEIGHTS_NAME).exists():
+            raise ValueError(f"{directory} holds no {SAFE_WEIGHTS_NAME}; convert its weights to safetensors first.")
+        return [directory / SAFE_WEIGHTS_NAME]
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} is no index of weights: it lacks `weight_map`.")
+    for file in names.values():
+        if not isinstance(file, str) or Path(file).name != file or not (directory / file).is_file():
+            raise ValueError(f"{index} names {str(file)[:80]!r}, which is no file in its directory.")
+    return [directory / file for file in sorted(set(names.values()))]

@@ -81,8 +81,7 @@ def learn_gates(
             under DeepSpeed, FSDP1, or FSDP2 with an adapter in half precision.
     """
     check_settings(method, steps, min_agreement, loss_batches, initial_score, learning_rate, budget)
-    check_engine(trainer.accelerator)
-    ila = _rankable(trainer)
+    ila = rankable(trainer)
     steps = STEPS[method] if steps is None else steps
     search: Attribution | Descent
     if method == "descent":
@@ -183,7 +182,16 @@ def check_settings(
         raise ValueError(f'{sorted(own)} are settings of `method="descent"`, of no use to {method!r}.')
 
 
-def _rankable(trainer: Trainer) -> ILAModel:
+def rankable(trainer: Trainer) -> ILAModel:
+    """
+    The model of a trainer, for callers that have other work to do before.
+
+    Raises:
+        TypeError: It is not an ILA model.
+        ValueError: The adapter is masked or merged, there are several, or the trainer runs under an engine that
+            [`learn_gates`] refuses.
+    """
+    check_engine(trainer.accelerator)
     model = trainer.accelerator.unwrap_model(trainer.model)
     ila = getattr(model, "base_model", None)
     if not isinstance(ila, ILAModel):

@@ -15,7 +15,8 @@ from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from ..export.plain import SAVED_PREFIX, lora_options, save_adapter, to_plain_lora
+from ..export.adapters import SAVED_PREFIX, save_adapter
+from ..export.plain import lora_options, to_plain_lora
 from ..ranking.importance import LayerImportance
 from ..units import unit_of
 from ..version import __version__

@@ -1,7 +1,6 @@
 """The settings of the workflows as dataclasses, for the command line and YAML. Beside them stand TRL's own."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..search.gates import Method
@@ -111,15 +110,3 @@ def required(value: str | None, flag: str) -> str:
     if not value:
         raise ValueError(f"`--{flag}` is required.")
     return value
-
-
-def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
-    """
-    Raises:
-        ValueError: The name is missing.
-        FileNotFoundError: It is that of a directory that does not exist.
-    """
-    name = required(value, flag)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"There is no model directory {name}.")
-    return name

@@ -4,11 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from ..export.recipes import RecipeFormat, write_recipe
 from ..files import whole_file
 from ..ranking.importance import LayerImportance
+from .models import model_config
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def convert(
 
 def _config(model: str, hub: bool) -> Any:
     # code from the hub is not run for a check, nor asked about on the terminal
-    return AutoConfig.from_pretrained(model, local_files_only=not hub, trust_remote_code=False)
+    return model_config(model, local_files_only=not hub, trust_remote_code=False)
 
 
 def _ranked_config(importance: LayerImportance) -> Any:
@@ -66,7 +65,7 @@ def _ranked_config(importance: LayerImportance) -> Any:
         return _config(model, hub=False) if model else None
     except (OSError, ValueError):
         logger.warning(
-            f"The configuration of {model!r} is not at hand; the targets are checked by name only. Say where it is by "
-            "`--model_name_or_path`."
+            f"The configuration of {str(model)[:80]!r} is not at hand; the targets are checked by name only. Say where it "
+            "is by `--model_name_or_path`."
         )
         return None

@@ -24,61 +24,99 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A file was asked for another split, the file is empty, a line is not a JSON object, or the columns
-            are not in a format of TRL.
+        ValueError: A file was asked for another split, the file is empty, a line is not a JSON object in UTF-8, or the
+            columns are not in a format of TRL, or not the same in all lines.
     """
     import datasets
 
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix in (".jsonl", ".json") or path.is_file():
         if split != "train":
             raise ValueError(
                 f"{name} is a file without a split {split!r}. Train on it by `--dataset_train_split train`, without "
                 "evaluation (`--eval_strategy no`)."
             )
-        dataset = datasets.Dataset.from_list(_read_jsonl(path))
-    else:
-        dataset = datasets.load_dataset(name, name=config, split=split)
-        if not any(set(needed) <= set(dataset.column_names) for needed in _FORMATS):
-            raise ValueError(f"{name} has the columns {sorted(dataset.column_names)}. {_EXPECTED}")
+        rows = _read_jsonl(path)
+        try:
+            return datasets.Dataset.from_list(rows)
+        except Exception as error:  # pyarrow's, of values in values
+            raise ValueError(f"The examples of {name} have values of different kinds: {error}") from error
+    if path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"{name} is an empty directory. Pass a `.jsonl` file, or the name of a data set on the hub.")
+    try:
+        dataset = datasets.load_dataset(str(path), name=config, split=split)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # whatever is in a file makes a builder raise
+        raise ValueError(f"{name} cannot be read as a data set: {error}") from error
+    if not any(set(needed) <= set(dataset.column_names) for needed in _FORMATS):
+        raise ValueError(f"{name} has the columns {_short(sorted(dataset.column_names))}. {_EXPECTED}")
     return dataset
 
 
-def _problem(row: dict) -> str | None:
-    """What is wrong with an example, if anything."""
-    needed = next((keys for keys in _FORMATS if keys[0] in row), None)
-    if needed is None:
-        return f"the example has the keys {sorted(row)}"
-    for key in needed:
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _format(row: dict) -> tuple[str, ...] | None:
+    return next((keys for keys in _FORMATS if keys[0] in row), None)
+
+
+def _problem(row: dict, format: tuple[str, ...] | None, kinds: dict[str, str]) -> str | None:
+    """
+    What is wrong with an example, if anything.
+
+    Args:
+        row: The example.
+        format: Its columns.
+        kinds: Of each column that was seen so far, what is in it; those of this example are added.
+    """
+    if format is None:
+        return f"the example has the keys {_short(sorted(row))}"
+    for key in format:
         value = row.get(key)
         if value and isinstance(value, list) and key != "text":
             if wrong := [message for message in value if not _is_message(message)]:
-                return f"`{key}` holds {wrong[0]!r}, which is not a message with `role` and `content`"
+                return f"`{key}` holds {_short(wrong[0])}, which is not a message with `role` and `content`"
         elif not value or not isinstance(value, str) or key == "messages":
-            return f"`{key}` is {value!r}"
+            return f"`{key}` is {_short(value)}"
+    for key, value in row.items():
+        kind = "a number" if type(value) in (int, float) else f"a {type(value).__name__}"
+        if value is not None and kinds.setdefault(key, kind) != kind:
+            return f"`{key}` is {kind}, but {kinds[key]} in an example before"
     return None
 
 
 def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, (str, list)) or (content is None and bool(value.get("tool_calls")))
 
 
 def _read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
+    rows: list[dict] = []
+    format: tuple[str, ...] | None = None
+    kinds: dict[str, str] = {}
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8 ({error}); convert the file.") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON: {error}.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a JSON object but {type(row).__name__}.")
-            if problem := _problem(row):
-                raise ValueError(f"{path}, line {number}: {problem}. {_EXPECTED}")
+                raise ValueError(f"{where} is not a JSON object but {type(row).__name__}.")
+            format = format or _format(row)
+            if problem := _problem(row, format, kinds):
+                raise ValueError(f"{where}: {problem}. {_EXPECTED}")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no examples.")

@@ -1,16 +1,24 @@
 """Both stages with their files and their resuming: what `peft-ila rank` does. Changes with the order of the work."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
-from ..files import whole_directory
+from ..export.adapters import adapter_directory, read_adapter
+from ..files import locked, read_json, whole_directory
 from ..ranking.importance import LayerImportance
-from ..search.gates import check_settings, learn_gates
+from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
-from .resuming import STAGE_1, check_finished, checkpoint_of, ended_at, is_true, remove_earlier_run
+from .resuming import STAGE_1, ClaimsDirectory, Run, check_finished, checkpoint_of, ended_at, is_true
+from .training import train
+
+RANKING, PICTURE = "importance.json", "importance.png"
+# what runs write into the adapter's directory
+_OWN = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STAGE_1, RANKING, PICTURE, "README.md")
 
 
 def rank(
@@ -25,7 +33,9 @@ def rank(
 
     `importance.json`, `importance.png` and `adapter/` (with a model card) go to the trainer's output directory. With
     `resume_from_checkpoint=True` in its training arguments, the same call goes on from what a killed run has left
-    there, in either stage, and ends with the same files. Under several processes all of them must call it.
+    there, in either stage, and ends with the same files; `run.json` holds the settings that must be the same. What an
+    earlier run has left is replaced when there is something to replace it by. Under several processes all of them
+    must call it.
 
     ```py
     >>> config = ILAConfig(target_modules="all-linear", gate_mode="open")
@@ -46,40 +56,66 @@ def rank(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: A setting is out of range, the output directory holds a run that was not finished, the adapter
-            does not fit the model, or a stage fails, see [`EpsilonStability`] and [`learn_gates`].
+        OSError: Another run holds the output directory, or a file cannot be read or written.
+        TypeError: The trainer's model is not an ILA model.
+        ValueError: A setting is out of range, the output directory holds a run that was not finished or one with
+            other settings, the adapter is damaged or does not fit the model, training has diverged, or a stage fails,
+            see [`EpsilonStability`] and [`learn_gates`].
     """
     import matplotlib  # noqa: F401  better missed now than after the training
 
-    args = trainer.args
-    output_dir = Path(str(args.output_dir))
     check_settings(**gate_settings)
-    if not adapter:
-        check_finished(args)
-    if trainer.is_world_process_zero() and not args.resume_from_checkpoint:
-        remove_earlier_run(output_dir, keep_adapter=adapter is not None)
-    trainer.accelerator.wait_for_everyone()
+    rankable(trainer)
+    args: Any = trainer.args
+    directory = Path(str(args.output_dir))
+    _check_targets(directory, adapter)
+    resumes = bool(args.resume_from_checkpoint) and adapter is None
+    if not resumes:
+        check_finished(directory, RANKING)
+    with locked(directory) if trainer.is_world_process_zero() else nullcontext():
+        run = Run(trainer, {**(metadata or {}), "adapter": adapter}, resumes)
+        return _rank(trainer, run, stability, adapter, metadata or {}, gate_settings)
 
-    done = output_dir / "adapter"
-    metadata = metadata or {}
+
+def _rank(
+    trainer: Any,
+    run: Run,
+    stability: EpsilonStability | None,
+    adapter: str | None,
+    metadata: dict[str, Any],
+    gate_settings: dict[str, Any],
+) -> LayerImportance:
+    args, done = trainer.args, run.directory / "adapter"
     if adapter:
         facts = metadata.get("stage_1", {"adapter": adapter})
-        _load_adapter(trainer, adapter)
-    elif is_true(args.resume_from_checkpoint) and (done / STAGE_1).exists():
-        facts = json.loads((done / STAGE_1).read_text())
-        _load_adapter(trainer, str(done))
-        model: Any = trainer.model
-        model.set_gate_mode("open")
+        _load_adapter(trainer, adapter_directory(adapter))
+    elif run.done and is_true(args.resume_from_checkpoint) and (done / STAGE_1).exists():
+        facts = read_json(done / STAGE_1)
+        _load_adapter(trainer, done)
+        trainer.model.set_gate_mode("open")
     else:
+        trainer.add_callback(ClaimsDirectory(run))
         facts = _stage_1(trainer, stability)
-        _save_adapter(trainer, done, facts)
+        _save_adapter(trainer, run, facts)
     importance = learn_gates(trainer, **gate_settings)
     importance.metadata |= {**metadata, "stage_1": facts}
-    _save_adapter(trainer, done, facts, importance)
+    _save_adapter(trainer, run, facts, importance)
     if trainer.is_world_process_zero():
-        importance.save(output_dir / "importance.json")
-        importance.plot(output_dir / "importance.png")
+        importance.save(run.directory / RANKING)
+        importance.plot(run.directory / PICTURE)
     return importance
+
+
+def _check_targets(directory: Path, adapter: str | None) -> None:
+    """Find what cannot be written, or must not be, before the training rather than after it."""
+    target = directory / "adapter"
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} is no directory, and would be replaced. Move it, or choose another `output_dir`.")
+    for name in (RANKING, PICTURE):
+        if (directory / name).is_dir():
+            raise ValueError(f"{directory / name} is a directory. Move it, or choose another `output_dir`.")
+    if adapter and Path(adapter).expanduser().resolve() in (directory.resolve(), target.resolve()):
+        raise ValueError(f"The adapter {adapter} would be replaced by the ranked one; choose another `output_dir`.")
 
 
 def _stage_1(trainer: Any, stability: EpsilonStability | None) -> dict[str, Any]:
@@ -91,33 +127,37 @@ def _stage_1(trainer: Any, stability: EpsilonStability | None) -> dict[str, Any]
         trainer.add_callback(stability)
     checkpoint = checkpoint_of(trainer.args)
     if checkpoint and (ended := ended_at(checkpoint, trainer.args)):  # the trainer would take a step too many
-        _load_adapter(trainer, checkpoint)
+        _load_adapter(trainer, Path(checkpoint))
         trainer.state = ended
         stability.on_train_begin(trainer.args, ended, trainer.control)
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train(trainer, checkpoint)
     return {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None}
 
 
-def _load_adapter(trainer: Any, adapter: str) -> None:
+def _load_adapter(trainer: Any, directory: Path) -> None:
+    read_adapter(directory)  # PEFT checks little of it
     try:
-        trainer.model.load_adapter(adapter, trainer.model.active_adapter, is_trainable=True)
+        # by an absolute path, which PEFT cannot take for the name of a repository
+        trainer.model.load_adapter(str(directory.resolve()), trainer.model.active_adapter, is_trainable=True)
     except RuntimeError as error:  # of tensors of other sizes
         base = trainer.model.active_peft_config.base_model_name_or_path
-        raise ValueError(f"The adapter {adapter} does not fit {base}: {error}") from error
+        raise ValueError(f"The adapter {directory} does not fit {base}: {error}") from error
 
 
-def _save_adapter(
-    trainer: Any, directory: Path, facts: dict[str, Any], importance: LayerImportance | None = None
-) -> None:
+def _save_adapter(trainer: Any, run: Run, facts: dict[str, Any], importance: LayerImportance | None = None) -> None:
     # by all processes: under FSDP2 and ZeRO-3 each holds a part of the weights
     # and of the model without torch.compile's wrapper, which gives every weight another name
     model = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
     state_dict = trainer.accelerator.get_state_dict(model)
+    run.claim()
     if not trainer.is_world_process_zero():
         return
-    with whole_directory(directory) as temporary:
+    with whole_directory(run.directory / "adapter", own=_OWN) as temporary:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary, state_dict=state_dict)
         (temporary / STAGE_1).write_text(json.dumps(facts))
         if importance is not None:
             importance.save_card(temporary)
+        for name in (RANKING, PICTURE):  # of another adapter
+            (run.directory / name).unlink(missing_ok=True)
+    run.record(done=True)

@@ -1,26 +1,136 @@
 """What a run leaves in its output directory, and where the next one goes on. Changes with the files of a run."""
 
 import json
+import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..files import open_safetensors, read_json, whole_file
+from .training import check_finite
 
 # written with the adapter when stage 1 is done, so that a resumed run need not repeat it
 STAGE_1 = "stage_1.json"
+_RUN = "run.json"
+# What decides on the outcome of a training, beside the model, its adapter and the data. Not its length: a run may be
+# resumed for more steps.
+_DECISIVE = (
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "max_length",
+    "packing",
+    "loss_type",
+    "completion_only_loss",
+    "assistant_only_loss",
+)
+# of an adapter's configuration, what changes while it is trained and saved
+_CHANGING = ("inference_mode", "gate_mode", "gate_mask", "gated_parameters", "peft_version", "base_model_name_or_path")
 
 
-def check_finished(training_args: Any) -> None:
+class Run:
     """
+    One run in its output directory: what is there of an earlier one stays until this run has something whole to put
+    in its place, and a run is resumed with the settings that it was started with.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Its arguments say where. Its model has one active adapter.
+        facts: What the run depends on beside the trainer, such as the data set's name; JSON values.
+        resumes: Whether it goes on with the run that is there.
+
     Raises:
-        ValueError: The output directory holds a run that was not finished, and the arguments do not resume it.
+        ValueError: The directory holds a run with other settings, which is to be resumed.
     """
-    output_dir = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint or (output_dir / "importance.json").exists():
+
+    def __init__(self, trainer: Trainer, facts: dict[str, Any], resumes: bool) -> None:
+        self._trainer = trainer
+        self._resumes = resumes
+        self._settings = _settings(trainer, facts)
+        self.directory = Path(str(trainer.args.output_dir))
+        recorded = _recorded(self.directory) if resumes else None
+        if recorded:
+            self._check_settings(recorded["settings"])
+        self._claimed = recorded is not None
+        # with the training: the adapter that is there is this run's
+        self.done = resumes and (recorded is None or recorded["done"])
+
+    def _check_settings(self, before: dict[str, Any]) -> None:
+        for name in before:
+            if name in self._settings and before[name] != self._settings[name]:
+                raise ValueError(
+                    f"{self.directory} holds a run with another `{name}`: {_short(before[name])}, now "
+                    f"{_short(self._settings[name])}. Resume it with the same, or choose another `output_dir`."
+                )
+
+    def claim(self) -> None:
+        """Take the directory over from an earlier run; all processes call it before they write a checkpoint."""
+        if not self._claimed:
+            if self._trainer.is_world_process_zero():
+                if not self._resumes and _is_ours(self.directory):
+                    for _, checkpoint in _checkpoints(self.directory):
+                        shutil.rmtree(checkpoint, ignore_errors=True)
+                self.record(done=False)
+            self._trainer.accelerator.wait_for_everyone()
+        self._claimed = True
+
+    def record(self, done: bool) -> None:
+        """Write down whose run this is, and whether its training is done."""
+        self.done = done
+        with whole_file(self.directory / _RUN) as temporary:
+            temporary.write_text(json.dumps({"settings": self._settings, "done": done}, ensure_ascii=False))
+
+
+class ClaimsDirectory(TrainerCallback):
+    """Lets a run take its directory over when its first checkpoint is about to be written, and writes none in vain."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            check_finite(model, state.global_step)
+            self._run.claim()
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # it may be the best, which is saved
+            check_finite(model, state.global_step)
+            self._run.claim()
+
+
+def check_finished(directory: Path, result: str) -> None:
+    """
+    Check that a new run in a directory costs nobody the training of an earlier one.
+
+    Args:
+        directory: The output directory.
+        result: The file that a run writes last.
+
+    Raises:
+        ValueError: The directory holds a run that was not finished.
+    """
+    recorded = _recorded(directory)
+    if recorded and recorded["settings"].get("adapter"):  # it ranked one from elsewhere, and trained nothing
         return
-    left = [output_dir / "adapter" / STAGE_1, *output_dir.glob("checkpoint-*")]
+    if (directory / result).exists() and (recorded is None or recorded["done"]):
+        return
+    left = [checkpoint for _, checkpoint in _checkpoints(directory)]
+    if recorded is None or recorded["done"]:
+        left.insert(0, directory / "adapter" / STAGE_1)
     if unfinished := next((path for path in left if path.exists()), None):
         raise ValueError(
             f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, "
@@ -28,12 +138,42 @@ def check_finished(training_args: Any) -> None:
         )
 
 
-def remove_earlier_run(output_dir: Path, keep_adapter: bool) -> None:
-    """Remove what an earlier run left in the directory, so that a resumed run cannot go on from it."""
-    (output_dir / "importance.json").unlink(missing_ok=True)
-    if (output_dir / "adapter" / STAGE_1).exists() and not keep_adapter:  # which may be the one to rank
-        for directory in (output_dir / "adapter", *output_dir.glob("checkpoint-*")):
-            shutil.rmtree(directory, ignore_errors=True)
+def _is_ours(directory: Path) -> bool:
+    """Whether what is in a directory was written by a run of this package."""
+    return (directory / _RUN).exists() or (directory / "adapter" / STAGE_1).exists()
+
+
+def _recorded(directory: Path) -> dict[str, Any] | None:
+    path = directory / _RUN
+    if not path.exists():
+        return None
+    content = read_json(path)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(settings, dict) or not isinstance(content.get("done"), bool):
+        raise ValueError(f"{path} is damaged; choose another `output_dir`, or delete what is in this one.")
+    return content
+
+
+def _settings(trainer: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = {k: v for k, v in model.active_peft_config.to_dict().items() if k not in _CHANGING}
+    arguments = {name: getattr(trainer.args, name) for name in _DECISIVE if hasattr(trainer.args, name)}
+    data = trainer.train_dataset
+    settings = {
+        **facts,
+        "model": model.active_peft_config.base_model_name_or_path,
+        "examples": len(data) if hasattr(data, "__len__") else None,
+        "total_batch_size": trainer.get_total_train_batch_size(trainer.args),
+        **arguments,
+        **adapter,
+    }
+    # as it is read again
+    return json.loads(json.dumps(settings, default=lambda v: sorted(v) if isinstance(v, (set, frozenset)) else str(v)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def is_true(value: str | bool | None) -> bool:
@@ -42,21 +182,44 @@ def is_true(value: str | bool | None) -> bool:
 
 
 def checkpoint_of(training_args: Any) -> str | None:
-    """The checkpoint to resume from: the one that was named, or for `True` the last one in the output directory."""
-    if is_true(training_args.resume_from_checkpoint):
-        return _last_checkpoint(Path(training_args.output_dir))
-    return training_args.resume_from_checkpoint
+    """
+    The checkpoint to resume from: the one that was named, or for `True` the last one in the output directory that is
+    whole.
+
+    Raises:
+        ValueError: The one that was named is not whole.
+    """
+    named = training_args.resume_from_checkpoint
+    if is_true(named):
+        checkpoints = reversed(_checkpoints(Path(training_args.output_dir)))
+        return next((str(path) for _, path in checkpoints if _damage(path) is None), None)
+    if named and (damage := _damage(Path(named))):
+        raise ValueError(f"The checkpoint {named} cannot be resumed from: {damage}")
+    return named
 
 
-def _last_checkpoint(directory: Path) -> str | None:
-    """The last checkpoint that is whole; the trainer writes `trainer_state.json` at its end."""
-    checkpoints = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(checkpoints):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-            return str(checkpoint)
-        except (OSError, ValueError):
-            continue  # the run was killed while it wrote this one
+def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """By their steps; beside them may be others, such as `checkpoint-best`."""
+    named = ((re.fullmatch(r"checkpoint-(\d{1,18})", path.name), path) for path in directory.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What keeps a checkpoint from being read, if anything. The trainer writes `trainer_state.json` at its end."""
+    try:
+        read_json(checkpoint / "trainer_state.json")
+        for path in checkpoint.glob("*.safetensors"):
+            with open_safetensors(path):
+                pass
+        for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+            # as torch writes them; a bare pickle could run code
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"{path} is damaged."
+    except zipfile.BadZipFile:
+        return f"{path} is truncated, or was not written by torch."
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
 
 

@@ -1,16 +1,20 @@
 """`peft-ila rank` on a model and a data set by name, with TRL's trainer and arguments. Changes with TRL."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-from ..files import whole_directory
+from ..export.adapters import adapter_directory, read_config
+from ..files import read_json, whole_directory
 from ..ranking.card import upload
 from ..ranking.importance import LayerImportance
 from ..search.delta import extract_lora
@@ -18,15 +22,19 @@ from ..search.gates import check_settings
 from ..search.stability import EpsilonStability
 from ..tuner.config import ILAConfig
 from ..units import Granularity
-from .arguments import RankArguments, model_name, required
+from .arguments import RankArguments, required
 from .data import load_dataset
-from .rank import rank
+from .models import model_config, model_name
+from .rank import RANKING, rank
 from .resuming import check_finished
 
 
 def lora_config(model_args: Any) -> Any:
     """The [`~peft.LoraConfig`] that TRL makes of its [`~trl.ModelConfig`]."""
     model_args.use_peft = True
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        model_args.lora_target_modules = [targets]  # TRL makes a pattern of a single name, which matches no module
     return get_peft_config(model_args)
 
 
@@ -43,6 +51,10 @@ def sft_trainer(
     dataset = required(script_args.dataset_name, "dataset_name")
     train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
     eval_dataset = None
+    if training_args.gradient_accumulation_steps < 1:
+        raise ValueError(
+            f"`--gradient_accumulation_steps` must be at least 1, got {training_args.gradient_accumulation_steps}."
+        )
     if training_args.eval_strategy != "no":
         eval_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_test_split)
     training_args.model_init_kwargs = {
@@ -51,15 +63,42 @@ def sft_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    return SFTTrainer(
-        model=name,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=peft_config,
-        callbacks=list(callbacks),
-    )
+    model_config(name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
+    try:
+        trainer = SFTTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=peft_config,
+            callbacks=list(callbacks),
+        )
+    except (OSError, ValueError, TypeError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a chat template that refuses the data, impossible sizes, …
+        raise ValueError(f"{name} cannot be trained on {dataset}: {type(error).__name__}: {error}") from error
+    _check_examples(trainer, dataset)
+    return trainer
+
+
+def _check_examples(trainer: Any, name: str) -> None:
+    data: Any = trainer.train_dataset
+    if not isinstance(data, Sized):
+        return
+    if not len(data):
+        raise ValueError(
+            f"No example of {name} is left to train on: with `--max_length {trainer.args.max_length}`, nothing is "
+            "left of any answer."
+        )
+    known = trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().num_embeddings
+    if len(trainer.processing_class) > known:  # else there is no need to look
+        greatest = max(max(ids, default=0) for ids in data["input_ids"])
+        if greatest >= known:
+            raise ValueError(
+                f"{name} has the token {greatest} by this tokenizer, but the model knows only {known}: the tokenizer "
+                "is of another model."
+            )
 
 
 def rank_by_sft(
@@ -80,7 +119,7 @@ def rank_by_sft(
 
     Raises:
         FileNotFoundError: There is no such model or data file.
-        ValueError: See [`rank`]; or arguments contradict each other.
+        ValueError: See [`rank`]; or arguments contradict each other, or the model and the data do not fit.
     """
     settings = rank_args.gate_settings()
     check_settings(**settings)
@@ -97,7 +136,8 @@ def rank_by_sft(
     if adapter:
         config = _gated_config(adapter, rank_args.granularity)
     else:
-        check_finished(training_args)  # before the model is loaded
+        if not training_args.resume_from_checkpoint:
+            check_finished(Path(training_args.output_dir), RANKING)  # before the model is loaded
         config = ILAConfig.from_lora(lora, granularity=rank_args.granularity, gate_mode="open")
     # the ranked adapter is pushed at the end, not what the trainer saves on the way
     push, training_args.push_to_hub = training_args.push_to_hub, False
@@ -114,7 +154,7 @@ def rank_by_sft(
 
 def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
     """The configuration that puts gates on an adapter that is there already."""
-    config = PeftConfig.from_pretrained(adapter)
+    config = read_config(adapter_directory(adapter))
     if not isinstance(config, ILAConfig):
         config = ILAConfig.from_lora(config, granularity=granularity, gate_mode="open")
     elif config.granularity != granularity:
@@ -140,9 +180,9 @@ def _extract_delta(
         "target_modules": model_args.lora_target_modules,
     }
     with PartialState().main_process_first():
-        facts = json.loads(report.read_text()) if report.exists() else {}
+        facts = _read_facts(report)
         if not facts.items() >= wanted.items():
-            with whole_directory(delta) as temporary:
+            with whole_directory(delta, own=(CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, report.name)) as temporary:
                 facts = wanted | extract_lora(
                     model_name(model_args.model_name_or_path),
                     model_name(rank_args.tuned_model, "tuned_model"),
@@ -154,3 +194,10 @@ def _extract_delta(
                 )
                 (temporary / report.name).write_text(json.dumps(facts))
     return str(delta), facts
+
+
+def _read_facts(report: Path) -> dict[str, Any]:
+    if not report.exists():
+        return {}
+    facts = read_json(report)
+    return facts if isinstance(facts, dict) else {}

@@ -1,16 +1,23 @@
 """Tuning a selection by name, with TRL's trainer: what `peft-ila tune` does."""
 
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from peft.utils import CONFIG_NAME
 from trl import SFTTrainer
 
 from ..export.freezing import FrozenPrefix
 from ..export.lora import DECIDED_BY_SELECTION
+from ..files import locked
 from ..ranking.importance import LayerImportance
-from .arguments import TuneArguments, model_name, required
-from .resuming import checkpoint_of
+from .arguments import TuneArguments, required
+from .models import model_config, model_name
+from .resuming import ClaimsDirectory, Run, check_finished, checkpoint_of
 from .sft import lora_config, sft_trainer
+from .training import train
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> SFTTrainer:
@@ -27,8 +34,10 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
         The trainer, at the end of training.
 
     Raises:
-        FileNotFoundError: There is no such model, data file or ranking.
-        ValueError: A bad selection or ranking, or targets were passed.
+        OSError: There is no such model, data file or ranking, another run holds the output directory, or a file
+            cannot be written.
+        ValueError: A bad selection or ranking, targets were passed, the output directory holds a run that was not
+            finished, or training took no step or has diverged; nothing is written then.
     """
     importance = LayerImportance.load(required(tune_args.importance, "importance"))
     if model_args.lora_target_modules:
@@ -36,13 +45,38 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     options = lora_config(model_args).to_dict()
     for decided in ("peft_type", *DECIDED_BY_SELECTION):
         del options[decided]
-    model_config = AutoConfig.from_pretrained(
+    ranked = model_config(
         model_name(model_args.model_name_or_path),
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
-    config = importance.to_lora_config(**tune_args.selection(), model=model_config, **options)
+    config = importance.to_lora_config(**tune_args.selection(), model=ranked, **options)
+    directory, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
+    if not resumes:
+        check_finished(directory, CONFIG_NAME)
     trainer = sft_trainer(script_args, training_args, model_args, config, [FrozenPrefix()])
-    trainer.train(resume_from_checkpoint=checkpoint_of(training_args))
-    trainer.save_model(training_args.output_dir)
+    with locked(directory) if trainer.is_world_process_zero() else nullcontext():
+        run = Run(trainer, {"dataset": script_args.dataset_name}, resumes)
+        trainer.add_callback(ClaimsDirectory(run))
+        train(trainer, checkpoint_of(training_args))
+        run.claim()
+        _save(trainer, directory)
+        if trainer.is_world_process_zero():
+            run.record(done=True)
     return trainer
+
+
+def _save(trainer: SFTTrainer, directory: Path) -> None:
+    """What `save_model` writes into the directory, file by file, the adapter's configuration last."""
+    partial = directory / ".model.partial"
+    trainer.save_model(str(partial), _internal_call=True)  # which leaves the upload for later
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            if path.is_dir():  # further chat templates
+                shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
+            else:
+                os.replace(path, directory / path.name)
+        shutil.rmtree(partial)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save")

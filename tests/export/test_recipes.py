@@ -106,6 +106,39 @@ def test_trl(granularity, from_yaml, tmp_path):
     assert injected(build("llama"), config) == expected
 
 
+@pytest.mark.support("Other programs", "axolotl and TRL, fused experts")
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_fused_experts(granularity, tmp_path):
+    experts = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    importance, selected, expected = selection(granularity, "mixtral", **experts)
+    assert expected & importance.parameters.keys()
+    settings = written(recipe(importance, selected, "axolotl", build("mixtral"), r=2), tmp_path)
+    parsed = axolotl_config(settings)
+    config = LoraConfig(
+        r=parsed.lora_r,
+        target_modules=parsed.lora_target_modules,
+        target_parameters=parsed.lora_target_parameters,
+        layers_to_transform=parsed.peft_layers_to_transform,
+        layers_pattern=parsed.peft_layers_pattern,
+    )
+    assert injected(build("mixtral"), config) == expected
+
+    from trl import ModelConfig, get_peft_config
+
+    settings = written(recipe(importance, selected, "trl", build("mixtral"), r=2), tmp_path)
+    assert injected(build("mixtral"), get_peft_config(ModelConfig(**settings))) == expected
+    with pytest.raises(ValueError, match="llamafactory has no setting for parameters such as 'model.layers"):
+        recipe(importance, selected, "llamafactory", build("mixtral"))
+
+
+@pytest.mark.parametrize("program", ["axolotl", "trl"])
+def test_experts_at_other_ranks_are_refused(program):
+    """PEFT gives two fused projections twice the rank, which the programs have no setting for."""
+    importance, selected, _ = selection("layer", "mixtral")
+    with pytest.raises(ValueError, match="no setting for parameters such as .*, at the rank that PEFT gives them"):
+        recipe(importance, selected, program, build("mixtral"))
+
+
 def test_one_module_for_trl():
     from trl import ModelConfig, get_peft_config
 

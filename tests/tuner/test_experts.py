@@ -12,6 +12,7 @@ from torch import nn
 from trainers import plain_trainer
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     DeepseekV3Config,
     GptOssConfig,
     Llama4TextConfig,
@@ -166,6 +167,45 @@ def test_learn_gates(tmp_path, tokenizer, dialogues, name):
     assert len(set(experts)) == len(experts) > 0 and any(score != -1 for score in experts)
     descent = learn_gates(trainer, method="descent", steps=4)
     assert any(score != 4.0 for unit, score in zip(descent.units, descent.scores) if "experts." in unit)
+
+
+@pytest.mark.support("Quantisation", "NF4 with fused experts, which stay as they are")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_beside_4_bit_modules(tmp_path, tokenizer, dialogues, name):
+    pytest.importorskip("bitsandbytes")
+    model = build(name)
+    model.resize_token_embeddings(64)
+    model.save_pretrained(tmp_path / "model")
+
+    def load():
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", dtype=torch.float32, device_map="cpu", quantization_config=nf4
+        )
+
+    assert any(type(module).__name__ == "Linear4bit" for module in load().modules())
+    torch.manual_seed(1)
+    lora = get_peft_model(load(), LoraConfig(**options(name))).eval()
+    torch.manual_seed(1)
+    model = get_peft_model(load(), ILAConfig(**options(name), granularity="module", gate_mode="open")).eval()
+    assert adapted(model) == adapted(lora)
+    for key, parameter in lora.named_parameters():
+        if "lora_" in key:
+            model.get_parameter(key).data.copy_(parameter.data)
+    assert torch.equal(outputs(model), outputs(lora))
+
+    config = ILAConfig(r=2, granularity="module", gate_mode="open", **copy.deepcopy(MODELS[name][1]))
+    model = get_peft_model(load(), config)
+    trainer = plain_trainer(tmp_path / "out", tokenizer, dialogues, model=model, max_steps=20)
+    trainer.train()
+    before = outputs(model.eval())
+    importance = learn_gates(trainer, steps=4)
+    assert {type(score) for score in importance.scores} == {float} and set(importance.units) == adapted(lora)
+    model.apply_mask(importance.select(top_p=0.4))
+    model.to_lora(tmp_path / "plain")
+    plain = PeftModel.from_pretrained(load(), tmp_path / "plain").eval()
+    torch.testing.assert_close(outputs(plain), outputs(model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs(model), before, atol=1e-4)
 
 
 @every_model

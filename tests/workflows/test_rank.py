@@ -21,7 +21,7 @@ def test_both_stages_and_their_files(tmp_path, tokenizer, dialogues, make):
     assert importance.metadata["stage_1"] == {"steps": trainer.state.global_step, "stable": True}
     assert importance.metadata["mine"] == 1
     assert LayerImportance.load(tmp_path / "importance.json") == importance
-    assert {entry.name for entry in tmp_path.iterdir()} == {"adapter", "importance.json", "importance.png"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"adapter", "importance.json", "importance.png", "run.json"}
     adapter = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     assert adapter.layer_importance().scores == importance.scores
     assert "## Layer importance" in (tmp_path / "adapter" / "README.md").read_text()

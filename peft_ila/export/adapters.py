@@ -1,0 +1,221 @@
+"""Adapters on disk: read with care, written as PEFT writes them. Changes with PEFT's files."""
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+
+from ..files import open_safetensors, read_json, whole_file
+from ..units import check_name, unit_of
+
+# what PeftModel puts before the names of the base model's modules
+SAVED_PREFIX = "base_model.model."
+# What PEFT saves beside LoRA's own weights: embeddings of a vocabulary that was resized, under the names of models.
+_EMBEDDINGS = ("embed", "wte", "wpe", "shared", "head")
+
+
+def split_key(key: str) -> tuple[str, str, str]:
+    """The path of a LoRA layer in the base model, ".lora_", and which of its tensors; the last two empty if none."""
+    return key.removeprefix(SAVED_PREFIX).partition(".lora_")
+
+
+def adapter_directory(name: str | os.PathLike[str]) -> Path:
+    """
+    The directory of an adapter: a local one, or that of a repository on the hub, which is downloaded.
+
+    Raises:
+        FileNotFoundError: There is neither, or the directory holds no adapter.
+    """
+    directory = Path(name).expanduser()
+    if not directory.exists() and not os.fspath(name).startswith((".", "/", "~")):
+        try:
+            directory = Path(snapshot_download(str(name), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
+        except (OSError, HFValidationError) as error:
+            raise FileNotFoundError(f"There is no adapter {name}, here or on the hub: {error}") from error
+    if not (directory / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"There is no adapter in {name}: it lacks {CONFIG_NAME}.")
+    return directory
+
+
+def read_config(directory: Path) -> Any:
+    """
+    The configuration of an adapter.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is damaged, of a method that is not known, or has a value of a wrong kind.
+    """
+    path = directory / CONFIG_NAME
+    content = read_json(path)
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"{path} is not the configuration of an adapter that this PEFT knows: `peft_type` is {kind!r}."
+        )
+    try:
+        config: Any = PeftConfig.from_pretrained(str(directory))
+        if isinstance(config, LoraConfig):
+            _check_kinds(content, get_type_hints(type(config)))
+            _check_values(config)
+    except Exception as error:  # whatever a value of a wrong kind makes PEFT do
+        raise ValueError(f"{path} is not a valid configuration: {str(error)[:300]}") from error
+    return config
+
+
+def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """
+    The configuration and the tensors of a LoRA or ILA adapter.
+
+    Raises:
+        OSError: There is none.
+        ValueError: A file is damaged, weights are pickled, missing, not finite, do not fit each other, or are not
+            LoRA's.
+    """
+    config = read_config(directory)
+    path = directory / SAFETENSORS_WEIGHTS_NAME
+    if not path.exists() and (directory / WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"{directory} holds {WEIGHTS_NAME}, a pickle, which could run code. If you trust it, load it with PEFT "
+            f"and `save_pretrained` it, which writes {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} lacks {SAFETENSORS_WEIGHTS_NAME}.")
+    with open_safetensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+    try:
+        _check_weights(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config, tensors
+
+
+def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, output_dir: str | os.PathLike[str]) -> None:
+    """Write an adapter as PEFT does, the configuration last."""
+    seen: set[int] = set()
+    for key, tensor in tensors.items():  # safetensors refuses tied weights, which PEFT saves twice
+        if tensor.data_ptr() in seen:
+            tensors[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    with whole_file(Path(output_dir) / SAFETENSORS_WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config = copy.copy(config)
+    config.inference_mode = True  # as PEFT saves an adapter
+    with whole_file(Path(output_dir) / CONFIG_NAME) as temporary:
+        config.save_pretrained(str(temporary.parent))
+
+
+def _check_kinds(content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """PEFT does not check them, and fails far from the file."""
+    for name, value in content.items():
+        hint = hints.get(name)
+        kinds = (*get_args(hint), hint)
+        if hint is None or name == "layer_replication":  # pairs, which JSON knows as lists
+            continue
+        if isinstance(value, dict) and any(kind is dict or is_dataclass(kind) for kind in kinds):
+            continue
+        if name == "init_lora_weights" and str(value).startswith("pissa_niter_"):
+            continue
+        if (name == "lora_alpha" and isinstance(value, float)) or (float in kinds and type(value) is int):
+            continue
+        type_validator(name, value, hint)
+
+
+def _check_values(config: Any) -> None:
+    def positive(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+    patterns = {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}
+    expected = {
+        "r": (positive(config.r), "at least 1"),
+        "lora_alpha": (positive(config.lora_alpha), "a finite number above 0"),
+        "lora_dropout": (0 <= config.lora_dropout <= 1, "from 0 to 1"),
+        "rank_pattern": (all(map(positive, patterns.values())), "finite numbers above 0, and `alpha_pattern` too,"),
+    }
+    for option, (good, wanted) in expected.items():
+        if not good:
+            raise ValueError(f"`{option}` must be {wanted}, got {str(getattr(config, option))[:80]}")
+    for values in (getattr(config, "gated_parameters", None) or {}).items():
+        for name in values:
+            check_name(name)
+
+
+def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, is_lora, part = split_key(key)
+        if not key.startswith(SAVED_PREFIX) or not (is_lora or _is_saved_beside(path, tensor, config)):
+            raise ValueError(f"{key!r} is no weight of a LoRA adapter with this configuration.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key!r} is of the type {tensor.dtype}, not of floating-point numbers.")
+        if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+            raise ValueError(f"{key!r} is not finite. Did training diverge?")
+        if is_lora:
+            layers.setdefault(path, {})[part.removesuffix(".weight")] = tensor
+    if not layers:
+        raise ValueError("it holds no LoRA weights.")
+
+    parameters = getattr(config, "gated_parameters", None) or {}
+    granularity: Any = getattr(config, "granularity", "module")
+    units = set()
+    for path, own in layers.items():
+        rank = _check_layer(path, own)
+        units.add(unit_of(parameters.get(path, path), granularity))
+        try:
+            expected = path in parameters or _is_expected(path, rank, config)
+        except re.error as error:
+            raise ValueError(f"the configuration holds what is no regular expression: {error}.") from error
+        if not expected:
+            raise ValueError(f"{path!r} is no target of the adapter's configuration, or of another rank.")
+    if unknown := sorted(set(getattr(config, "gate_mask", None) or ()) - units):
+        raise ValueError(f"`gate_mask` names {unknown[0]!r}, which is no unit of the adapter.")
+
+
+def _is_expected(path: str, rank: int, config: Any) -> bool:
+    """Whether PEFT would make this layer by the configuration."""
+    if getattr(config, "target_parameters", None):  # their layers have paths and ranks of their own
+        return True
+    if not config.target_modules or not check_target_module_exists(config, path):
+        return False
+    patterns = config.rank_pattern or {}
+    return patterns.get(get_pattern_key(list(patterns), path), config.r) == rank
+
+
+def _check_layer(path: str, own: Mapping[str, torch.Tensor]) -> int:
+    """The rank of a layer."""
+    if unknown := sorted(own.keys() - {"A", "B", "embedding_A", "embedding_B", "magnitude_vector", "gate"}):
+        raise ValueError(f"{path!r} has {unknown[0]!r}, which is no weight of LoRA.")
+    a, b = (own.get(part, own.get(f"embedding_{part}")) for part in "AB")
+    if a is None or b is None:
+        raise ValueError(f"{path!r} lacks {'A' if a is None else 'B'}.")
+    fits = a.ndim >= 2 and b.ndim == a.ndim and 0 not in (*a.shape, *b.shape)
+    # each group of a convolution has its own part of the rank
+    if not fits or (a.shape[0] % b.shape[1] if a.ndim > 2 else a.shape[0] != b.shape[1]):
+        raise ValueError(f"A and B of {path!r} have the shapes {tuple(a.shape)} and {tuple(b.shape)}.")
+    if "gate" in own and own["gate"].numel() != 1:
+        raise ValueError(f"The gate of {path!r} must be one number, but has the shape {tuple(own['gate'].shape)}.")
+    return len(a)
+
+
+def _is_saved_beside(path: str, tensor: torch.Tensor, config: Any) -> bool:
+    if path.endswith(".bias") and config.bias != "none":
+        return True
+    parts = path.split(".")
+    if any(name in parts or f".{name}." in f".{path}" for name in config.modules_to_save or ()):
+        return True
+    if config.trainable_token_indices and any("token" in part for part in parts):
+        return True
+    return parts[-1] == "weight" and tensor.ndim == 2 and any(name in path for name in _EMBEDDINGS)

@@ -1,0 +1,50 @@
+"""Training with any trainer, and what can go wrong meanwhile as errors of one kind. Changes with transformers."""
+
+import pickle
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+
+def train(trainer: Any, checkpoint: str | None) -> None:
+    """
+    Train from the start or from a checkpoint.
+
+    Raises:
+        OSError: A file could not be written, as on a full disk.
+        ValueError: The checkpoint is damaged, nothing was trained, or a weight is not finite at the end.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+        if checkpoint is None:
+            raise
+        raise ValueError(f"The checkpoint {checkpoint} is damaged: {error!r}.") from error
+    except SafetensorError as error:
+        raise OSError(f"A checkpoint in {trainer.args.output_dir} could not be written or read: {error}") from error
+    except Exception as error:
+        # how torch and tokenizers report a full disk
+        if type(error) is Exception or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+            raise OSError(f"A checkpoint in {trainer.args.output_dir} could not be written: {error}") from error
+        raise
+    if trainer.state.global_step == 0:
+        raise ValueError(
+            "Not a single step was trained: the data give less than one batch, or the arguments ask for no steps."
+        )
+    check_finite(trainer.model, trainer.state.global_step)
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """
+    Raises:
+        ValueError: A trained weight is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # sharded by FSDP2
+        if parameter.requires_grad and not torch.isfinite(own).all():
+            raise ValueError(
+                f"{name!r} is not finite after {step} steps; training has diverged. Lower the learning rate or check "
+                "the data."
+            )
