@@ -83,9 +83,9 @@ def sft_trainer(
 
 
 def _check_examples(trainer: Any, name: str) -> None:
-    data: Any = trainer.train_dataset
-    if not isinstance(data, Sized):
+    if not isinstance(trainer.train_dataset, Sized):
         return
+    data: Any = trainer.train_dataset
     if not len(data):
         raise ValueError(
             f"No example of {name} is left to train on: with `--max_length {trainer.args.max_length}`, nothing is "
