@@ -158,6 +158,9 @@ def _partial(path: Path) -> Iterator[Path]:
         yield temporary
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"{path} could not be written: {error}") from error
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which is missing where the disk is full
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

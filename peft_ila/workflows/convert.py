@@ -65,7 +65,7 @@ def _ranked_config(importance: LayerImportance) -> Any:
         return _config(model, hub=False) if model else None
     except (OSError, ValueError):
         logger.warning(
-            f"The configuration of {str(model)[:80]!r} is not at hand; the targets are checked by name only. Say where "
-            "it is by `--model_name_or_path`."
+            f"The configuration of {str(model)[:80]!r} is not at hand; the targets are checked by name only. Say "
+            "where it is by `--model_name_or_path`."
         )
         return None

@@ -54,6 +54,34 @@ def test_a_card_is_replaced_and_its_other_sections_stay(model, tmp_path):
     assert readme.read_text().endswith("\n## Licence\n\nMine.\n") and "x.0" not in readme.read_text()
 
 
+@pytest.mark.parametrize("tags", ["tags: mine", "tags: [mine, 5]", "license: mit"])
+def test_front_matter_of_others(model, tmp_path, tags):
+    (tmp_path / "README.md").write_text(f"---\n{tags}\n---\n## Layer importance\n\nold\n\n## Mine\n\nText.\n")
+    model.layer_importance().save_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"peft-ila", "arxiv:2410.17875", *(["mine"] if "mine" in tags else [])} == set(card.data.tags)
+    assert card.text.count("## Layer importance") == 1 and "old" not in card.text
+    assert card.text.endswith("\n## Mine\n\nText.\n")
+
+
+@pytest.mark.parametrize("broken", ["tags: [", "tags: 5", "- a"])
+def test_front_matter_that_is_broken(model, tmp_path, broken):
+    (tmp_path / "README.md").write_text(f"---\n{broken}\n---\nText.\n")
+    with pytest.raises(ValueError, match=r"README.md is no model card that can be added to; mend or delete it"):
+        model.layer_importance().save_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == f"---\n{broken}\n---\nText.\n"
+
+
+def test_names_in_a_card_are_only_names(tmp_path):
+    LayerImportance(["<script>alert(1)</script>", "a`|b", "x.0"], [3.0, 2.0, 1.0]).save_card(tmp_path)
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| 1 | <code>&#60;script&#62;alert&#40;1&#41;&#60;&#47;script&#62;</code> | 0.953 |",
+        "| 2 | <code>a&#96;&#124;b</code> | 0.881 |",
+        "| 3 | `x.0` | 0.731 |",
+    ]
+
+
 def test_a_directory_without_a_card(model, tmp_path):
     model.layer_importance().save_card(tmp_path)
     assert "| 1 | `model.layers.1` | 0.881 |" in (tmp_path / "README.md").read_text()

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from random import Random
@@ -7,6 +8,7 @@ import pytest
 from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from peft_ila import LayerImportance
 
@@ -191,6 +193,72 @@ def test_bad_files(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         LayerImportance.load(path)
+
+
+GOOD = {
+    "format": "peft_ila.LayerImportance",
+    "version": 1,
+    "metadata": {},
+    "lookalikes": [],
+    "units": [
+        {"unit": "m.0", "score": 1.0, "modules": ["m.0.q"], "spread": 0.1},
+        {"unit": "m.1", "score": 2.0, "modules": ["m.1.q"], "spread": 0.1},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.update(version=True), "has version True"),
+        (lambda c: c.update(metadata=[]), "`metadata` must be a dict"),
+        (lambda c: c.update(metadata={"model": 5}), r"`metadata\['model'\]` must be a string"),
+        (lambda c: c.update(lookalikes="m.0.q"), "`lookalikes` must be a list"),
+        (lambda c: c.update(lookalikes=[5]), "name of a module must be a string"),
+        (lambda c: c.update(lookalikes=["m.0.q"]), "cannot be among `lookalikes`"),
+        (lambda c: c["units"][0].update(modules="m.0.q"), "must hold a list of at least one name for 'm.0'"),
+        (lambda c: c["units"][0].update(modules=[]), "must hold a list of at least one name for 'm.0'"),
+        (lambda c: c["units"][0].update(modules=["m.1.q"]), "lists 'm.1.q' for 'm.0', which it is no part of"),
+        (lambda c: c["units"][0].update(modules=["m.0.q", "m.0.q"]), "lists 'm.0.q' twice"),
+        (lambda c: c["units"][0].update(unit=5), "name of a module must be a string"),
+        (lambda c: c["units"][0].update(unit="m.1"), "'m.1' is repeated"),
+        (lambda c: c["units"][0].update(unit="a\x1b[2J", modules=["a\x1b[2J"]), "cannot be the name of a module"),
+        (lambda c: c["units"][0].update(unit="a..b", modules=["a..b"]), "cannot be the name of a module"),
+        (lambda c: c["units"][0].update(score=True), "score of 'm.0' is True"),
+        (lambda c: c["units"][0].update(score="1"), "score of 'm.0' is 1"),
+        (lambda c: c["units"][0].update(score=10**400), "scores must be finite numbers"),
+        (lambda c: c["units"][0].update(spread=-1), "`spread` must hold one finite number"),
+        (lambda c: c["units"][0].pop("spread"), "KeyError: 'spread'"),
+        (lambda c: c["units"][0].update(parameters={"m.0.x": 1}), "`parameters` names 'm.0.x'"),
+        (lambda c: c["units"][0].update(parameters={"m.0.q": 0}), "must hold a number above 0 for 'm.0.q'"),
+        (lambda c: c["units"].append([]), "TypeError"),
+        (lambda c: c.update(units=5), "TypeError"),
+    ],
+)
+def test_odd_files(tmp_path, change, message):
+    content = copy.deepcopy(GOOD)
+    (tmp_path / "importance.json").write_text(json.dumps(content))
+    assert LayerImportance.load(tmp_path / "importance.json").scores == [1.0, 2.0]
+    change(content)
+    (tmp_path / "importance.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        LayerImportance.load(tmp_path / "importance.json")
+
+
+@pytest.mark.parametrize("unit", ["m.(a+)+b", "m.la(b", "m.a|b", "m.[", "m.a*"])
+def test_names_are_no_patterns(unit):
+    units = [f"{unit}.{i}" for i in range(3)]
+    importance = LayerImportance(units, [1.0, 2.0, 3.0], modules={u: [f"{u}.q", f"{u}.k"] for u in units})
+    config = importance.to_lora_config(top_k=2)
+    names = [name for own in importance.modules.values() for name in own]
+    hit = [name for name in names if check_target_module_exists(config, name)]
+    assert hit == [f"{unit}.{i}.{name}" for i in (1, 2) for name in "qk"]
+
+
+def test_a_file_nested_too_deep(tmp_path):
+    (tmp_path / "importance.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not JSON"):
+        LayerImportance.load(tmp_path / "importance.json")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):

@@ -50,6 +50,24 @@ def test_many_layers_keep_readable_ticks():
     assert len(labels(axes_of(importance), "x")) <= 40
 
 
+def test_names_that_are_no_names(tmp_path):
+    units = ["h.0.$\\frac{", "h.1.$x^2$", "h.1.<b>"]
+    importance = LayerImportance(units, [0.0, 1.0, 2.0], {"model": "a/$\\frac{\x1b"})
+    axes = axes_of(importance)
+    assert labels(axes, "y") == ["$\\frac{", "$x^2$", "<b>"]
+    assert axes.get_title() == "importance of the layers of $\\frac{ "
+    importance.plot(tmp_path / "heatmap.svg")
+    assert "$x^2$" in (tmp_path / "heatmap.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["h.{}.a", "h.{}.b.{}", "n{}"])
+def test_a_picture_of_bounded_size(name):
+    units = [name.format(i, i) for i in range(1000)]
+    figure = LayerImportance(units, [0.1] * len(units)).plot()
+    assert max(figure.get_size_inches()) <= 45
+    assert len(labels(figure.axes[0], "y")) <= 60
+
+
 def test_written_whole_or_not_at_all(tmp_path):
     importance = LayerImportance(units=["h.0", "h.1"], scores=[0.0, 1.0])
     importance.plot(tmp_path / "new" / "heatmap.png")

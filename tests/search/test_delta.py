@@ -1,4 +1,5 @@
 import json
+import shutil
 import weakref
 
 import pytest
@@ -170,12 +171,22 @@ def test_bad_checkpoints(checkpoints):
     broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
     broken.save_pretrained(checkpoints / "broken")
     (checkpoints / "empty").mkdir()
+    for name, index in (("no map", {}), ("outside", {"weight_map": {"w": "../base/model.safetensors"}})):
+        shutil.copytree(checkpoints / "base", checkpoints / name)
+        (checkpoints / name / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copytree(checkpoints / "base", checkpoints / "truncated")
+    weights = checkpoints / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
     for arguments, message in (
         ({"tuned": "short"}, r"do not both hold 'model\.layers\.2\.[a-z_.]+\.weight' \(7 weights missing\)"),
         ({"tuned": "narrow"}, r"has the shape \(64, 32\) in .*base, but \(32, 32\) in .*narrow"),
         ({"tuned": "broken"}, r"difference of 'model\.layers\.0\.mlp\.up_proj\.weight' is not finite"),
         ({"tuned": "base"}, "does not differ from .* in any target module"),
         ({"tuned": "empty"}, r"empty holds no model\.safetensors"),
+        ({"tuned": "no map"}, r"index\.json is no index of weights: it lacks `weight_map`"),
+        ({"tuned": "outside"}, r"index\.json names '\.\./base/model\.safetensors', which is no file in its directory"),
+        ({"tuned": "truncated"}, r"truncated/model\.safetensors is damaged or no safetensors file"),
+        ({"base": "truncated"}, r"truncated/model\.safetensors is damaged or no safetensors file"),
         ({"target_modules": ["embed_tokens"]}, "Only deltas of linear modules can be factorised, but 'model.embed"),
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
     ):

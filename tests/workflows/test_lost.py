@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,6 +277,19 @@ def test_pickled_weights_are_not_read(workspace, tmp_path):
         main(["export", str(source), "--output_dir", str(tmp_path / "out")])
     message = error_of(workspace, "rank", tmp_path / "out", "--adapter", str(source))
     assert "holds adapter_model.bin, a pickle" in message
+
+
+def test_a_full_disk(workspace, tmp_path):
+    """A limit on the size of a file does the same."""
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    code = (
+        "import resource; from peft_ila.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        f"main({['rank', *data, *TRAINING, '--save_strategy', 'no', '--output_dir', str(tmp_path)]!r})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert re.search(r"peft-ila rank: error: .*adapter could not be written: .*File too large", ended.stderr)
+    assert {path.name for path in tmp_path.iterdir()} <= {"run.json"}
 
 
 @pytest.mark.parametrize("scenario", kills.SCENARIOS)
