@@ -66,7 +66,7 @@ def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
     try:
         with torch.device("meta"):
             skeleton = _named(config) or _of_known_heads(config, names)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except _IMPOSSIBLE as error:
         raise ValueError(f"No model can be built of this {type(config).__name__}: {error}") from error
     if skeleton is None:
         raise ValueError(
@@ -100,7 +100,7 @@ def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Modu
             continue
         try:
             skeleton = auto.from_config(copy.deepcopy(config))
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, *_IMPOSSIBLE):
             continue  # this head needs what the configuration does not say, such as a vocabulary
         known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
         if known.issuperset(names):
@@ -109,6 +109,8 @@ def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Modu
     return first
 
 
+# what models raise of a configuration that they cannot be built of
+_IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 # the heads that a configuration without `architectures` may mean
 _KINDS = (
     "AutoModelForCausalLM",
