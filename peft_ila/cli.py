@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .export.plain import export_adapter
+from .files import locked
 from .ranking.importance import LayerImportance
 from .ranking.table import comparison_table, ranking_table
 from .workflows.arguments import RankArguments, SelectionArguments, TuneArguments, required
@@ -113,13 +114,15 @@ def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
     output_dir = Path(required(args.output_dir, "output_dir"))
     lora: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     model = model_name(args.model_name_or_path) if args.model_name_or_path else None
-    path = write_conversion(importance, output_dir, args.format, args.selection(), model, **lora)
+    with locked(output_dir):
+        path = write_conversion(importance, output_dir, args.format, args.selection(), model, **lora)
     print(f"Wrote {path}.")
 
 
 def export(args: ExportArguments, paths: argparse.Namespace) -> None:
     """Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent."""
-    export_adapter(paths.adapter, required(args.output_dir, "output_dir"))
+    with locked(required(args.output_dir, "output_dir")):
+        export_adapter(paths.adapter, str(args.output_dir))
     print(f"Wrote {args.output_dir}/adapter_config.json and adapter_model.safetensors.")
 
 

@@ -76,13 +76,14 @@ def recover(path: Path) -> None:
 @contextmanager
 def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     """
-    Hold a directory, which is made if need be, so that no other run writes to it; a killed run holds nothing. What
-    a killed run has left half-written there is removed.
+    Hold a directory so that no other run writes to it; a killed run holds nothing. What a killed run has left
+    half-written there is removed. A directory that had to be made and stays empty is removed again.
 
     Raises:
         OSError: Another process holds the directory, or it is none.
     """
     directory = Path(directory)
+    made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / _LOCK
     lock = FileLock(path)
@@ -105,6 +106,8 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # where a file in use cannot be removed, it stays
             path.unlink()
+            if made:
+                directory.rmdir()
         lock.release()
 
 

@@ -105,7 +105,9 @@ _operations: _Operations | None = None
 
 def operations() -> _Operations:
     global _operations
-    _operations = _operations or _Operations()
+    if _operations is None:
+        _operations = _Operations()
+        gc.freeze()  # each run collects garbage several times, most of which would be spent on imported modules
     return _operations
 
 
