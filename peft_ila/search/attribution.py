@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..ranking.importance import LayerImportance
+from .measurement import Measurement, Step
 
 # The least number of steps; twice as many for a standard error, and the ranking is looked at again after as many.
 ROUND = 4
@@ -24,16 +25,16 @@ class Attribution:
         steps (`int`): The greatest number of steps.
         min_agreement (`float`, *optional*): Stop when the ranking has settled, see [`steps_to_settle`].
 
-    Attributes:
-        scores: `None`: the gradients are wanted at γ = 0.
     """
-
-    scores: torch.Tensor | None = None
 
     def __init__(self, units: int, steps: int, min_agreement: float | None = None) -> None:
         self._steps = steps
         self._min_agreement = min_agreement
         self._samples = torch.empty(0, units)
+
+    def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
+        """What [`step`] takes, and the loss."""
+        return measurement.gradient(step)
 
     def step(self, gradient: torch.Tensor) -> None:
         """Take one sample: ∂L/∂γ on one step's batches, of shape (units,)."""
@@ -60,11 +61,7 @@ class Attribution:
         Raises:
             ValueError: There are too few samples, or the attributions do not add up to a gain.
         """
-        if self.taken < ROUND:
-            raise ValueError(
-                f"Stage 2 measured {self.taken} batches, but needs {ROUND}: the training data end before. A stream "
-                "that can be read only once must hold batches for both stages."
-            )
+        self._check_number()
         worth, error = attributions(self._samples)
         attributed = worth.sum().item()
         if not attributed > 0:
@@ -75,6 +72,13 @@ class Attribution:
         mean = attributed / len(worth)
         spread = (error / mean).tolist() if self.taken >= 2 * ROUND else []
         return (worth / mean - 1).tolist(), spread, {"min_agreement": self._min_agreement, "attributed": attributed}
+
+    def _check_number(self) -> None:
+        if self.taken < ROUND:
+            raise ValueError(
+                f"Stage 2 measured {self.taken} batches, but needs {ROUND}: the training data end before. A stream "
+                "that can be read only once must hold batches for both stages."
+            )
 
 
 def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .measurement import Measurement, Step
+
 logger = logging.getLogger(__name__)
 
 _FEEDBACK = 8.0  # a mean gate that is 0.1 above its schedule makes 0.8 of the units too expensive
@@ -29,9 +31,6 @@ class Descent:
         initial_score (`float`): The value that all scores start at.
         learning_rate (`float`): Adam's.
         budget (`int` or `float`, *optional*): H as a number of units, or as a share of them in (0, 1].
-
-    Attributes:
-        scores: Of shape (units,), fp32: the next gradient is wanted there.
 
     Raises:
         ValueError: A setting is out of range.
@@ -57,10 +56,15 @@ class Descent:
 
     @property
     def scores(self) -> torch.Tensor:
+        """Of shape (units,), fp32."""
         return self._parameter.detach()
 
     def _mean_gate(self) -> float:
         return torch.sigmoid(self.scores).mean().item()
+
+    def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
+        """What [`step`] takes, and the loss."""
+        return measurement.gradient(step, self.scores)
 
     def step(self, gradient: torch.Tensor) -> None:
         """Take one step, with ∂L/∂s at the present scores, of shape (units,)."""

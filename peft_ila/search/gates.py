@@ -4,6 +4,8 @@ import math
 from collections.abc import Sized
 from typing import Any, Literal
 
+import torch
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
@@ -12,9 +14,10 @@ from ..tuner.model import ILAModel
 from .attribution import ROUND, Attribution
 from .descent import Descent, check_descent
 from .measurement import Measurement, check_engine, measuring
+from .untrained import Untrained
 
-Method = Literal["attribution", "descent"]
-STEPS = {"attribution": 32, "descent": 128}
+Method = Literal["attribution", "descent", "untrained"]
+STEPS = {"attribution": 32, "descent": 128, "untrained": 16}
 
 
 def learn_gates(
@@ -39,6 +42,8 @@ def learn_gates(
       The mean over the steps, the attribution of a unit, is the first-order term of what its delta alone is worth
       there. The score is n·attribution / Σ attributions − 1, for n units: a gate above ½ means that the unit is worth
       more than the mean.
+    - `method="untrained"`: no fine-tuning at all. The adapter is fresh, its B is 0, and each step measures
+      (α/r)·‖∂L/∂B‖₁ of every unit, what its first step of training would be worth. The score is n·norm / Σ norms − 1.
     - `method="descent"`: what the paper does. All scores start at one value, and Adam descends on the loss of the
       fine-tuned model over the scores alone; the gate is the learned σ(s). At a stable point the loss is flat in
       every gate, so that without a `budget` this ranks little better than chance (docs/results.md compares).
@@ -53,16 +58,17 @@ def learn_gates(
             adapter.
         steps (`int`, *optional*):
             The greatest number of steps, at least 4. By default 32 for "attribution" (the ranking from 32 batches of
-            8 examples was as good as settled, that from 8 not far behind, docs/defaults.md), and 128 for "descent"
-            (the paper's number, recalled).
+            8 examples was as good as settled, that from 8 not far behind, docs/defaults.md), 16 for "untrained", and
+            128 for "descent" (the paper's number, recalled).
         min_agreement (`float`, *optional*):
-            "attribution" stops when the ranking has settled: when the rankings from the first half of the steps and
-            from all of them have overlaps of the top 30 % and 75 % and a Spearman correlation of at least this much,
-            three times in a row. `None` takes all steps, as "descent" does.
-        loss_batches (`int`): The number of first steps on which to measure L(0) and L(1) too.
+            "attribution" and "untrained" stop when the ranking has settled: when the rankings from the first half of
+            the steps and from all of them have overlaps of the top 30 % and 75 % and a Spearman correlation of at
+            least this much, three times in a row. `None` takes all steps, as "descent" does.
+        loss_batches (`int`): The number of first steps on which to measure L(0) and L(1) too; they are the
+            same before training.
         seed (`int`, *optional*): For the order of the data, by default the trainer's `seed` and `data_seed`. The
             same seed gives the same scores.
-        method (`str`): `"attribution"` or `"descent"`.
+        method (`str`): `"attribution"`, `"descent"` or `"untrained"`.
         initial_score (`float`, *optional*): Of "descent", by default the adapter's `gate_init` (4.0 is the paper's,
             recalled).
         learning_rate (`float`, *optional*): Of "descent", of the scores; 0.1 by default, assumed.
@@ -76,20 +82,23 @@ def learn_gates(
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range, the adapter is masked or merged, the deltas do not lower the loss (all
-            of them, or a small part of all), a gradient is not finite, the data end too soon, or the trainer runs
-            under DeepSpeed, FSDP1, or FSDP2 with an adapter in half precision.
+        ValueError: A setting is out of range, the adapter is masked or merged, it was trained where the method wants
+            a fresh one or the other way round, the deltas do not lower the loss (all of them, or a small part of
+            all), a gradient is not finite, the data end too soon, or the trainer runs under DeepSpeed, FSDP1, or
+            FSDP2 with an adapter in half precision.
     """
     check_settings(method, steps, min_agreement, loss_batches, initial_score, learning_rate, budget)
     ila = rankable(trainer)
+    _check_trained(ila, method)
     steps = STEPS[method] if steps is None else steps
+    units = len(ila.gates())
     search: Attribution | Descent
     if method == "descent":
         (config,) = (ila.peft_config[name] for name in ila.active_adapters)
         start = config.gate_init if initial_score is None else initial_score
-        search = Descent(len(ila.gates()), steps, start, 0.1 if learning_rate is None else learning_rate, budget)
+        search = Descent(units, steps, start, 0.1 if learning_rate is None else learning_rate, budget)
     else:
-        search = Attribution(len(ila.gates()), steps, min_agreement)
+        search = (Untrained if method == "untrained" else Attribution)(units, steps, min_agreement)
 
     hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
     with measuring(trainer, ila, seed) as measurement, tqdm(total=steps, desc="Stage 2", disable=hidden) as bar:
@@ -123,27 +132,29 @@ def _run(
     """Take the steps of the search, and L(0) and L(1) on the first of them, in one pass over the data."""
     losses: list[tuple[float, float]] = []
     for step in measurement.steps():
-        opened = measurement.loss(step, closed=False) if len(losses) < loss_batches else None
-        gradient, loss = measurement.gradient(step, search.scores)
-        if opened is not None:
-            losses.append((loss if search.scores is None else measurement.loss(step, closed=True), opened))
+        wanted = len(losses) < loss_batches
+        opened = measurement.loss(step, closed=False) if wanted and not isinstance(search, Untrained) else None
+        sample, loss = search.measure(measurement, step)
+        if wanted:
+            closed = measurement.loss(step, closed=True) if isinstance(search, Descent) else loss
+            losses.append((closed, closed if opened is None else opened))
             if len(losses) == loss_batches:
-                _means(losses)  # before more work is done in vain
-        search.step(gradient)
+                _means(losses, search)  # before more work is done in vain
+        search.step(sample)
         bar.update()
         every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
         if args.logging_strategy == "steps" and search.taken % every == 0 and args.process_index == 0:
             bar.write(str({"step": search.taken, "loss": round(loss, 4)}))
         if search.finished:
             break
-    return _means(losses)
+    return _means(losses, search)
 
 
-def _means(losses: list[tuple[float, float]]) -> tuple[float, float]:
+def _means(losses: list[tuple[float, float]], search: Attribution | Descent) -> tuple[float, float]:
     if not losses:
         raise ValueError("None of the training batches gives a loss: there are none, or no label is in them.")
     closed, opened = (sum(values) / len(losses) for values in zip(*losses))
-    if not closed > opened:
+    if not closed > opened and not isinstance(search, Untrained):
         raise ValueError(
             f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, {opened:.4f} "
             "with it), so there is nothing to rank. Fine-tune longer, or rank on a loss that falls as the model gets "
@@ -180,6 +191,24 @@ def check_settings(
         check_descent(**own)
     elif own:
         raise ValueError(f'{sorted(own)} are settings of `method="descent"`, of no use to {method!r}.')
+
+
+def _check_trained(ila: ILAModel, method: Method) -> None:
+    trained = any(_local(weight).any() for *_, weight in ila.b_weights())
+    if method == "untrained" and trained:
+        raise ValueError(
+            '`method="untrained"` ranks by a fresh adapter, whose B is 0, but this one has been trained (or '
+            '`init_lora_weights` does not begin with B = 0). Make a new one, or rank it by `method="attribution"`.'
+        )
+    if method != "untrained" and not trained:
+        raise ValueError(
+            f"The adapter has not been trained: its B is 0, so that there is no delta to rank by {method!r}. Fine-"
+            'tune first, or rank the units of the base model by `method="untrained"`.'
+        )
+
+
+def _local(weight: Any) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def rankable(trainer: Trainer) -> ILAModel:

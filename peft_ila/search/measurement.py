@@ -8,7 +8,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class Measurement:
 
     def __init__(self, trainer: Any, ila: ILAModel) -> None:
         self._trainer = trainer
+        self._ila = ila
         self._gates = list(ila.gates().values())
 
     def steps(self) -> Iterator[Step]:
@@ -81,10 +82,34 @@ class Measurement:
         """
         if scores is not None:
             self.set_scores(scores.tolist())
+        return self._finite(self._take_gradient, step, "soft", scores is None)
+
+    def promise(self, step: Step) -> tuple[torch.Tensor, float]:
+        """
+        (α/r)·‖∂L/∂B‖₁ of each unit, where B is 0, and the loss: of the mean gradient over all processes.
+
+        Returns:
+            The norms, of shape (gates,), fp32 on the CPU, and the loss.
+
+        Raises:
+            ValueError: A gradient is NaN or infinite.
+        """
+        weights = [weight for *_, weight in self._ila.b_weights()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            return self._finite(self._take_promise, step, "open", False)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+
+    def _finite(
+        self, take: Callable[[], torch.Tensor], step: Step, mode: GateMode, probed: bool
+    ) -> tuple[torch.Tensor, float]:
         scaler = self._trainer.accelerator.scaler  # of fp16
         while True:
-            loss = self._run(step, "soft", probed=scores is None)
-            gradient, scale = self._take_gradient(), scaler.get_scale() if scaler else 1.0
+            loss = self._run(step, mode, probed)
+            gradient, scale = take(), scaler.get_scale() if scaler else 1.0
             if gradient.isfinite().all():
                 return gradient / scale, loss
             if scale <= 1 or not math.isfinite(loss):
@@ -109,10 +134,23 @@ class Measurement:
             weight.grad = None
         if isinstance(weights[0], DTensor):
             # FSDP2 has taken the mean over the processes, and each holds the scores of a part of the gates
-            mesh = weights[0].device_mesh
-            torch.distributed.all_reduce(local, group=mesh.get_group(mesh.ndim - 1))
-            return local.cpu()
+            return _sum_of_parts(local, weights[0]).cpu()
         return self._trainer.accelerator.reduce(local, "mean").cpu()
+
+    def _take_promise(self) -> torch.Tensor:
+        norms: dict[str, list[torch.Tensor]] = {}
+        weight: Any = None
+        for unit, scaling, weight in self._ila.b_weights():
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # no batch may reach an expert
+            weight.grad = None
+            if isinstance(gradient, DTensor):
+                gradient = gradient.to_local()
+            else:
+                gradient = self._trainer.accelerator.reduce(gradient, "mean")
+            norms.setdefault(unit, []).append(scaling * gradient.float().abs().sum())
+        device = self._gates[0].weight.device
+        local = torch.stack([torch.stack([norm.to(device) for norm in own]).sum() for own in norms.values()])
+        return (_sum_of_parts(local, weight) if isinstance(weight, DTensor) else local).cpu()
 
     def set_scores(self, scores: Iterable[float]) -> None:
         """Set the scores of all gates."""
@@ -128,6 +166,12 @@ def _end_of_stream(dataset: Any) -> Iterator[None]:
     except ValueError as error:  # of accelerate, where a stream that can be read only once is read again
         if not isinstance(dataset, torch.utils.data.IterableDataset) or "does not contain any data" not in str(error):
             raise
+
+
+def _sum_of_parts(local: torch.Tensor, sharded: DTensor) -> torch.Tensor:
+    mesh = sharded.device_mesh
+    torch.distributed.all_reduce(local, group=mesh.get_group(mesh.ndim - 1))
+    return local
 
 
 def _local_gradient(score: torch.Tensor) -> torch.Tensor:

@@ -372,6 +372,18 @@ class ILAModel(LoraModel):
             },
         )
 
+    def b_weights(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, torch.Tensor]]:
+        """
+        The unit, the scaling α/r and the weight B of each LoRA layer.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        granularity = self.peft_config[adapter_name].granularity
+        for _, name, layer in self._gated_layers(adapter_name):
+            yield unit_of(name, granularity), layer.scaling[adapter_name], _lora_b(layer, adapter_name)
+
     def check_unmerged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
         if any(adapter_name in layer.merged_adapters for *_, layer in self._gated_layers(adapter_name)):

@@ -44,12 +44,15 @@ class RankArguments:
         default="attribution",
         metadata={
             "help": "Stage 2: 'attribution' measures what each delta is worth at the base model, 'descent' learns the "
-            "scores as the paper does."
+            "scores as the paper does, 'untrained' measures what a fresh adapter promises, without stage 1."
         },
     )
     gate_steps: int | None = field(
         default=None,
-        metadata={"help": "The greatest number of steps of stage 2, by default 32 (attribution) or 128 (descent)."},
+        metadata={
+            "help": "The greatest number of steps of stage 2, by default 32 (attribution), 16 "
+            "(untrained) or 128 (descent)."
+        },
     )
     min_agreement: float = field(
         default=0.8,

@@ -43,6 +43,8 @@ def rank(
     >>> importance = rank(trainer, EpsilonStability(epsilon=0.05))
     ```
 
+    With `method="untrained"` there is no stage 1, and the adapter is the fresh one.
+
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer whose model has one active ILA adapter, in mode "open".
         stability ([`EpsilonStability`], *optional*):
@@ -73,7 +75,8 @@ def rank(
     if not resumes:
         check_finished(directory, RANKING)
     with locked(directory) if trainer.is_world_process_zero() else nullcontext():
-        run = Run(trainer, {**(metadata or {}), "adapter": adapter}, resumes)
+        untrained = gate_settings.get("method") == "untrained"
+        run = Run(trainer, {**(metadata or {}), "adapter": adapter, "untrained": untrained}, resumes)
         return _rank(trainer, run, stability, adapter, metadata or {}, gate_settings)
 
 
@@ -89,6 +92,8 @@ def _rank(
     if adapter:
         facts = metadata.get("stage_1", {"adapter": adapter})
         _load_adapter(trainer, adapter_directory(adapter))
+    elif gate_settings.get("method") == "untrained":
+        facts = {"steps": 0, "stable": False}
     elif run.done and is_true(args.resume_from_checkpoint) and (done / STAGE_1).exists():
         facts = read_json(done / STAGE_1)
         _load_adapter(trainer, done)

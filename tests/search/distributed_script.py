@@ -20,7 +20,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 TARGETS = {"open": LINEAR, "joint": [*LINEAR, "lm_head"]}
 
 
-def train(output: Path, mode: str) -> dict:
+def make_trainer(output: Path, mode: str, *callbacks) -> Trainer:
     rows = []
     for i in range(48):
         ids = torch.randint(1, 64, (12,), generator=torch.Generator().manual_seed(i % 8)).tolist()
@@ -42,18 +42,24 @@ def train(output: Path, mode: str) -> dict:
     args.per_device_train_batch_size = GLOBAL_BATCH // args.world_size
     if os.environ.get("ACCELERATE_USE_FSDP"):
         PartialState().distributed_type = DistributedType.MULTI_GPU  # on the CPU accelerate leaves FSDP off
+    return Trainer(model=get_peft_model(base, config), args=args, train_dataset=rows, callbacks=list(callbacks))
+
+
+def train(output: Path, mode: str) -> dict:
+    untrained = learn_gates(make_trainer(output, mode), steps=4, method="untrained")
     stability = EpsilonStability(epsilon=0.05, window=3, patience=2)
-    trainer = Trainer(model=get_peft_model(base, config), args=args, train_dataset=rows, callbacks=[stability])
+    trainer = make_trainer(output, mode, stability)
     trainer.train()
     descent = learn_gates(trainer, steps=8, method="descent", budget=0.5, learning_rate=0.5)
     importance = learn_gates(trainer, steps=8)
     trainer.save_model(str(output / "adapter"))
     return {
         "engine": "FSDP2" if trainer.accelerator.is_fsdp2 else str(trainer.accelerator.distributed_type),
-        "world_size": args.world_size,
+        "world_size": trainer.args.world_size,
         "stopped_at": stability.stopped_at,
         "scores": importance.scores,
         "descent": descent.scores,
+        "untrained": untrained.scores,
         "loss_closed": importance.metadata["learn_gates"]["loss_closed"],
         "batch_size": importance.metadata["learn_gates"]["batch_size"],
     }

@@ -60,6 +60,7 @@ def test_two_processes_equal_one(tmp_path, single, engine, name):
         assert result["stopped_at"] == single[mode]["stopped_at"]
         assert result["loss_closed"] == pytest.approx(single[mode]["loss_closed"], rel=1e-4)
         assert result["scores"] == pytest.approx(single[mode]["scores"], abs=2e-3)
+        assert result["untrained"] == pytest.approx(single[mode]["untrained"], abs=2e-3)
         assert result["descent"] == pytest.approx(single[mode]["descent"], abs=2e-2)
         model = PeftModel.from_pretrained(tiny_llama(), tmp_path / mode / "adapter")
         assert model.layer_importance().scores == result["scores"]

@@ -540,9 +540,13 @@ def test_bad_arguments(tmp_path, tokenizer, dialogues, arguments, message):
         learn_gates(sft_trainer(tmp_path, tokenizer, dialogues), **arguments)
 
 
-def test_an_untrained_adapter_has_nothing_to_rank(tmp_path, tokenizer, dialogues):
+def test_an_adapter_that_does_not_lower_the_loss_has_nothing_to_rank(tmp_path, tokenizer, dialogues):
+    model = ila(init_lora_weights=False)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data *= 30
     with pytest.raises(ValueError, match="does not lower the loss on its own training data"):
-        learn_gates(plain_trainer(tmp_path, tokenizer, dialogues))
+        learn_gates(plain_trainer(tmp_path, tokenizer, dialogues, model=model))
 
 
 def test_a_masked_or_foreign_model_is_refused(tmp_path, tokenizer, dialogues):

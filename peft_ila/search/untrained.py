@@ -1,0 +1,41 @@
+"""Untrained: what each unit promises before anything is trained. The search that costs a few batches."""
+
+from typing import Any
+
+import torch
+
+from .attribution import ROUND, Attribution, attributions
+from .measurement import Measurement, Step
+
+
+class Untrained(Attribution):
+    """
+    (α/r)·‖∂L/∂B‖₁ of each unit of a fresh LoRA, where B is 0 and the model is the base model.
+
+    It is what [`Attribution`] would find after the first step of stage 1: from B = 0, Adam moves each entry of B by
+    its learning rate against the sign of its gradient, and the first-order worth of that delta at the base model is
+    rate·(α/r)·‖∂L/∂B‖₁. The score is n·norm / Σ norms − 1 for n units.
+    """
+
+    def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
+        """What [`step`] takes, and the loss."""
+        return measurement.promise(step)
+
+    def step(self, norms: torch.Tensor) -> None:
+        """Take one sample: (α/r)·‖∂L/∂B‖₁ on one step's batches, of shape (units,)."""
+        self._samples = torch.cat([self._samples, norms[None]])
+
+    def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
+        """
+        Scores, their standard errors (none of fewer than 8 samples), and what the metadata say.
+
+        Raises:
+            ValueError: There are too few samples, or all gradients are 0.
+        """
+        self._check_number()
+        norms, error = attributions(self._samples)
+        mean = norms.mean().item()
+        if not mean > 0:
+            raise ValueError("All gradients of the adapter are 0: no unit has a part in the loss. Check the targets.")
+        spread = (error / mean).tolist() if self.taken >= 2 * ROUND else []
+        return (norms / mean - 1).tolist(), spread, {"min_agreement": self._min_agreement}
