@@ -89,7 +89,6 @@ def learn_gates(
     """
     check_settings(method, steps, min_agreement, loss_batches, initial_score, learning_rate, budget)
     ila = rankable(trainer)
-    _check_trained(ila, method)
     steps = STEPS[method] if steps is None else steps
     units = len(ila.gates())
     search: Attribution | Descent
@@ -99,6 +98,7 @@ def learn_gates(
         search = Descent(units, steps, start, 0.1 if learning_rate is None else learning_rate, budget)
     else:
         search = (Untrained if method == "untrained" else Attribution)(units, steps, min_agreement)
+    _check_trained(ila, method)
 
     hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
     with measuring(trainer, ila, seed) as measurement, tqdm(total=steps, desc="Stage 2", disable=hidden) as bar:

@@ -526,7 +526,7 @@ def test_measured_losses(tmp_path, tokenizer, dialogues):
         ({"steps": 3}, "`steps` must be a whole number of at least 4, got 3"),
         ({"min_agreement": 1.5}, r"`min_agreement` must be in \(0, 1\], got 1.5"),
         ({"loss_batches": 0}, "`loss_batches` must be a whole number of at least 1, got 0"),
-        ({"method": "path"}, r"`method` must be one of \('attribution', 'descent'\), got 'path'"),
+        ({"method": "path"}, r"`method` must be one of \('attribution', 'descent', 'untrained'\), got 'path'"),
         ({"budget": 0.3}, r"\['budget'\] are settings of `method=\"descent\"`, of no use to 'attribution'"),
         ({"method": "descent", "budget": 4}, "`budget` must be a whole number of units from 1 to 3, .* got 4"),
         ({"method": "descent", "budget": True}, "`budget` must be .* got True"),

@@ -99,7 +99,7 @@ def test_on_4_bit(tmp_path, tokenizer, dialogues):
         )
         trainer = plain_trainer(tmp_path / name, tokenizer, dialogues, model=ila(granularity="module", model=base))
         found[name] = learn_gates(trainer, steps=4, method="untrained")
-    assert 0.9 < found["NF4"].spearman(found["fp32"]) and found["NF4"].scores != found["fp32"].scores
+    assert found["NF4"].spearman(found["fp32"]) > 0.9 and found["NF4"].scores != found["fp32"].scores
 
 
 @pytest.mark.parametrize("dora", [False, True])
