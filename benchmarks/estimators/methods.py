@@ -1,8 +1,8 @@
 """
-How do the two methods of `learn_gates` differ? On the demo's part a, see `docs/results.md`.
+How do the methods of `learn_gates` differ? On the demo's part a, see `docs/results.md`.
 
-The adapter that `make demo` ranked is ranked anew by "attribution" and by "descent" without and with a budget, with
-one gate for each decoder layer and for each module. Overlap and rank correlation are with the ranking by attribution;
+The adapter that `make demo` ranked is ranked anew by "attribution" and by "descent" without and with a budget, and a
+fresh one by "untrained", with one gate for each decoder layer and for each module. Overlap and rank correlation are with the ranking by attribution;
 "kept" is (L(0) − L(mask)) / (L(0) − L(1)) on the demo's held-out dialogues, nothing retrained.
 
     python -m benchmarks.estimators.methods --demo demo_output --output benchmarks/results/methods.json
@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.problem import base_model
 from benchmarks.record import save
@@ -28,6 +29,7 @@ from peft_ila.workflows.demo import measuring_trainer
 SHARES = (0.1, 0.3)
 METHODS: dict[str, dict[str, Any]] = {
     "attribution": {},
+    "untrained": {"method": "untrained"},
     "descent, no budget": {"method": "descent"},
     "descent, budget 30 %": {"method": "descent", "budget": 0.3},
     "descent, budget 10 %": {"method": "descent", "budget": 0.1},
@@ -40,6 +42,12 @@ def gated(adapter: Path, granularity: Any) -> PeftModel:
         export_adapter(adapter, plain)
         config = ILAConfig.from_lora(LoraConfig.from_pretrained(plain), granularity=granularity, gate_mode="open")
         return PeftModel.from_pretrained(base_model(), plain, config=config, is_trainable=True)
+
+
+def lora_options(model: PeftModel) -> dict[str, Any]:
+    config: Any = model.peft_config["default"]
+    names = ("r", "lora_alpha", "lora_dropout", "task_type")
+    return {**{name: getattr(config, name) for name in names}, "target_modules": "all-linear"}
 
 
 def measure(demo: Path, granularity: Any, methods: list[str], output: Path, figures: dict[str, Any]) -> None:
@@ -56,7 +64,13 @@ def measure(demo: Path, granularity: Any, methods: list[str], output: Path, figu
         closed = held_out.evaluate()["eval_loss"]
     print(f"{granularity}: held-out loss {closed:.3f} → {opened:.3f}", flush=True)
     for name in todo:
-        importance = learn_gates(ranker, **METHODS[name])
+        if name == "untrained":
+            torch.manual_seed(0)
+            fresh = get_peft_model(base_model(), ILAConfig(**{**lora_options(model), "granularity": granularity}))
+            own = measuring_trainer(fresh, smollm2(), demo / "data" / "part_a.jsonl")
+            importance = learn_gates(own, **METHODS[name])
+        else:
+            importance = learn_gates(ranker, **METHODS[name])
         row: dict[str, Any] = {"scores": importance.scores, "learn_gates": importance.metadata["learn_gates"]}
         reference = LayerImportance(importance.units, found.get("attribution", row)["scores"])
         row["overlap@75"], row["overlap@30"] = (importance.overlap(reference, share) for share in (0.75, 0.3))
