@@ -2,8 +2,9 @@
 How do the methods of `learn_gates` differ? On the demo's part a, see `docs/results.md`.
 
 The adapter that `make demo` ranked is ranked anew by "attribution" and by "descent" without and with a budget, and a
-fresh one by "untrained", with one gate for each decoder layer and for each module. Overlap and rank correlation are with the ranking by attribution;
-"kept" is (L(0) − L(mask)) / (L(0) − L(1)) on the demo's held-out dialogues, nothing retrained.
+fresh one by "untrained", with one gate for each decoder layer and for each module. Overlap and rank correlation are
+with the ranking by attribution; "kept" is (L(0) − L(mask)) / (L(0) − L(1)) on the demo's held-out dialogues, nothing
+retrained.
 
     python -m benchmarks.estimators.methods --demo demo_output --output benchmarks/results/methods.json
 

@@ -97,13 +97,15 @@ def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Modu
         auto = getattr(transformers, kind, None)
         if auto is None or type(config) not in auto._model_mapping:
             continue
-        try:
-            skeleton = auto.from_config(copy.deepcopy(config))
-        except (ValueError, *_IMPOSSIBLE):
-            continue  # this head needs what the configuration does not say, such as a vocabulary
-        known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
-        if known.issuperset(names):
-            return skeleton
+        model_classes = auto._model_mapping[type(config)]
+        for model_class in model_classes if isinstance(model_classes, tuple) else (model_classes,):
+            try:
+                skeleton = model_class(copy.deepcopy(config))
+            except (ValueError, *_IMPOSSIBLE):
+                continue  # this head needs what the configuration does not say, such as a vocabulary
+            known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
+            if known.issuperset(names):
+                return skeleton
     return None
 
 
