@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 # of what is being written, and of what was there before while the new one takes its place
-_PARTIAL, _EARLIER = ".partial", ".earlier"
-_LOCK = ".peft_ila.lock"
+PARTIAL, _EARLIER = ".peft_ila-partial", ".peft_ila-earlier"
+_LOCK = "_peft_ila.lock"  # trainers do not upload names that begin so
 
 
 @contextmanager
@@ -97,8 +97,9 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
             f"{directory} is in use by {holder or 'another process'}. Wait for it, or choose another output directory."
         ) from None
     try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        for left in directory.glob(f".*{_PARTIAL}"):
+        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        for left in directory.glob(f".*{PARTIAL}"):
             shutil.rmtree(left, ignore_errors=True)
         for left in directory.glob(f".*{_EARLIER}"):
             recover(directory / left.name[1 : -len(_EARLIER)])
@@ -155,7 +156,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
 def _partial(path: Path) -> Iterator[Path]:
     """A new directory beside `path`, which is gone at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}{_PARTIAL}"
+    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}{PARTIAL}"
     temporary.mkdir()  # by the umask, unlike `tempfile.mkdtemp`
     try:
         yield temporary
@@ -172,7 +173,8 @@ def _follow_umask(directory: Path) -> None:
     """safetensors makes files for the owner alone."""
     mode = directory.stat().st_mode
     for path in directory.rglob("*"):
-        path.chmod(mode & (0o777 if path.is_dir() else 0o666))
+        with contextlib.suppress(OSError):  # not every file system has modes
+            path.chmod(mode & (0o777 if path.is_dir() else 0o666))
 
 
 def _earlier(path: Path) -> Path:
@@ -181,6 +183,13 @@ def _earlier(path: Path) -> Path:
 
 def _copy(source: Path, target: Path) -> None:
     if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True)
+        shutil.copytree(source, target, symlinks=True, copy_function=_link)
     else:
+        _link(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)  # of any kind and size
+    except (OSError, NotImplementedError):
         shutil.copy2(source, target, follow_symlinks=False)

@@ -50,7 +50,7 @@ def test_a_directory_whose_writer_was_killed_is_found_again(tmp_path, monkeypatc
             (temporary / "second").write_text("second")
     with locked(tmp_path):
         assert (path / "first").read_text() == "first"
-        assert [entry.name for entry in tmp_path.iterdir() if entry.name != ".peft_ila.lock"] == ["directory"]
+        assert [entry.name for entry in tmp_path.iterdir() if entry.name != "_peft_ila.lock"] == ["directory"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["directory"]
 
 

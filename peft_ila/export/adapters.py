@@ -24,8 +24,6 @@ from ..units import check_name, unit_of
 
 # what PeftModel puts before the names of the base model's modules
 SAVED_PREFIX = "base_model.model."
-# What PEFT saves beside LoRA's own weights: embeddings of a vocabulary that was resized, under the names of models.
-_EMBEDDINGS = ("embed", "wte", "wpe", "shared", "head")
 
 
 def split_key(key: str) -> tuple[str, str, str]:
@@ -159,7 +157,7 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
         path, is_lora, part = split_key(key)
         if not key.startswith(SAVED_PREFIX) or not (is_lora or _is_saved_beside(path, tensor, config)):
             raise ValueError(f"{key!r} is no weight of a LoRA adapter with this configuration.")
-        if not tensor.is_floating_point():
+        if is_lora and not tensor.is_floating_point():
             raise ValueError(f"{key!r} is of the type {tensor.dtype}, not of floating-point numbers.")
         if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
             raise ValueError(f"{key!r} is not finite. Did training diverge?")
@@ -175,7 +173,8 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
         rank = _check_layer(path, own)
         units.add(unit_of(parameters.get(path, path), granularity))
         try:
-            expected = path in parameters or _is_expected(path, rank, config)
+            # `MultiheadAttention` holds a second LoRA layer, its output projection
+            expected = path in parameters or _is_expected(path.partition(".base_layer.")[0], rank, config)
         except re.error as error:
             raise ValueError(f"the configuration holds what is no regular expression: {error}.") from error
         if not expected:
@@ -211,11 +210,10 @@ def _check_layer(path: str, own: Mapping[str, torch.Tensor]) -> int:
 
 
 def _is_saved_beside(path: str, tensor: torch.Tensor, config: Any) -> bool:
-    if path.endswith(".bias") and config.bias != "none":
-        return True
     parts = path.split(".")
     if any(name in parts or f".{name}." in f".{path}" for name in config.modules_to_save or ()):
         return True
     if config.trainable_token_indices and any("token" in part for part in parts):
         return True
-    return parts[-1] == "weight" and tensor.ndim == 2 and any(name in path for name in _EMBEDDINGS)
+    # embeddings and heads of a vocabulary that was resized, under the names of any model
+    return parts[-1] in ("weight", "bias") and tensor.ndim in (1, 2)

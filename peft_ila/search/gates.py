@@ -194,7 +194,7 @@ def check_settings(
 
 
 def _check_trained(ila: ILAModel, method: Method) -> None:
-    trained = any(_local(weight).any() for *_, weight in ila.b_weights())
+    trained = any(_local(weight).any() for *_, weight in ila.first_to_move())
     if method == "untrained" and trained:
         raise ValueError(
             '`method="untrained"` ranks by a fresh adapter, whose B is 0, but this one has been trained (or '

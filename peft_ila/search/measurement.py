@@ -94,7 +94,7 @@ class Measurement:
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
-        weights = [weight for *_, weight in self._ila.b_weights()]
+        weights = [weight for *_, weight in self._ila.first_to_move()]
         for weight in weights:
             weight.requires_grad_(True)
         try:
@@ -140,7 +140,7 @@ class Measurement:
     def _take_promise(self) -> torch.Tensor:
         norms: dict[str, list[torch.Tensor]] = {}
         weight: Any = None
-        for unit, scaling, weight in self._ila.b_weights():
+        for unit, scaling, weight in self._ila.first_to_move():
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # no batch may reach an expert
             weight.grad = None
             if isinstance(gradient, DTensor):

@@ -372,9 +372,9 @@ class ILAModel(LoraModel):
             },
         )
 
-    def b_weights(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, torch.Tensor]]:
+    def first_to_move(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, torch.Tensor]]:
         """
-        The unit, the scaling α/r and the weight B of each LoRA layer.
+        The unit, the scaling α/r and the factor of each LoRA layer that is 0 before training: B, of embeddings A.
 
         Args:
             adapter_name (`str`, *optional*): The adapter, by default the active one.
@@ -382,7 +382,9 @@ class ILAModel(LoraModel):
         adapter_name = self._one_adapter(adapter_name)
         granularity = self.peft_config[adapter_name].granularity
         for _, name, layer in self._gated_layers(adapter_name):
-            yield unit_of(name, granularity), layer.scaling[adapter_name], _lora_b(layer, adapter_name)
+            embedding = adapter_name in layer.lora_embedding_A
+            weight = layer.lora_embedding_A[adapter_name] if embedding else layer.lora_B[adapter_name].weight
+            yield unit_of(name, granularity), layer.scaling[adapter_name], weight
 
     def check_unmerged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""

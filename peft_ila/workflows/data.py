@@ -1,6 +1,7 @@
 """Data sets of the command line: a local JSONL file in one of TRL's formats, or a name on the hub."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
     if path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"{name} is an empty directory. Pass a `.jsonl` file, or the name of a data set on the hub.")
     try:
-        dataset = datasets.load_dataset(str(path), name=config, split=split)
+        dataset = datasets.load_dataset(os.path.expanduser(name), name=config, split=split)
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:  # whatever is in a file makes a builder raise

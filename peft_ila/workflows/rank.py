@@ -1,20 +1,20 @@
 """Both stages with their files and their resuming: what `peft-ila rank` does. Changes with the order of the work."""
 
 import json
-from contextlib import nullcontext
+import os
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
-from ..export.adapters import adapter_directory, read_adapter
-from ..files import locked, read_json, whole_directory
+from ..export.adapters import adapter_directory
+from ..files import read_json, whole_directory
 from ..ranking.importance import LayerImportance
 from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
-from .resuming import STAGE_1, ClaimsDirectory, Run, check_finished, checkpoint_of, ended_at, is_true
-from .training import train
+from .resuming import STAGE_1, ClaimsDirectory, Run, check_finished, checkpoint_of, ended_at, held, is_true
+from .training import load_adapter, train
 
 RANKING, PICTURE = "importance.json", "importance.png"
 # what runs write into the adapter's directory
@@ -33,7 +33,7 @@ def rank(
 
     `importance.json`, `importance.png` and `adapter/` (with a model card) go to the trainer's output directory. With
     `resume_from_checkpoint=True` in its training arguments, the same call goes on from what a killed run has left
-    there, in either stage, and ends with the same files; `run.json` holds the settings that must be the same. What an
+    there, in either stage, and ends with the same files; `_run.json` holds the settings that must be the same. What an
     earlier run has left is replaced when there is something to replace it by. Under several processes all of them
     must call it.
 
@@ -64,47 +64,72 @@ def rank(
             other settings, the adapter is damaged or does not fit the model, training has diverged, or a stage fails,
             see [`EpsilonStability`] and [`learn_gates`].
     """
-    import matplotlib  # noqa: F401  better missed now than after the training
+    directory = Path(str(trainer.args.output_dir))
+    adapter = None if adapter is None else os.fspath(adapter)
+    with held(directory):
+        check_output(trainer.args, adapter)
+        return rank_in(trainer, stability, adapter, metadata, **gate_settings)
 
-    check_settings(**gate_settings)
-    rankable(trainer)
-    args: Any = trainer.args
-    directory = Path(str(args.output_dir))
+
+def check_output(args: Any, adapter: str | None = None) -> None:
+    """
+    Check, before any work, that the output directory can be written to and that nothing is lost by it.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The trainer's.
+        adapter: The adapter to rank as it is.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The directory holds a run that was not finished, the adapter itself, or what is in the way.
+    """
+    import matplotlib  # noqa: F401
+
+    directory = Path(args.output_dir)
     _check_targets(directory, adapter)
-    resumes = bool(args.resume_from_checkpoint) and adapter is None
-    if not resumes:
+    if adapter or not args.resume_from_checkpoint:
         check_finished(directory, RANKING)
-    with locked(directory) if trainer.is_world_process_zero() else nullcontext():
-        untrained = gate_settings.get("method") == "untrained"
-        run = Run(trainer, {**(metadata or {}), "adapter": adapter, "untrained": untrained}, resumes)
-        return _rank(trainer, run, stability, adapter, metadata or {}, gate_settings)
 
 
-def _rank(
+def rank_in(
     trainer: Any,
-    run: Run,
     stability: EpsilonStability | None,
     adapter: str | None,
-    metadata: dict[str, Any],
-    gate_settings: dict[str, Any],
+    metadata: dict[str, Any] | None,
+    **gate_settings: Any,
 ) -> LayerImportance:
-    args, done = trainer.args, run.directory / "adapter"
+    """[`rank`] in an output directory that is [`held`] and checked."""
+    check_settings(**gate_settings)
+    rankable(trainer)
+    metadata = metadata or {}
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`metadata` must hold JSON values only: {error}.") from error
+    args: Any = trainer.args
+    untrained = gate_settings.get("method") == "untrained"
+    facts = {"dataset": metadata.get("dataset"), "adapter": adapter, "untrained": untrained}
+    resumes = bool(args.resume_from_checkpoint) and adapter is None
+    run = Run(trainer, facts, RANKING, resumes, trains=not (adapter or untrained))
+    done = run.directory / "adapter"
     if adapter:
-        facts = metadata.get("stage_1", {"adapter": adapter})
-        _load_adapter(trainer, adapter_directory(adapter))
-    elif gate_settings.get("method") == "untrained":
-        facts = {"steps": 0, "stable": False}
-    elif run.done and is_true(args.resume_from_checkpoint) and (done / STAGE_1).exists():
-        facts = read_json(done / STAGE_1)
-        _load_adapter(trainer, done)
+        stage_1 = metadata.get("stage_1", {"adapter": adapter})
+        load_adapter(trainer, adapter_directory(adapter))
+    elif untrained:
+        stage_1 = {"steps": 0, "stable": False}
+    elif run.done and is_true(args.resume_from_checkpoint):
+        stage_1 = read_json(done / STAGE_1)
+        load_adapter(trainer, done)
         trainer.model.set_gate_mode("open")
     else:
+        if run.done and trainer.is_world_process_zero():
+            run.record(done=False)  # it goes on from a checkpoint that was named
         trainer.add_callback(ClaimsDirectory(run))
-        facts = _stage_1(trainer, stability)
-        _save_adapter(trainer, run, facts)
+        stage_1 = _stage_1(trainer, stability)
+        _save_adapter(trainer, run, stage_1)
     importance = learn_gates(trainer, **gate_settings)
-    importance.metadata |= {**metadata, "stage_1": facts}
-    _save_adapter(trainer, run, facts, importance)
+    importance.metadata |= {**metadata, "stage_1": stage_1}
+    _save_adapter(trainer, run, stage_1, importance)
     if trainer.is_world_process_zero():
         importance.save(run.directory / RANKING)
         importance.plot(run.directory / PICTURE)
@@ -132,22 +157,12 @@ def _stage_1(trainer: Any, stability: EpsilonStability | None) -> dict[str, Any]
         trainer.add_callback(stability)
     checkpoint = checkpoint_of(trainer.args)
     if checkpoint and (ended := ended_at(checkpoint, trainer.args)):  # the trainer would take a step too many
-        _load_adapter(trainer, Path(checkpoint))
+        load_adapter(trainer, Path(checkpoint))
         trainer.state = ended
         stability.on_train_begin(trainer.args, ended, trainer.control)
     else:
         train(trainer, checkpoint)
     return {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None}
-
-
-def _load_adapter(trainer: Any, directory: Path) -> None:
-    read_adapter(directory)  # PEFT checks little of it
-    try:
-        # by an absolute path, which PEFT cannot take for the name of a repository
-        trainer.model.load_adapter(str(directory.resolve()), trainer.model.active_adapter, is_trainable=True)
-    except RuntimeError as error:  # of tensors of other sizes
-        base = trainer.model.active_peft_config.base_model_name_or_path
-        raise ValueError(f"The adapter {directory} does not fit {base}: {error}") from error
 
 
 def _save_adapter(trainer: Any, run: Run, facts: dict[str, Any], importance: LayerImportance | None = None) -> None:

@@ -4,20 +4,24 @@ import json
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files import open_safetensors, read_json, whole_file
+from ..files import locked, open_safetensors, read_json, whole_file
 from .training import check_finite
 
 # written with the adapter when stage 1 is done, so that a resumed run need not repeat it
 STAGE_1 = "stage_1.json"
-_RUN = "run.json"
-# What decides on the outcome of a training, beside the model, its adapter and the data. Not its length: a run may be
-# resumed for more steps.
+_RUN = "_run.json"  # trainers do not upload names that begin so
+# What decides on the outcome of a training, beside the model, its adapter and the data. Not its length: a training
+# may be resumed for more steps.
 _DECISIVE = (
     "seed",
     "data_seed",
@@ -37,6 +41,21 @@ _DECISIVE = (
 _CHANGING = ("inference_mode", "gate_mode", "gate_mask", "gated_parameters", "peft_version", "base_model_name_or_path")
 
 
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """
+    Hold an output directory, of which what a killed run has left is recovered, against other runs. All processes of
+    a run call it.
+
+    Raises:
+        OSError: Another run holds it.
+    """
+    state = PartialState()
+    with locked(directory) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        yield
+
+
 class Run:
     """
     One run in its output directory: what is there of an earlier one stays until this run has something whole to put
@@ -45,23 +64,33 @@ class Run:
     Args:
         trainer ([`~transformers.Trainer`]): Its arguments say where. Its model has one active adapter.
         facts: What the run depends on beside the trainer, such as the data set's name; JSON values.
+        result: The file that the run writes last.
         resumes: Whether it goes on with the run that is there.
+        trains: Whether it writes checkpoints; those of an earlier run are removed then.
 
     Raises:
         ValueError: The directory holds a run with other settings, which is to be resumed.
     """
 
-    def __init__(self, trainer: Trainer, facts: dict[str, Any], resumes: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, facts: dict[str, Any], result: str, resumes: bool, trains: bool = True
+    ) -> None:
         self._trainer = trainer
+        self._trains = trains
+        self._result = result
         self._resumes = resumes
         self._settings = _settings(trainer, facts)
         self.directory = Path(str(trainer.args.output_dir))
-        recorded = _recorded(self.directory) if resumes else None
-        if recorded:
+        # as the main process finds them, whatever the others see
+        found: list[Any] = [None, False]
+        if trainer.is_world_process_zero():
+            found = [_recorded(self.directory), (self.directory / "adapter" / STAGE_1).exists()]
+        recorded, has_adapter = broadcast_object_list(found)
+        if resumes and recorded:
             self._check_settings(recorded["settings"])
-        self._claimed = recorded is not None
-        # with the training: the adapter that is there is this run's
-        self.done = resumes and (recorded is None or recorded["done"])
+        self._claimed = resumes and recorded is not None
+        # whether the adapter that is there is this run's
+        self.done = resumes and has_adapter and (recorded is None or recorded["done"])
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         for name in before:
@@ -72,10 +101,10 @@ class Run:
                 )
 
     def claim(self) -> None:
-        """Take the directory over from an earlier run; all processes call it before they write a checkpoint."""
+        """Take the directory over from an earlier run; all processes call it before anything is written."""
         if not self._claimed:
             if self._trainer.is_world_process_zero():
-                if not self._resumes and _is_ours(self.directory):
+                if self._trains and not self._resumes and _is_ours(self.directory):
                     for _, checkpoint in _checkpoints(self.directory):
                         shutil.rmtree(checkpoint, ignore_errors=True)
                 self.record(done=False)
@@ -83,10 +112,11 @@ class Run:
         self._claimed = True
 
     def record(self, done: bool) -> None:
-        """Write down whose run this is, and whether its training is done."""
+        """Write down whose run this is, and whether its training is done; the main process calls it."""
         self.done = done
+        content = {"settings": self._settings, "result": self._result, "done": done}
         with whole_file(self.directory / _RUN) as temporary:
-            temporary.write_text(json.dumps({"settings": self._settings, "done": done}, ensure_ascii=False))
+            temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
 class ClaimsDirectory(TrainerCallback):
@@ -121,16 +151,21 @@ def check_finished(directory: Path, result: str) -> None:
         result: The file that a run writes last.
 
     Raises:
-        ValueError: The directory holds a run that was not finished.
+        ValueError: The directory holds a run that was not finished, or another training.
     """
     recorded = _recorded(directory)
+    checkpoints = [checkpoint for _, checkpoint in _checkpoints(directory)]
+    if recorded and recorded.get("result", result) != result:
+        raise ValueError(f"{directory} holds a run of another command; choose another `--output_dir`.")
     if recorded and recorded["settings"].get("adapter"):  # it ranked one from elsewhere, and trained nothing
         return
     if (directory / result).exists() and (recorded is None or recorded["done"]):
+        if checkpoints and not _is_ours(directory):
+            raise ValueError(f"{checkpoints[0]} is of another training; choose another `--output_dir`.")
         return
-    left = [checkpoint for _, checkpoint in _checkpoints(directory)]
+    left = checkpoints
     if recorded is None or recorded["done"]:
-        left.insert(0, directory / "adapter" / STAGE_1)
+        left = [directory / "adapter" / STAGE_1, *checkpoints]
     if unfinished := next((path for path in left if path.exists()), None):
         raise ValueError(
             f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, "

@@ -25,8 +25,8 @@ from ..units import Granularity
 from .arguments import RankArguments, required
 from .data import load_dataset
 from .models import model_config, model_name
-from .rank import RANKING, rank
-from .resuming import check_finished
+from .rank import check_output, rank_in
+from .resuming import held
 
 
 def lora_config(model_args: Any) -> Any:
@@ -91,8 +91,9 @@ def _check_examples(trainer: Any, name: str) -> None:
             f"No example of {name} is left to train on: with `--max_length {trainer.args.max_length}`, nothing is "
             "left of any answer."
         )
-    known = trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().num_embeddings
-    if len(trainer.processing_class) > known:  # else there is no need to look
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
+    known = len(trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().weight)
+    if "input_ids" in data.column_names and len(tokenizer) > known:  # else there is no need to look
         greatest = max(max(ids, default=0) for ids in data["input_ids"])
         if greatest >= known:
             raise ValueError(
@@ -105,7 +106,7 @@ def rank_by_sft(
     script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments
 ) -> tuple[LayerImportance, str | None]:
     """
-    [`rank`] with TRL's `SFTTrainer` on a model and a data set by name: `peft-ila rank`.
+    [`~workflows.rank.rank`] with TRL's `SFTTrainer` on a model and a data set by name: `peft-ila rank`.
 
     Args:
         script_args ([`~trl.ScriptArguments`]): The data set.
@@ -132,23 +133,22 @@ def rank_by_sft(
     stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora = lora_config(model_args)
-    adapter, facts = rank_args.adapter, None
-    if rank_args.tuned_model:
-        adapter, facts = _extract_delta(model_args, lora, rank_args, training_args)
-    if adapter:
-        config = _gated_config(adapter, rank_args.granularity)
-    else:
-        if not training_args.resume_from_checkpoint:
-            check_finished(Path(training_args.output_dir), RANKING)  # before the model is loaded
-        config = ILAConfig.from_lora(lora, granularity=rank_args.granularity, gate_mode="open")
     # the ranked adapter is pushed at the end, not what the trainer saves on the way
     push, training_args.push_to_hub = training_args.push_to_hub, False
-    trainer = sft_trainer(script_args, training_args, model_args, config)
-    metadata = {"dataset": script_args.dataset_name, **({"stage_1": facts} if facts else {})}
-    importance = rank(trainer, stability, adapter, metadata, **settings)
+    output_dir = Path(training_args.output_dir)
+    with held(output_dir):
+        check_output(training_args, rank_args.adapter or rank_args.tuned_model)
+        adapter, metadata = rank_args.adapter, {"dataset": script_args.dataset_name}
+        if rank_args.tuned_model:
+            adapter, metadata["stage_1"] = _extract_delta(model_args, lora, rank_args, training_args)
+        if adapter:
+            config = _gated_config(adapter, rank_args.granularity)
+        else:
+            config = ILAConfig.from_lora(lora, granularity=rank_args.granularity, gate_mode="open")
+        trainer = sft_trainer(script_args, training_args, model_args, config)
+        importance = rank_in(trainer, stability, adapter, metadata, **settings)
     url = None
     if push and trainer.is_world_process_zero():
-        output_dir = Path(training_args.output_dir)
         name = training_args.hub_model_id or output_dir.resolve().name
         url = str(upload(output_dir / "adapter", name, training_args.hub_token, training_args.hub_private_repo))
     return importance, url

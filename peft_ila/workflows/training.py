@@ -1,11 +1,14 @@
 """Training with any trainer, and what can go wrong meanwhile as errors of one kind. Changes with transformers."""
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+
+from ..export.adapters import read_adapter
 
 
 def train(trainer: Any, checkpoint: str | None) -> None:
@@ -18,7 +21,7 @@ def train(trainer: Any, checkpoint: str | None) -> None:
     """
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+    except (pickle.UnpicklingError, EOFError) as error:
         if checkpoint is None:
             raise
         raise ValueError(f"The checkpoint {checkpoint} is damaged: {error!r}.") from error
@@ -26,7 +29,9 @@ def train(trainer: Any, checkpoint: str | None) -> None:
         raise OSError(f"A checkpoint in {trainer.args.output_dir} could not be written or read: {error}") from error
     except Exception as error:
         # how torch and tokenizers report a full disk
-        if type(error) is Exception or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+        text = str(error)
+        full = type(error) is Exception and "os error" in text
+        if full or "PytorchStreamWriter" in text or "unexpected pos" in text:
             raise OSError(f"A checkpoint in {trainer.args.output_dir} could not be written: {error}") from error
         raise
     if trainer.state.global_step == 0:
@@ -34,6 +39,23 @@ def train(trainer: Any, checkpoint: str | None) -> None:
             "Not a single step was trained: the data give less than one batch, or the arguments ask for no steps."
         )
     check_finite(trainer.model, trainer.state.global_step)
+
+
+def load_adapter(trainer: Any, directory: Path) -> None:
+    """
+    Load a saved adapter into the active one.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is damaged, or does not fit the model.
+    """
+    read_adapter(directory)  # PEFT checks little of it
+    try:
+        # by an absolute path, which PEFT cannot take for the name of a repository
+        trainer.model.load_adapter(str(directory.resolve()), trainer.model.active_adapter, is_trainable=True)
+    except RuntimeError as error:  # of tensors of other sizes
+        base = trainer.model.active_peft_config.base_model_name_or_path
+        raise ValueError(f"The adapter {directory} does not fit {base}: {error}") from error
 
 
 def check_finite(model: nn.Module, step: int) -> None:

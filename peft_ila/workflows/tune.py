@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from trl import SFTTrainer
 
 from ..export.freezing import FrozenPrefix
 from ..export.lora import DECIDED_BY_SELECTION
-from ..files import locked
+from ..files import PARTIAL
 from ..ranking.importance import LayerImportance
 from .arguments import TuneArguments, required
 from .models import model_config, model_name
-from .resuming import ClaimsDirectory, Run, check_finished, checkpoint_of
+from .resuming import ClaimsDirectory, Run, check_finished, checkpoint_of, ended_at, held
 from .sft import lora_config, sft_trainer
-from .training import train
+from .training import load_adapter, train
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> SFTTrainer:
@@ -52,23 +51,34 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     )
     config = importance.to_lora_config(**tune_args.selection(), model=ranked, **options)
     directory, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
-    if not resumes:
-        check_finished(directory, CONFIG_NAME)
-    trainer = sft_trainer(script_args, training_args, model_args, config, [FrozenPrefix()])
-    with locked(directory) if trainer.is_world_process_zero() else nullcontext():
-        run = Run(trainer, {"dataset": script_args.dataset_name}, resumes)
+    with held(directory):
+        if not resumes:
+            check_finished(directory, CONFIG_NAME)
+        trainer = sft_trainer(script_args, training_args, model_args, config, [FrozenPrefix()])
+        run = Run(trainer, {"dataset": script_args.dataset_name}, CONFIG_NAME, resumes)
         trainer.add_callback(ClaimsDirectory(run))
-        train(trainer, checkpoint_of(training_args))
+        checkpoint = checkpoint_of(training_args)
+        if checkpoint and (ended := ended_at(checkpoint, training_args)):  # the trainer would take a step too many
+            load_adapter(trainer, Path(checkpoint))
+            trainer.state = ended
+        else:
+            train(trainer, checkpoint)
         run.claim()
         _save(trainer, directory)
         if trainer.is_world_process_zero():
             run.record(done=True)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save")
     return trainer
 
 
 def _save(trainer: SFTTrainer, directory: Path) -> None:
     """What `save_model` writes into the directory, file by file, the adapter's configuration last."""
-    partial = directory / ".model.partial"
+    partial = directory / f".model{PARTIAL}"
+    if trainer.is_world_process_zero() and (directory / "README.md").exists():
+        partial.mkdir()
+        shutil.copy2(directory / "README.md", partial)  # PEFT adds to a card that is there
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(partial), _internal_call=True)  # which leaves the upload for later
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -78,5 +88,3 @@ def _save(trainer: SFTTrainer, directory: Path) -> None:
             else:
                 os.replace(path, directory / path.name)
         shutil.rmtree(partial)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save")

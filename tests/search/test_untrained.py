@@ -54,6 +54,20 @@ def test_the_scores_are_norms_of_plain_loras_gradients(tmp_path, tokenizer, dial
     assert facts["method"] == "untrained" and facts["loss_closed"] == facts["loss_open"] > 0
 
 
+def test_embeddings_move_by_their_other_factor(tmp_path, tokenizer, dialogues):
+    """PEFT begins them with A = 0."""
+    torch.manual_seed(0)
+    config = ILAConfig(r=4, target_modules=["q_proj", "embed_tokens"], granularity="module", gate_mode="open")
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=get_peft_model(tiny_llama(), config), max_steps=2)
+    with pytest.raises(ValueError, match="The adapter has not been trained"):
+        learn_gates(trainer)
+    importance = learn_gates(trainer, steps=4, method="untrained")
+    assert dict(zip(importance.units, importance.scores))["model.embed_tokens"] > -1
+    trainer.train()
+    with pytest.raises(ValueError, match="ranks by a fresh adapter"):
+        learn_gates(trainer, steps=4, method="untrained")
+
+
 def test_settles_and_says_how_sure_it_is(tmp_path, tokenizer, dialogues):
     trainer = sft_trainer(tmp_path, tokenizer, dialogues, model=ila(granularity="module"))
     importance = learn_gates(trainer, method="untrained")
@@ -123,7 +137,7 @@ def test_the_whole_of_rank_without_stage_1(tmp_path, tokenizer, dialogues):
     assert trainer.state.global_step == 0
     assert importance.metadata["stage_1"] == {"steps": 0, "stable": False}
     assert LayerImportance.load(tmp_path / "importance.json") == importance
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "importance.json", "importance.png", "run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "importance.json", "importance.png", "_run.json"}
     resumed = sft_trainer(tmp_path, tokenizer, dialogues, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="holds a run with another `untrained`: True, now False"):
         rank(resumed)

@@ -173,6 +173,36 @@ def test_tune_is_resumed_with_its_own_settings_only(workspace, tmp_path):
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 2 * 7
 
 
+def test_a_checkpoint_of_the_same_directory_is_ranked_and_kept(workspace, tmp_path):
+    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
+    before = files(out / "checkpoint-4")
+    command(workspace, "rank", out, "--adapter", str(out / "checkpoint-4"), "--gate_steps", "4")
+    assert files(out / "checkpoint-4") == before
+    command(workspace, "rank", out, "--method", "untrained", "--gate_steps", "4")
+    assert files(out / "checkpoint-4") == before
+
+
+def test_a_training_of_others_is_no_place_for_a_run(workspace, tmp_path):
+    """Its checkpoints could be taken for those of the run."""
+    shutil.copytree(workspace / "ranked" / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    ranking = ["--importance", str(workspace / "ranked" / "importance.json"), "--top_k", "1"]
+    message = error_of(workspace, "tune", tmp_path, *ranking)
+    assert "checkpoint-4 is of another training; choose another `--output_dir`" in message
+    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
+    assert "holds a run of another command" in error_of(workspace, "tune", out, *ranking)
+
+
+def test_a_run_that_had_ended_takes_no_further_step(workspace, tmp_path):
+    ranking = ["--importance", str(workspace / "ranked" / "importance.json"), "--top_k", "1"]
+    options = [*ranking, "--lr_scheduler_type", "constant"]
+    command(workspace, "tune", tmp_path, *options)
+    expected = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_config.json").unlink()
+    command(workspace, "tune", tmp_path, *options, "--resume_from_checkpoint", "True")
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == expected
+
+
 def test_one_run_at_a_time(workspace, tmp_path):
     with locked(tmp_path):
         message = error_of(workspace, "rank", tmp_path)
@@ -289,7 +319,7 @@ def test_a_full_disk(workspace, tmp_path):
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert re.search(r"peft-ila rank: error: .*adapter could not be written: .*File too large", ended.stderr)
-    assert {path.name for path in tmp_path.iterdir()} <= {"run.json"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"_run.json"}
 
 
 @pytest.mark.parametrize("scenario", kills.SCENARIOS)

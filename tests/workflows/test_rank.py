@@ -21,7 +21,12 @@ def test_both_stages_and_their_files(tmp_path, tokenizer, dialogues, make):
     assert importance.metadata["stage_1"] == {"steps": trainer.state.global_step, "stable": True}
     assert importance.metadata["mine"] == 1
     assert LayerImportance.load(tmp_path / "importance.json") == importance
-    assert {entry.name for entry in tmp_path.iterdir()} == {"adapter", "importance.json", "importance.png", "run.json"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "adapter",
+        "importance.json",
+        "importance.png",
+        "_run.json",
+    }
     adapter = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     assert adapter.layer_importance().scores == importance.scores
     assert "## Layer importance" in (tmp_path / "adapter" / "README.md").read_text()
@@ -71,6 +76,13 @@ def test_an_adapter_is_ranked_as_it_is_and_by_descent(tmp_path, tokenizer, dialo
     descent = rank(trainer, adapter=str(tmp_path / "first" / "adapter"), method="descent", budget=1, steps=8)
     assert descent.metadata["learn_gates"]["budget"] == 1
     assert LayerImportance.load(tmp_path / "second" / "importance.json") == descent
+
+
+def test_metadata_that_cannot_be_written(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues)
+    with pytest.raises(TypeError, match="`metadata` must hold JSON values only: .*PosixPath"):
+        rank(trainer, metadata={"data": tmp_path})
+    assert trainer.state.global_step == 0
 
 
 def test_bad_settings_are_found_before_any_work(tmp_path, tokenizer, dialogues):
