@@ -8,6 +8,7 @@ scripts, so each works as a flag and from YAML (`--config`).
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -23,7 +24,7 @@ from .ranking.table import comparison_table, ranking_table
 from .workflows.arguments import RankArguments, SelectionArguments, TuneArguments, required
 from .workflows.convert import Format
 from .workflows.convert import convert as write_conversion
-from .workflows.models import model_name
+from .workflows.models import model_config, model_name
 
 
 @dataclass
@@ -59,6 +60,24 @@ class PlotArguments:
     """Arguments of `peft-ila plot`."""
 
     output: str = field(default="importance.png", metadata={"help": "The picture to write."})
+
+
+@dataclass
+class PlanArguments:
+    """Arguments of `peft-ila plan`."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The model; its configuration is enough."})
+    importance: str | None = field(
+        default=None, metadata={"help": "A ranking; without one, layers are spread evenly from the first one on."}
+    )
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "The number of examples of a step."})
+    max_length: int = field(default=1024, metadata={"help": "Their number of tokens."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Whether the linear layers are quantised to NF4."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether activations are computed again in the backward pass."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    json: bool = field(default=False, metadata={"help": "Print bytes as JSON instead of a table."})
 
 
 @dataclass
@@ -139,6 +158,27 @@ def plot(args: PlotArguments, paths: argparse.Namespace) -> None:
     print(f"Wrote {args.output}.")
 
 
+def plan(args: PlanArguments) -> None:
+    """Print what tuning all units or a share of them, and ranking them, needs of a GPU's memory."""
+    from .workflows.plan import plan as plan_memory
+    from .workflows.plan import table
+
+    name = model_name(args.model_name_or_path)
+    needed = plan_memory(
+        model_config(name, trust_remote_code=False),
+        LayerImportance.load(args.importance) if args.importance else None,
+        batch_size=args.per_device_train_batch_size,
+        max_length=args.max_length,
+        load_in_4bit=args.load_in_4bit,
+        gradient_checkpointing=args.gradient_checkpointing,
+        r=args.lora_r,
+    )
+    if args.json:
+        print(json.dumps({row: {**vars(memory), "total": memory.total} for row, memory in needed.items()}, indent=1))
+    else:
+        print(table(needed))
+
+
 def demo(args: DemoArguments) -> None:
     """All of it on the embedded model and data."""
     from .workflows.demo import demo as run
@@ -147,7 +187,7 @@ def demo(args: DemoArguments) -> None:
 
 
 TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
-_COMMANDS = ("rank", "convert", "tune", "export", "compare", "plot", "demo")
+_COMMANDS = ("rank", "convert", "tune", "export", "compare", "plot", "plan", "demo")
 
 
 def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[Any, ...]]:
@@ -166,6 +206,7 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[An
         "export": (export, [ExportArguments]),
         "compare": (compare, []),
         "plot": (plot, [PlotArguments]),
+        "plan": (plan, [PlanArguments]),
         "demo": (demo, [DemoArguments]),
     }
     function, dataclasses = commands[command]

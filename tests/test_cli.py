@@ -591,7 +591,7 @@ def test_an_unknown_option_is_named(capsys):
     assert "'--outputs'" in error_of(["plot", "a.json", "--outputs", "b.png"], capsys)
 
 
-@pytest.mark.parametrize("command", ["rank", "convert", "tune", "export", "compare", "plot", "demo"])
+@pytest.mark.parametrize("command", ["rank", "convert", "tune", "export", "compare", "plot", "plan", "demo"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

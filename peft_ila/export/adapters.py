@@ -61,13 +61,12 @@ def read_config(directory: Path) -> Any:
     content = read_json(path)
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(
-            f"{path} is not the configuration of an adapter that this PEFT knows: `peft_type` is {kind!r}."
-        )
+        raise ValueError(f"{path} is of no method that this PEFT knows: its `peft_type` is {str(kind)[:40]!r}.")
     try:
         config: Any = PeftConfig.from_pretrained(str(directory))
         if isinstance(config, LoraConfig):
             _check_kinds(content, get_type_hints(type(config)))
+            config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
             _check_values(config)
     except Exception as error:  # whatever a value of a wrong kind makes PEFT do
         raise ValueError(f"{path} is not a valid configuration: {str(error)[:300]}") from error
@@ -134,9 +133,10 @@ def _check_kinds(content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 
 def _check_values(config: Any) -> None:
     def positive(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+        # an integer may be too large for a float
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**53
 
-    patterns = {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}
+    patterns = {**config.rank_pattern, **config.alpha_pattern}
     expected = {
         "r": (positive(config.r), "at least 1"),
         "lora_alpha": (positive(config.lora_alpha), "a finite number above 0"),
@@ -185,11 +185,12 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
 
 def _is_expected(path: str, rank: int, config: Any) -> bool:
     """Whether PEFT would make this layer by the configuration."""
-    if getattr(config, "target_parameters", None):  # their layers have paths and ranks of their own
+    # the layers of parameters have paths and ranks of their own; ILA's configuration names them
+    if config.target_parameters and not hasattr(config, "gated_parameters"):
         return True
     if not config.target_modules or not check_target_module_exists(config, path):
         return False
-    patterns = config.rank_pattern or {}
+    patterns = config.rank_pattern
     return patterns.get(get_pattern_key(list(patterns), path), config.r) == rank
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..units import check_name
 
+_LONGEST = 1000  # characters of a path or name
+
 
 def check_ranking(
     units: Any, scores: Any, metadata: Any, modules: Any, lookalikes: Any, spread: Any, parameters: Any
@@ -50,6 +52,8 @@ def check_metadata(metadata: Any) -> None:
     for key in ("model", "model_type", "task_type"):
         if not isinstance(metadata.get(key), (str, type(None))):
             raise TypeError(f"`metadata[{key!r}]` must be a string, got a {type(metadata[key]).__name__}.")
+        if len(metadata.get(key) or "") > _LONGEST:
+            raise ValueError(f"`metadata[{key!r}]` has {len(metadata[key])} characters, more than {_LONGEST}.")
 
 
 def _check_names(names: Iterable[Any], what: str) -> None:

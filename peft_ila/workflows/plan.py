@@ -1,0 +1,250 @@
+"""What fine-tuning needs of a GPU's memory, from a model's configuration alone: what `peft-ila plan` does."""
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..export.skeleton import meta_skeleton
+from ..measure import saved_tensors
+from ..ranking.importance import LayerImportance
+from ..tuner.config import ILAConfig
+from ..tuner.model import ILAModel
+
+SHARES = (1.0, 0.75, 0.5, 0.3, 0.1)
+# of bitsandbytes' NF4 without nested quantisation: 4 bits, and 4 bytes of scale for each 64 weights
+_NF4_BYTES = 0.5 + 4 / 64
+_ADAMW = 2  # moments of each trained parameter, as large as it
+
+
+@dataclass
+class Memory:
+    """
+    Bytes that a training step needs. Beside them a GPU holds its context, the kernels' workspaces, and what the
+    allocator loses.
+
+    Args:
+        weights: Of the base model.
+        adapter: Its weights, in fp32 as PEFT makes them.
+        gradients: Of what trains.
+        optimizer: AdamW's moments of what trains.
+        activations: What is kept for the backward pass, without the logits.
+        recomputed: Under gradient checkpointing, the most that one layer keeps while it is computed again.
+        logits: What the loss keeps of the size of the vocabulary, and the gradient of the logits.
+        trainable: The number of trained parameters, which is no number of bytes.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    recomputed: int
+    logits: int
+    trainable: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all bytes."""
+        trained = self.adapter + self.gradients + self.optimizer
+        return self.weights + trained + self.activations + self.recomputed + self.logits
+
+
+def plan(
+    config: PretrainedConfig,
+    importance: LayerImportance | None = None,
+    batch_size: int = 1,
+    max_length: int = 1024,
+    load_in_4bit: bool = False,
+    gradient_checkpointing: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **lora: Any,
+) -> dict[str, Memory]:
+    """
+    What tuning all units needs, or 75, 50, 30 and 10 % of them, and what the search itself needs.
+
+    The model is built without weights, and a training step of it is taken with tensors that have no data, so that
+    what it keeps is counted, not estimated: exactly what it would keep on the CPU. The kernels of a GPU may keep
+    less, such as for attention.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]): That of a causal language model.
+        importance ([`LayerImportance`], *optional*):
+            Which units are selected. Without it, as many decoder layers are spread evenly from the first one on, which
+            is the most that so many can need.
+        batch_size (`int`): The number of examples of a step.
+        max_length (`int`): Their number of tokens.
+        load_in_4bit (`bool`): Whether the linear layers are quantised to NF4.
+        gradient_checkpointing (`bool`): Whether activations are computed again, without reentrance.
+        dtype (`torch.dtype`): Of the weights that are not quantised, and of the activations.
+        **lora: `r` and other options of [`~peft.LoraConfig`].
+
+    Returns:
+        `dict`: By the share, such as `"30%"`, and `"rank, stage 2"`, the search's second stage by attribution; its
+        first is as `"100%"`.
+
+    Raises:
+        ValueError: No causal language model can be built of the configuration, or the ranking is of another one.
+    """
+    if batch_size < 1 or max_length < 1:
+        raise ValueError(f"The batch size and the length must be at least 1, got {batch_size} and {max_length}.")
+    skeleton = meta_skeleton(config, importance.units if importance else ())
+    if importance is None:
+        importance = _layers(skeleton, lora)
+    step = _Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
+    needed = {}
+    for share in SHARES:
+        needed[f"{share:.0%}"] = step.memory(importance.to_lora_config(top_p=share, model=config, **lora))
+    whole = importance.to_lora_config(top_p=1.0, model=config, **lora)
+    options = {name: getattr(whole, name) for name in ("r", "lora_alpha", "target_modules", "target_parameters")}
+    needed["rank, stage 2"] = step.memory(ILAConfig(**options, task_type="CAUSAL_LM", gate_mode="soft"))
+    return needed
+
+
+def table(needed: dict[str, Memory]) -> str:
+    """What [`plan`] finds, in GB of 10⁹ bytes."""
+    columns = ("weights", "adapter", "gradients", "optimizer", "activations", "recomputed", "logits", "total")
+    lines = [f"{'GB':<14}" + "".join(f"{column:>13}" for column in columns) + f"{'trained':>14}"]
+    for row, memory in needed.items():
+        gigabytes = "".join(f"{getattr(memory, column) / 1e9:>13.2f}" for column in columns)
+        lines.append(f"{row:<14}{gigabytes}{memory.trainable:>14,}")
+    return "\n".join([*lines, "Beside it: the GPU's context, the kernels' workspaces, what the allocator loses."])
+
+
+def _layers(skeleton: nn.Module, lora: dict[str, Any]) -> LayerImportance:
+    """A ranking that selects decoder layers evenly, the first one always."""
+    own = ILAConfig(**{"target_modules": "all-linear", **lora})
+    model: Any = _inject(copy.deepcopy(skeleton), own)
+    for gate in model.gates().values():
+        gate.weight = nn.Parameter(torch.zeros(1))
+    ranking: LayerImportance = model.layer_importance()
+    order: list[int] = []
+    for parts in (2**k for k in range(20)):  # 0, then ½, ¼ ¾, …
+        order += [i for i in range(0, len(ranking.units), max(1, len(ranking.units) // parts)) if i not in order]
+    scores = {position: float(-rank) for rank, position in enumerate(order)}
+    ranking.scores = [scores[position] for position in range(len(ranking.units))]
+    return ranking
+
+
+def _inject(skeleton: nn.Module, config: PeftConfig) -> PeftModel:
+    with torch.device("meta"):
+        return get_peft_model(skeleton, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+
+
+class _Step:
+    """A training step of a model without data."""
+
+    def __init__(
+        self, skeleton: nn.Module, batch: int, length: int, four_bit: bool, checkpointing: bool, dtype: torch.dtype
+    ) -> None:
+        self._skeleton: Any = skeleton.to(dtype)
+        self._shape = (batch, length)
+        self._four_bit = four_bit
+        self._checkpointing = checkpointing
+
+    def memory(self, config: PeftConfig) -> Memory:
+        model: Any = _inject(copy.deepcopy(self._skeleton), config)
+        if isinstance(model.base_model, ILAModel):
+            for gate in model.gates().values():
+                gate.probed = True
+        adapter = trainable = 0
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+                adapter += parameter.numel() * 4
+                trainable += parameter.numel() * parameter.requires_grad
+        vocabulary = model.get_input_embeddings().num_embeddings
+        with _fake(model):
+            activations, logits, recomputed = self._kept(model, vocabulary)
+        return Memory(
+            weights=self._weights(),
+            adapter=adapter,
+            gradients=trainable * 4,
+            optimizer=trainable * 4 * _ADAMW,
+            activations=activations,
+            recomputed=recomputed,
+            logits=logits + self._shape[0] * self._shape[1] * vocabulary * 4,
+            trainable=trainable,
+        )
+
+    def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
+        base = model.get_base_model().train()
+        ids = torch.zeros(self._shape, dtype=torch.long)
+        # "gradient" before transformers 5.23
+        kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+        recomputed = 0
+        try:
+            if self._checkpointing:
+                getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+                layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+                for layer in layers:
+                    layer.gradient_checkpointing = False
+                recomputed = _most_of_a_layer(model, layers, ids)
+                for layer in layers:
+                    layer.gradient_checkpointing = True
+            with saved_tensors(model) as saved:
+                model(input_ids=ids, labels=ids)
+                logits = saved.bytes(vocabulary)
+                return saved.bytes() - logits, logits, recomputed
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            name = type(base).__name__
+            raise ValueError(f"No training step of {name} can be taken without data: {error}") from error
+
+    def _weights(self) -> int:
+        linear = set()
+        if self._four_bit:
+            head = self._skeleton.get_output_embeddings()
+            linear = {m.weight for m in self._skeleton.modules() if isinstance(m, nn.Linear) and m is not head}
+        return round(
+            sum(p.numel() * (_NF4_BYTES if p in linear else p.element_size()) for p in self._skeleton.parameters())
+        )
+
+
+def _most_of_a_layer(model: nn.Module, layers: list[Any], ids: torch.Tensor) -> int:
+    """The most that one of the layers keeps."""
+    before, most = 0, 0
+
+    def enter(layer: nn.Module, args: Any) -> None:
+        nonlocal before
+        before = saved.bytes()
+
+    def leave(layer: nn.Module, args: Any, output: Any) -> None:
+        nonlocal most
+        most = max(most, saved.bytes() - before)
+
+    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    with saved_tensors(model) as saved:
+        model(input_ids=ids, labels=ids)
+    for hook in hooks:
+        hook.remove()
+    return most
+
+
+@contextlib.contextmanager
+def _fake(model: nn.Module) -> Iterator[None]:
+    """Tensors that know their size and no data in place of all parameters and buffers, as if on the CPU."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch logs whatever it cannot do without data
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in model.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                        module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,133 @@
+"""What `peft-ila plan` says against what autograd and bitsandbytes really keep."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+from models import SMALL
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+)
+
+from peft_ila import ILAConfig, LayerImportance
+from peft_ila.cli import main
+from peft_ila.measure import saved_tensor_bytes
+from peft_ila.workflows.plan import plan
+
+SIZES = {**SMALL, "hidden_size": 64, "vocab_size": 512}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=16),
+    "gpt2": GPT2Config(n_embd=64, n_layer=5, n_head=4, vocab_size=512, bos_token_id=1, eos_token_id=1),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+}
+IDS = torch.zeros(2, 64, dtype=torch.long)
+OPTIONS = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def kept(model, checkpointing=False) -> int:
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return saved_tensor_bytes(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+
+
+def ranking(config) -> LayerImportance:
+    """Of the layers, the last one first."""
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), ILAConfig(**OPTIONS))
+    for position, gate in enumerate(model.gates().values()):
+        gate.weight.data.fill_(position)
+    return model.layer_importance()
+
+
+@pytest.mark.support("Operations", "`peft-ila plan`: memory from a configuration")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_kept_is_counted(name, checkpointing):
+    config = CONFIGS[name]
+    importance = ranking(config)
+    planned = plan(config, importance, 2, 64, gradient_checkpointing=checkpointing, r=8)
+    gradient_of_logits = 2 * 64 * 512 * 4
+    for share in (1.0, 0.5):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
+            importance.to_lora_config(top_p=share, r=8),
+        )
+        memory = planned[f"{share:.0%}"]
+        expected = kept(model, checkpointing)
+        if checkpointing and share == 1:  # the layers are all alike
+            plain = get_peft_model(
+                AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), LoraConfig(**OPTIONS)
+            )
+            # but the first, whose input needs no gradient there
+            assert (kept(plain) - expected) / 5 <= memory.recomputed <= 1.1 * kept(plain) / 5
+        assert checkpointing or memory.recomputed == 0
+        assert memory.activations + memory.logits - gradient_of_logits == pytest.approx(expected, rel=0.05)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert memory.trainable == trained
+        assert (memory.adapter, memory.gradients, memory.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+        base = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
+        assert memory.weights == base
+    search, whole = planned["rank, stage 2"], planned["100%"]
+    assert search.activations + search.recomputed < whole.activations + whole.recomputed
+
+
+def test_stage_2(input_ids):
+    config = CONFIGS["llama"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), ILAConfig(**OPTIONS, gate_mode="soft")
+    )
+    for gate in model.gates().values():
+        gate.probed = True
+    memory = plan(config, batch_size=2, max_length=64, r=8)["rank, stage 2"]
+    assert memory.activations + memory.logits - 2 * 64 * 512 * 4 == pytest.approx(kept(model), rel=0.05)
+    assert memory.trainable == 5
+
+
+def test_4_bit(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    model.save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    real = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, device_map="cpu", quantization_config=nf4
+    )
+    scales = sum(
+        parameter.quant_state.absmax.numel() * 4
+        for parameter in real.parameters()
+        if hasattr(parameter, "quant_state")
+    )
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in real.parameters()) + scales
+    planned = plan(model.config, batch_size=2, max_length=64, load_in_4bit=True, r=8)
+    assert planned["100%"].weights == weights
+    lora = get_peft_model(real, LoraConfig(**OPTIONS))
+    memory = planned["100%"]
+    assert memory.activations + memory.logits - 2 * 64 * 64 * 4 == pytest.approx(kept(lora), rel=0.05)
+
+
+def test_the_command(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path)
+    arguments = ["plan", "--model_name_or_path", str(tmp_path), "--max_length", "32"]
+    main(arguments)
+    table = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in table.splitlines()[1:-1]] == [
+        "100%",
+        "75%",
+        "50%",
+        "30%",
+        "10%",
+        "rank, stage 2",
+    ]
+    main([*arguments, "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    own = figures["50%"]
+    assert own["total"] == sum(value for key, value in own.items() if key not in ("total", "trainable"))
+    with pytest.raises(SystemExit, match="The batch size and the length must be at least 1, got 0 and 32"):
+        main([*arguments, "--per_device_train_batch_size", "0"])
