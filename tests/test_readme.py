@@ -36,7 +36,7 @@ def test_the_commands_are_known():
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
     commands = [command for command in commands if command and command[0] == "peft-ila"]
-    assert [command[1] for command in commands] == ["rank", "convert", "tune", "export", "compare", "plot"]
+    assert [command[1] for command in commands] == ["rank", "convert", "tune", "export", "compare", "plot", "plan"]
     for command in commands:
         _parse(command[1], command[2:])
 

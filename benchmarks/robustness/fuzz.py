@@ -102,8 +102,8 @@ class Fuzz:
             if not str(error) or len(str(error)) > 3000:
                 raise Wrong(f"{kind} {seed}: no clear message: {str(error)[:200]!r}") from error
             accepted = False
-        except Wrong:
-            raise
+        except Wrong as error:
+            raise Wrong(f"{kind} {seed}: {error}") from error
         except BaseException as error:
             raise Wrong(f"{kind} {seed}: {type(error).__name__}: {error}") from error
         if not accepted and (left := [p.name for p in work.rglob("*") if p.is_file() and p.parent.name == "out"]):

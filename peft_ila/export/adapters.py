@@ -171,6 +171,8 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
     units = set()
     for path, own in layers.items():
         rank = _check_layer(path, own)
+        if config.use_dora != ("magnitude_vector" in own):
+            raise ValueError(f"{path!r} {'lacks' if config.use_dora else 'has'} the magnitude vector of DoRA.")
         units.add(unit_of(parameters.get(path, path), granularity))
         try:
             # `MultiheadAttention` holds a second LoRA layer, its output projection
