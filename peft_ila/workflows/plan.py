@@ -105,8 +105,8 @@ def plan(
     for share in SHARES:
         needed[f"{share:.0%}"] = step.memory(importance.to_lora_config(top_p=share, model=config, **lora))
     whole = importance.to_lora_config(top_p=1.0, model=config, **lora)
-    options = {name: getattr(whole, name) for name in ("r", "lora_alpha", "target_modules", "target_parameters")}
-    needed["rank, stage 2"] = step.memory(ILAConfig(**options, task_type="CAUSAL_LM", gate_mode="soft"))
+    granularity = importance.metadata.get("granularity", "layer")
+    needed["rank, stage 2"] = step.memory(ILAConfig.from_lora(whole, granularity=granularity, gate_mode="soft"))
     return needed
 
 

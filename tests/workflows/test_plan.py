@@ -76,6 +76,7 @@ def test_what_is_kept_is_counted(name, checkpointing):
         base = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         assert memory.weights == base
     search, whole = planned["rank, stage 2"], planned["100%"]
+    assert search.adapter == whole.adapter + 4 * 5 and search.trainable == 5  # one gate for each layer
     assert search.activations + search.recomputed < whole.activations + whole.recomputed
 
 
