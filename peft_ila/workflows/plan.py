@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,11 @@ def plan(
     load_in_4bit: bool = False,
     gradient_checkpointing: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    shares: Sequence[float] = SHARES,
     **lora: Any,
 ) -> dict[str, Memory]:
     """
-    What tuning all units needs, or 75, 50, 30 and 10 % of them, and what the search itself needs.
+    What tuning a share of the units needs, by default all, 75, 50, 30 and 10 %, and what the search itself needs.
 
     The model is built without weights, and a training step of it is taken with tensors that have no data, so that
     what it keeps is counted, not estimated: exactly what it would keep on the CPU. The kernels of a GPU may keep
@@ -86,6 +87,7 @@ def plan(
         load_in_4bit (`bool`): Whether the linear layers are quantised to NF4.
         gradient_checkpointing (`bool`): Whether activations are computed again, without reentrance.
         dtype (`torch.dtype`): Of the weights that are not quantised, and of the activations.
+        shares (`list[float]`): Of the units to tune.
         **lora: `r` and other options of [`~peft.LoraConfig`].
 
     Returns:
@@ -102,9 +104,9 @@ def plan(
         importance = _layers(skeleton, lora)
     step = _Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
     needed = {}
-    for share in SHARES:
+    for share in shares:
         needed[f"{share:.0%}"] = step.memory(importance.to_lora_config(top_p=share, model=config, **lora))
-    whole = importance.to_lora_config(top_p=1.0, model=config, **lora)
+    whole = importance.to_lora_config(top_p=1.0, **lora)
     granularity = importance.metadata.get("granularity", "layer")
     needed["rank, stage 2"] = step.memory(ILAConfig.from_lora(whole, granularity=granularity, gate_mode="soft"))
     return needed

@@ -19,7 +19,7 @@ from transformers import (
 from peft_ila import ILAConfig, LayerImportance
 from peft_ila.cli import main
 from peft_ila.measure import saved_tensor_bytes
-from peft_ila.workflows.plan import plan
+from peft_ila.workflows.plan import plan, table
 
 SIZES = {**SMALL, "hidden_size": 64, "vocab_size": 512}
 CONFIGS = {
@@ -53,7 +53,7 @@ def ranking(config) -> LayerImportance:
 def test_what_is_kept_is_counted(name, checkpointing):
     config = CONFIGS[name]
     importance = ranking(config)
-    planned = plan(config, importance, 2, 64, gradient_checkpointing=checkpointing, r=8)
+    planned = plan(config, importance, 2, 64, gradient_checkpointing=checkpointing, shares=(1.0, 0.5), r=8)
     gradient_of_logits = 2 * 64 * 512 * 4
     for share in (1.0, 0.5):
         model = get_peft_model(
@@ -87,7 +87,14 @@ def test_stage_2(input_ids):
     )
     for gate in model.gates().values():
         gate.probed = True
-    memory = plan(config, batch_size=2, max_length=64, r=8)["rank, stage 2"]
+    planned = plan(config, batch_size=2, max_length=64, shares=(0.5,), r=8)
+    assert [line.split("  ")[0] for line in table(planned).splitlines()] == [
+        "GB",
+        "50%",
+        "rank, stage 2",
+        "Beside it: the GPU's context, the kernels' workspaces, what the allocator loses.",
+    ]
+    memory = planned["rank, stage 2"]
     assert memory.activations + memory.logits - 2 * 64 * 512 * 4 == pytest.approx(kept(model), rel=0.05)
     assert memory.trainable == 5
 
@@ -106,7 +113,7 @@ def test_4_bit(tmp_path):
         if hasattr(parameter, "quant_state")
     )
     weights = sum(parameter.numel() * parameter.element_size() for parameter in real.parameters()) + scales
-    planned = plan(model.config, batch_size=2, max_length=64, load_in_4bit=True, r=8)
+    planned = plan(model.config, batch_size=2, max_length=64, load_in_4bit=True, shares=(1.0,), r=8)
     assert planned["100%"].weights == weights
     lora = get_peft_model(real, LoraConfig(**OPTIONS))
     memory = planned["100%"]
@@ -116,18 +123,9 @@ def test_4_bit(tmp_path):
 def test_the_command(tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path)
     arguments = ["plan", "--model_name_or_path", str(tmp_path), "--max_length", "32"]
-    main(arguments)
-    table = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in table.splitlines()[1:-1]] == [
-        "100%",
-        "75%",
-        "50%",
-        "30%",
-        "10%",
-        "rank, stage 2",
-    ]
     main([*arguments, "--json"])
     figures = json.loads(capsys.readouterr().out)
+    assert list(figures) == ["100%", "75%", "50%", "30%", "10%", "rank, stage 2"]
     own = figures["50%"]
     assert own["total"] == sum(value for key, value in own.items() if key not in ("total", "trainable"))
     with pytest.raises(SystemExit, match="The batch size and the length must be at least 1, got 0 and 32"):
