@@ -191,6 +191,7 @@ _COMMANDS = ("rank", "convert", "tune", "export", "compare", "plot", "plan", "de
 
 
 def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    import yaml
     from transformers.utils import is_torch_bf16_gpu_available
 
     try:
@@ -222,10 +223,14 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[An
         parser.set_defaults(learning_rate=2e-4, bf16=is_torch_bf16_gpu_available())
     if "--config" in argv:
         position = argv.index("--config") + 1
-        if position == len(argv):
-            raise ValueError("`--config` needs the path of a YAML file.")
-        argv = [*argv[:position], os.path.expanduser(argv[position]), *argv[position + 1 :]]
-    arguments: Any = parser.parse_args_and_config(argv)
+        path = Path(argv[position]).expanduser() if position < len(argv) else None
+        if path is None or not path.is_file():
+            raise ValueError(f"`--config` needs the path of a YAML file, got {path}.")
+        argv = [*argv[:position], str(path), *argv[position + 1 :]]
+    try:
+        arguments: Any = parser.parse_args_and_config(argv)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The file of `--config` is not YAML: {error}") from error
     return function, arguments
 
 

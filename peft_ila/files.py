@@ -163,7 +163,8 @@ def _partial(path: Path) -> Iterator[Path]:
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"{path} could not be written: {error}") from error
     except OSError as error:
-        error.filename = error.filename or str(path)  # which is missing where the disk is full
+        if error.errno is not None:  # one of the system, which names no file where the disk is full
+            error.filename = error.filename or str(path)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -182,7 +182,7 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
         if not expected:
             raise ValueError(f"{path!r} is no target of the adapter's configuration, or of another rank.")
     if unknown := sorted(set(getattr(config, "gate_mask", None) or ()) - units):
-        raise ValueError(f"`gate_mask` names {unknown[0]!r}, which is no unit of the adapter.")
+        raise ValueError(f"`gate_mask` names {unknown[0][:80]!r}, which is no unit of the adapter.")
 
 
 def _is_expected(path: str, rank: int, config: Any) -> bool:

@@ -70,8 +70,8 @@ def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
         raise ValueError(f"No model can be built of this {type(config).__name__}: {error}") from error
     if skeleton is None:
         raise ValueError(
-            f"This {type(config).__name__} has no `architectures`, which say what model it is of, and the usual ones "
-            "lack the ranked modules. Set them, or pass the model itself."
+            f"This {type(config).__name__} has no `architectures`, which say what model it is of. Set them, or pass "
+            "the model itself."
         )
     return skeleton
 
@@ -93,6 +93,7 @@ def _named(config: PretrainedConfig) -> nn.Module | None:
 
 
 def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Module | None:
+    first = None
     for kind in _KINDS:
         auto = getattr(transformers, kind, None)
         if auto is None or type(config) not in auto._model_mapping:
@@ -106,7 +107,8 @@ def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Modu
             known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
             if known.issuperset(names):
                 return skeleton
-    return None
+            first = first or skeleton
+    return first
 
 
 # what models raise of a configuration that they cannot be built of
