@@ -276,7 +276,7 @@ def change_tensor(chance: random.Random, tensors: dict[str, torch.Tensor]) -> No
     elif action == 2:
         tensors[key] = torch.randn([chance.randint(0, 3) for _ in range(chance.randint(0, 3))])
     elif action == 3:
-        tensors[key] = tensor.to(chance.choice([torch.int8, torch.float16, torch.float64]))
+        tensors[key] = tensor.nan_to_num(0, 0, 0).to(chance.choice([torch.int8, torch.float16, torch.float64]))
     elif action == 4:
         tensors[chance.choice(["evil.weight", key + ".odd", key.replace("lora_A", "lora_C"), key[5:]])] = (
             tensor.clone()
