@@ -12,12 +12,24 @@ from peft_ila.files import whole_file
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "peft-ila")
 
 
-def save(path: Path, figures: dict[str, Any]) -> None:
-    """Write the figures as JSON, with the command that made them and the versions of the packages."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made_by = {
+def made_by() -> dict[str, Any]:
+    """The command that was given, and the versions of the packages that are there."""
+    found = {package: _version(package) for package in PACKAGES}
+    return {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: version for package, version in found.items() if version},
     }
+
+
+def save(path: Path, figures: dict[str, Any]) -> None:
+    """Write the figures as JSON, with what made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({**figures, "made_by": made_by}))
+        temporary.write_text(json.dumps({**figures, "made_by": made_by()}))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # on a lent machine the repository is not installed
+        return None

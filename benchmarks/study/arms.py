@@ -1,0 +1,261 @@
+"""What the study trains: arms, each a way to spend trainable parameters, and the order in which they are run."""
+
+import itertools
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.study.problem import RANK
+from peft_ila.units import unit_of
+
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100  # learning rates are chosen on it; no figure of it is reported
+ALIGNMENT = ("sft_alpaca_gpt4", "sft_lima", "sft_dolly")
+REASONING = ("reason_gsm8k", "reason_math")
+SETS = (*ALIGNMENT, *REASONING)
+TUNING_SETS = ("sft_alpaca_gpt4", "sft_dolly", "reason_gsm8k")
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of full fine-tuning
+RANDOM = 5
+
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    One piece of work for one process.
+
+    Args:
+        kind: "tune", or "rank" (searches that train nothing) or "short" (those with a short stage 1).
+        data, seed: The run.
+        arm: The name of what is tuned; with `learning_rate` it is a job's name.
+        group: Arms that share a learning rate.
+        method: "lora", "full", "eva" or "adalora".
+        ranks: LoRA's rank at each module that is tuned.
+        ranked: Whether the tuned adapter is ranked too.
+    """
+
+    kind: str
+    data: str
+    seed: int
+    arm: str = ""
+    group: str = ""
+    method: str = "lora"
+    ranks: dict[str, int] = field(default_factory=dict, hash=False, compare=False)
+    learning_rate: float = 0.0
+    ranked: bool = False
+
+    @property
+    def key(self) -> str:
+        """The job's name in the output."""
+        return "|".join([self.kind, self.data, str(self.seed), self.group, self.arm, f"{self.learning_rate:g}"])
+
+    def described(self) -> dict[str, Any]:
+        """What the output says of the job."""
+        described = asdict(self)
+        del described["ranks"], described["ranked"]
+        return described
+
+
+class Study:
+    """The figures so far, and what is to be done next."""
+
+    def __init__(self, figures: list[dict[str, Any]], sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.units = list(sizes)
+        self.losses: dict[tuple[str, int, str, str], dict[float, float]] = {}
+        self.scores: dict[tuple[str, int, str], list[float]] = {}
+        self._known: dict[tuple[str, int, str, str], dict[str, int]] = {}
+        for row in figures:
+            self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in what a job has found."""
+        if row["kind"] == "tune":
+            own = self.losses.setdefault((row["data"], row["seed"], row["group"], row["arm"]), {})
+            own[row["learning_rate"]] = row["loss"]
+        for name, scores in row.get("scores", {}).items():
+            self.scores[row["data"], row["seed"], name] = scores
+
+    def learning_rate(self, group: str) -> float | None:
+        """The best one of the group on the seed that is not reported, by the mean loss over its sets."""
+        rates = FULL_LEARNING_RATES if group.startswith("weights") else LEARNING_RATES
+        losses = [self.losses.get((data, TUNING_SEED, group, TUNED), {}) for data in TUNING_SETS]
+        if any(rate not in own for own in losses for rate in rates):
+            return None
+        return min(rates, key=lambda rate: statistics.mean(own[rate] for own in losses))
+
+    def ranking(self, data: str, seed: int, name: str) -> list[float] | None:
+        """The scores by a search, by none ("random 0", "first", …) or by those of other sets."""
+        own = self.scores.get((data, seed, "full search"))
+        if name.startswith("random"):
+            draw = random.Random(f"{data} {seed} {name}")
+            return [draw.random() for _ in self.units]
+        if name == "first":
+            return [float(-i) for i in range(len(self.units))]
+        if name == "last":
+            return [float(i) for i in range(len(self.units))]
+        if name == "bottom":
+            return own and [-score for score in own]
+        if name.startswith("of "):
+            return self.scores.get((name[3:], seed, "full search"))
+        if name == "mean of other sets":
+            others = [self.scores.get((other, seed, "full search")) for other in ALIGNMENT if other != data]
+            return [statistics.mean(z) for z in zip(*map(_standardised, others))] if all(others) else None
+        if name.endswith(" per parameter"):
+            scores = self.ranking(data, seed, name.removesuffix(" per parameter"))
+            return scores and [score / self.sizes[unit] for score, unit in zip(scores, self.units)]
+        return self.scores.get((data, seed, name))
+
+    def jobs(self) -> Iterator[Job]:
+        """All jobs whose needs are met, the most urgent first."""
+        yield from self._sweep("all", "modules 30")
+        for data, seed in itertools.product(SETS, SEEDS):
+            yield Job("rank", data, seed)
+        if rate := self.learning_rate("all"):
+            for seed, data in itertools.product(SEEDS, SETS):
+                yield self._tune(data, seed, "all", "full search", dict.fromkeys(self.units, RANK), rate, ranked=True)
+            for seed, data in itertools.product(SEEDS, ALIGNMENT):
+                yield Job("short", data, seed, learning_rate=rate)
+        for group, sets, arms in ARMS:
+            yield from self._sweep(group)
+            rate = self.learning_rate(group)
+            for arm, data, seed in itertools.product(arms, sets, SEEDS) if rate else ():
+                ranks = self._ranks(data, seed, group, arm)
+                if ranks:
+                    yield self._tune(data, seed, group, arm, ranks, rate or 0)
+
+    def _sweep(self, *groups: str) -> Iterator[Job]:
+        for data in TUNING_SETS:
+            yield Job("rank", data, TUNING_SEED)
+        for group, data in itertools.product(groups, TUNING_SETS):
+            ranks = self._ranks(data, TUNING_SEED, group, TUNED)
+            for rate in (FULL_LEARNING_RATES if group.startswith("weights") else LEARNING_RATES) if ranks else ():
+                yield self._tune(data, TUNING_SEED, group, TUNED, ranks or {}, rate)
+
+    def _tune(
+        self, data: str, seed: int, group: str, arm: str, ranks: dict[str, int], rate: float, ranked: bool = False
+    ) -> Job:
+        method = {"weights": "full", "EVA": "eva", "AdaLoRA": "adalora"}.get(group.split()[0], "lora")
+        return Job("tune", data, seed, arm, group, method, ranks, rate, ranked)
+
+    def _ranks(self, data: str, seed: int, group: str, arm: str) -> dict[str, int] | None:
+        key = (data, seed, group, arm)
+        if key not in self._known and (ranks := self._allocate(*key)):
+            self._known[key] = ranks
+        return self._known.get(key)
+
+    def _allocate(self, data: str, seed: int, group: str, arm: str) -> dict[str, int] | None:
+        """LoRA's rank at each module that an arm of a group tunes; nothing while its ranking is missing."""
+        kind, *numbers = group.split()
+        if kind in ("all", "EVA", "AdaLoRA") or group == "weights 100":
+            return dict.fromkeys(self.units, RANK)
+        if kind == "uniform":
+            return dict.fromkeys(self.units, int(numbers[0]))
+        scores = self.ranking(data, seed, arm)
+        if scores is None:
+            return None
+        by_unit = dict(zip(self.units, scores))
+        budget = RANK * sum(self.sizes.values())
+        if kind == "ranks":
+            return ranks_by_importance(by_unit, self.sizes, budget, *map(float, numbers))
+        share = int(numbers[0]) / 100
+        within = layers_within if kind == "layers" else modules_within
+        chosen = within(share * sum(self.sizes.values()), by_unit, self.sizes)
+        rank = RANK
+        if kind == "raised":
+            rank = round(budget / sum(self.sizes[unit] for unit in chosen))
+        return dict.fromkeys(chosen, rank)
+
+
+TUNED = "untrained, 16 batches"  # the ranking by which learning rates are chosen: it costs no training
+CHANCE = tuple(f"random {draw}" for draw in range(RANDOM))
+SEARCHES = (
+    "full search", "untrained, 8 batches", *CHANCE, "untrained, 16 batches", "12 steps at 4 ×", "gradient norm",
+    "mean of other sets", "untrained, 4 batches", "untrained, 1 batches", "Fisher", "12 steps at 1 ×",
+    "12 steps at 2 ×", "8 steps at 4 ×", "4 steps at 4 ×", "untrained, r = 32", "untrained, A drawn again",
+    "untrained, norm of the mean gradient", "untrained, L2", "untrained, second moments", "norm of ΔW",
+    "full search per parameter", "untrained, 8 batches per parameter", "full search, half way", "first", "last",
+)  # fmt: skip
+SOME = (
+    "full search", "untrained, 8 batches", *CHANCE, "untrained, 16 batches", "12 steps at 4 ×", "gradient norm",
+    "mean of other sets", "norm of ΔW",
+)  # fmt: skip
+# group, data sets, arms: in the order in which they are run
+ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("modules 30", ALIGNMENT, SEARCHES[:11]),
+    ("layers 30", ALIGNMENT, SOME[:11]),
+    ("modules 30", SETS, (*(f"of {data}" for data in SETS), "mean of other sets", *CHANCE[:3], "full search")),
+    ("modules 10", ALIGNMENT, SOME[:10]),
+    ("uniform 2", ALIGNMENT, ("uniform",)),
+    ("uniform 1", ALIGNMENT, ("uniform",)),
+    ("raised 30", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
+    ("ranks 1 0 32", ALIGNMENT, ("full search", "untrained, 8 batches")),
+    ("ranks 0.5 1 32", ALIGNMENT, ("full search", "untrained, 8 batches")),
+    ("modules 30", ALIGNMENT, SEARCHES),
+    ("modules 75", ALIGNMENT, ("full search", "random 0", "bottom")),
+    ("EVA", ALIGNMENT, ("EVA",)),
+    ("AdaLoRA", ALIGNMENT, ("AdaLoRA",)),
+    ("modules 20", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
+    ("raised 10", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
+    ("layers 30", ALIGNMENT, SOME),
+    ("modules 10", ALIGNMENT, SOME),
+    ("weights 100", ALIGNMENT, ("full search",)),
+    ("weights 75", ALIGNMENT, ("full search", "random 0", "bottom")),
+)
+
+
+def modules_within(budget: float, scores: dict[str, float], sizes: Sizes) -> list[str]:
+    """Units in the order of their scores, as long as their sizes fit."""
+    chosen, left = [], budget
+    for unit in sorted(scores, key=lambda unit: -scores[unit]):
+        if sizes[unit] <= left:
+            chosen.append(unit)
+            left -= sizes[unit]
+    return chosen
+
+
+def layers_within(budget: float, scores: dict[str, float], sizes: Sizes) -> list[str]:
+    """The modules of whole decoder layers, in the order of the sums of their scores, as long as they fit."""
+    modules: dict[str, list[str]] = {}
+    for unit in scores:
+        modules.setdefault(unit_of(unit, "layer"), []).append(unit)
+    worth = {layer: sum(scores[unit] for unit in own) for layer, own in modules.items()}
+    counts = {layer: sum(sizes[unit] for unit in own) for layer, own in modules.items()}
+    return [unit for layer in modules_within(budget, worth, counts) for unit in modules[layer]]
+
+
+def ranks_by_importance(
+    scores: dict[str, float], sizes: Sizes, budget: float, power: float, least: float, most: float
+) -> dict[str, int]:
+    """
+    Ranks in proportion to a power of the scores, between a least and a greatest one, within a budget of parameters.
+
+    Args:
+        scores: A module's part in the whole; negative ones count as 0.
+        sizes: A module's parameters for each rank.
+    """
+    weights = {unit: max(score, 0.0) ** power for unit, score in scores.items()}
+    low, high = 0.0, 1e12
+    for _ in range(200):
+        middle = (low * high) ** 0.5 if low else high * 1e-6
+        used = sum(min(max(int(middle * w), least), most) * sizes[unit] for unit, w in weights.items())
+        low, high = (middle, high) if used <= budget else (low, middle)
+        if not low and high < 1e-12:
+            break
+    ranks = {unit: int(min(max(int(low * w), least), most)) for unit, w in weights.items()}
+    left = budget - sum(rank * sizes[unit] for unit, rank in ranks.items())
+    for unit in sorted(ranks, key=lambda unit: -weights[unit]):  # what rounding has left
+        if sizes[unit] <= left and ranks[unit] < most and weights[unit] > 0:
+            ranks[unit] += 1
+            left -= sizes[unit]
+    return {unit: rank for unit, rank in ranks.items() if rank}
+
+
+def _standardised(scores: list[float] | None) -> list[float]:
+    scores = scores or []
+    mean, deviation = statistics.mean(scores), statistics.pstdev(scores)
+    return [(score - mean) / deviation for score in scores]

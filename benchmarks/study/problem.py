@@ -1,0 +1,223 @@
+"""A model on a data set, tuned by any adapter, with its held-out loss: on the CPU or on a GPU."""
+
+import contextlib
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_schedule, get_linear_schedule_with_warmup
+
+from peft_ila.embedded import smollm2
+
+HELD_OUT = 128
+MAX_LENGTH, PROMPT = 192, 112  # tokens; answers are cut, examples with longer prompts are left out
+BATCH, WARMUP = 8, 0.05
+RANK, SCALE = 8, 2  # alpha = SCALE·r for every rank, so that one learning rate serves them all
+IGNORED = -100
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Example:
+    """Tokens of a dialogue; the loss is on those after the prompt."""
+
+    tokens: list[int]
+    prompt: int
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The dialogues of a JSONL file with `messages`, in an order that does not depend on the seed of a run."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    found = []
+    for row in _rows(path):
+        messages = row["messages"]
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)
+        if len(prompt["input_ids"]) <= PROMPT:
+            found.append(Example(whole["input_ids"][:MAX_LENGTH], len(prompt["input_ids"])))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def read_text(path: Path, chunks: int = 64, length: int = 256) -> list[Example]:
+    """The first tokens of a JSONL file with `text`, in chunks: what perplexity is measured on."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    tokens: list[int] = []
+    for row in _rows(path):
+        tokens += tokenizer(row["text"])["input_ids"]
+        if len(tokens) >= chunks * length:
+            break
+    return [Example(tokens[i * length : (i + 1) * length], 1) for i in range(min(chunks, len(tokens) // length))]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+class Problem:
+    """
+    A data set and a seed, on a base model that every run leaves as it was.
+
+    The seed decides the order of the data and the draw of A. Padding is on the right, where it cannot reach a token
+    of a causal model, so that no mask is needed.
+    """
+
+    def __init__(self, base: Any, examples: list[Example], seed: int) -> None:
+        self.base, self.seed = base, seed
+        self.train, self.held_out = examples[:-HELD_OUT], examples[-HELD_OUT:]
+
+    def batches(self, number: int, size: int = BATCH) -> Iterator[Batch]:
+        """Batches in the order of the seed."""
+        order = random.Random(self.seed)
+        queue: list[Example] = []
+        for _ in range(number):
+            while len(queue) < size:
+                queue += order.sample(self.train, len(self.train))
+            yield self.collate(queue[:size])
+            del queue[:size]
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Pad on the right; `labels` are those of the answers."""
+        length = max(len(example.tokens) for example in examples)
+        ids = torch.zeros(len(examples), length, dtype=torch.long)
+        labels = torch.full_like(ids, IGNORED)
+        for row, example in enumerate(examples):
+            tokens = torch.tensor(example.tokens)
+            ids[row, : len(tokens)] = tokens
+            labels[row, example.prompt : len(tokens)] = tokens[example.prompt :]
+        return {"input_ids": ids.to(self.base.device), "labels": labels.to(self.base.device)}
+
+    @contextlib.contextmanager
+    def lora(self, ranks: dict[str, int], rank: int = RANK) -> Iterator[PeftModel]:
+        """The base model with a LoRA of the given rank at each module."""
+        torch.manual_seed(self.seed)
+        other = {unit: r for unit, r in ranks.items() if r != rank}
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=SCALE * rank,
+            target_modules=list(ranks),
+            rank_pattern=other,
+            alpha_pattern={unit: SCALE * r for unit, r in other.items()},
+            task_type="CAUSAL_LM",
+        )
+        with _unloading(get_peft_model(self.base, config)) as model:
+            yield model
+
+    @contextlib.contextmanager
+    def eva(self, units: list[str]) -> Iterator[PeftModel]:
+        """EVA's ranks and initial A (https://arxiv.org/abs/2410.07170) at the budget of rank 8 everywhere."""
+        torch.manual_seed(self.seed)
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=SCALE * RANK,
+            target_modules=units,
+            init_lora_weights="eva",
+            eva_config=EvaConfig(rho=2.0),
+            task_type="CAUSAL_LM",
+        )
+        with _unloading(get_peft_model(self.base, config, low_cpu_mem_usage=True)) as model:
+            initialize_lora_eva_weights(model, list(self.batches(16)), show_progress_bar=False)
+            yield model
+
+    @contextlib.contextmanager
+    def adalora(self, units: list[str], steps: int) -> Iterator[PeftModel]:
+        """AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank of 8."""
+        torch.manual_seed(self.seed)
+        config = AdaLoraConfig(
+            init_r=RANK * 3 // 2,
+            target_r=RANK,
+            lora_alpha=SCALE * RANK,
+            tinit=steps // 10,
+            tfinal=steps // 2,
+            deltaT=max(1, steps // 50),
+            total_step=steps,
+            target_modules=units,
+            task_type="CAUSAL_LM",
+        )
+        with _unloading(get_peft_model(self.base, config)) as model:
+            yield model
+
+    @contextlib.contextmanager
+    def full(self, units: list[str]) -> Iterator[Any]:
+        """The base model itself, with only these modules' weights trained."""
+        weights = [self.base.get_submodule(unit).weight for unit in units]
+        before = [weight.detach().clone() for weight in weights]
+        self.base.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            yield self.base
+        finally:
+            for weight, value in zip(weights, before):
+                weight.data.copy_(value)
+                weight.requires_grad_(False)
+
+    def fit(self, model: Any, learning_rate: float, steps: int, decay: bool = True) -> Iterator[int]:
+        """
+        Train as `transformers.Trainer` does by default; yields the number of steps taken.
+
+        The learning rate decays to 0 after a warm-up, or is constant from the first step on.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True)
+        warmup = math.ceil(WARMUP * steps)
+        decaying = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+        schedule = decaying if decay else get_constant_schedule(optimizer)
+        allocate = getattr(model.base_model, "update_and_allocate", None) if isinstance(model, PeftModel) else None
+        for step, batch in enumerate(self.batches(steps), 1):
+            model(**batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if allocate:
+                allocate(step)
+            optimizer.zero_grad()
+            yield step
+
+    @torch.no_grad()
+    def loss(self, model: Any, examples: list[Example] | None = None) -> float:
+        """The mean over the answers' tokens of the held-out examples, or of others."""
+        model.eval()  # there is no dropout here, but AdaLoRA adds a regulariser in training
+        total, tokens = 0.0, 0
+        examples = self.held_out if examples is None else examples
+        loss = model.get_base_model() if isinstance(model, PeftModel) else model
+        for i in range(0, len(examples), 16):
+            batch = self.collate(examples[i : i + 16])
+            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(loss(**batch, use_cache=False).loss) * counted
+            tokens += counted
+        model.train()
+        return total / tokens
+
+
+@contextlib.contextmanager
+def _unloading(model: PeftModel) -> Iterator[PeftModel]:
+    """Give the base model its own modules back."""
+    try:
+        yield model.train()
+    finally:
+        model.unload()
+
+
+def load_base(device: str) -> Any:
+    """SmolLM2 in fp32, frozen."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).to(device)
+    return model.requires_grad_(False)
+
+
+def adapted_modules(model: Any) -> dict[str, int]:
+    """The linear modules of the decoder layers, with in_features + out_features: LoRA's parameters for each rank."""
+    head = model.get_output_embeddings()
+    return {
+        name: sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }

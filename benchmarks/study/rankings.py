@@ -1,0 +1,121 @@
+"""The searches that the study compares: each gives a score to every module, from training data alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from benchmarks.study.problem import RANK, SCALE, Batch, Problem
+
+Scores = dict[str, list[float]]
+ATTRIBUTION = 16  # batches of the full search's second stage
+SHORT = 8  # batches of a short search's
+UNTRAINED = (1, 4, 8, 16)  # batches
+STEPS, MULTIPLES = (4, 8, 12), (1, 2, 4)  # of a short stage 1, and of the learning rate there
+EXAMPLES = 64  # for the diagonal of the Fisher information
+
+
+def untrained(problem: Problem, sizes: dict[str, int]) -> Scores:
+    """
+    By the gradient of a fresh LoRA's B: what `learn_gates(method="untrained")` measures, and variants of it.
+
+    All adapters of one rank have one alpha, so the factor α/r is left out.
+    """
+    units = list(sizes)
+    found: dict[str, torch.Tensor] = {}
+    with problem.lora(dict.fromkeys(units, RANK)) as model:
+        gradients = [_gradients_of_b(model, batch) for batch in problem.batches(max(UNTRAINED))]
+        for number in UNTRAINED:
+            found[f"untrained, {number} batches"] = _norms(gradients[:number], 1)
+        gradients = gradients[:SHORT]
+        found["untrained, L2"] = _norms(gradients, 2)
+        means = [sum(own) / SHORT for own in zip(*gradients)]
+        found["untrained, norm of the mean gradient"] = torch.stack([mean.norm(1) for mean in means])
+        # the first-order worth of Adam's step after these batches, with its moments not decayed
+        squares = [sum(g.square() for g in own) / SHORT for own in zip(*gradients)]
+        worth = [(mean.square() / (square.sqrt() + 1e-12)).sum() for mean, square in zip(means, squares)]
+        found["untrained, second moments"] = torch.stack(worth)
+    with problem.lora(dict.fromkeys(units, 4 * RANK), rank=4 * RANK) as model:
+        found[f"untrained, r = {4 * RANK}"] = _norms([_gradients_of_b(model, b) for b in problem.batches(SHORT)], 1)
+    with problem.lora(dict.fromkeys(units, RANK)) as model:
+        gradients = []
+        for batch in problem.batches(SHORT):
+            for module in _layers(model):
+                module.reset_lora_parameters("default", True)
+            gradients.append(_gradients_of_b(model, batch))
+        found["untrained, A drawn again"] = _norms(gradients, 1)
+    return _listed(found)
+
+
+def base_gradients(problem: Problem, sizes: dict[str, int]) -> Scores:
+    """‖∂L/∂W‖_F of the base model, and the trace of the empirical Fisher information of each module."""
+    weights = [problem.base.get_submodule(unit).weight for unit in sizes]
+    with problem.full(list(sizes)) as model:
+        total = [torch.zeros_like(weight) for weight in weights]
+        for batch in problem.batches(SHORT):
+            for own, gradient in zip(total, torch.autograd.grad(model(**batch, use_cache=False).loss, weights)):
+                own += gradient
+        fisher = torch.zeros(len(weights), device=weights[0].device)
+        for example in problem.batches(EXAMPLES, size=1):
+            gradients = torch.autograd.grad(model(**example, use_cache=False).loss, weights)
+            fisher += torch.stack([gradient.square().sum() for gradient in gradients])
+    return _listed({"gradient norm": torch.stack([own.norm() for own in total]), "Fisher": fisher})
+
+
+def short(problem: Problem, sizes: dict[str, int], learning_rate: float) -> Scores:
+    """By attribution after a short stage 1 at a constant learning rate."""
+    found = {}
+    for multiple in MULTIPLES:
+        with problem.lora(dict.fromkeys(sizes, RANK)) as model:
+            for step in problem.fit(model, multiple * learning_rate, max(STEPS), decay=False):
+                if step in STEPS:
+                    found[f"{step} steps at {multiple} ×"] = attribution(model, problem, SHORT)
+    return _listed(found)
+
+
+def attribution(model: PeftModel, problem: Problem, batches: int) -> torch.Tensor:
+    """
+    −∂L/∂γ of each module's gate at γ = 0, what `learn_gates` measures.
+
+    There the model is the base model, and the gradient for γ is that for B at 0, multiplied by the trained B.
+    """
+    layers = _layers(model)
+    weights = [layer.lora_B["default"].weight for layer in layers]
+    trained = [weight.detach().clone() for weight in weights]
+    total = torch.zeros(len(layers), device=trained[0].device)
+    try:
+        for weight in weights:
+            weight.data.zero_()
+        for batch in problem.batches(batches):
+            total -= torch.stack([(g * b).sum() for g, b in zip(_gradients_of_b(model, batch), trained)])
+    finally:
+        for weight, value in zip(weights, trained):
+            weight.data.copy_(value)
+    return total / batches
+
+
+@torch.no_grad()
+def delta_norms(model: PeftModel) -> torch.Tensor:
+    """‖ΔW‖_F of each module."""
+    layers = _layers(model)
+    products = [SCALE * layer.lora_B["default"].weight @ layer.lora_A["default"].weight for layer in layers]
+    return torch.stack([product.norm() for product in products])
+
+
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_B") and len(module.lora_B)]
+
+
+def _gradients_of_b(model: Any, batch: Batch) -> Sequence[torch.Tensor]:
+    weights = [layer.lora_B["default"].weight for layer in _layers(model)]
+    return torch.autograd.grad(model(**batch, use_cache=False).loss, weights)
+
+
+def _norms(gradients: list[Sequence[torch.Tensor]], order: int) -> torch.Tensor:
+    """The mean over batches of each module's norm."""
+    return torch.stack([torch.stack([g.norm(order) for g in batch]) for batch in gradients]).mean(0)
+
+
+def _listed(found: dict[str, torch.Tensor]) -> Scores:
+    return {name: [float(f"{score:.5g}") for score in scores.tolist()] for name, scores in found.items()}

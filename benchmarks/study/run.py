@@ -1,0 +1,155 @@
+"""
+Which search finds what to tune, what does a selection gain, and does a ranking carry over? See `docs/study.md`.
+
+SmolLM2-135M is tuned on every set by LoRA on all modules, and by each arm: the modules or decoder layers that a search
+finds, at a share of the parameters, at LoRA's rank or a raised one, ranks by importance, EVA, AdaLoRA, random draws,
+and full fine-tuning of a part. The learning rate of each group of arms is chosen on a seed that is not reported.
+
+    python -m benchmarks.study.run --data ../shared/data --output_dir benchmarks/results/study
+    python -m benchmarks.study.tables benchmarks/results/study
+
+About 1,000 jobs of 100 steps each: 10 minutes on one H100 with 14 processes, about 100 hours on two cores. It goes on
+where it stopped, in the order of `arms.ARMS`, and can be stopped by `--time_limit`.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import made_by
+from benchmarks.study.arms import SETS, Job, Study
+from benchmarks.study.problem import Example, Problem, adapted_modules, load_base, read_examples, read_text
+from benchmarks.study.rankings import ATTRIBUTION, attribution, base_gradients, delta_norms, short, untrained
+from peft_ila.files import whole_file
+
+TEXTS = ("text_wikitext2", "text_c4")
+_worker: dict[str, Any] = {}
+
+
+def start(examples: dict[str, list[Example]], device: str, steps: int) -> None:
+    """Make a process ready for jobs."""
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    base = load_base(device)
+    _worker.update(base=base, examples=examples, steps=steps, sizes=adapted_modules(base))
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Do a job: what it has found, to be written as one line."""
+    began = time.perf_counter()
+    problem = Problem(_worker["base"], _worker["examples"][job.data], job.seed)
+    sizes = _worker["sizes"]
+    if job.kind == "rank":
+        found: dict[str, Any] = {"scores": untrained(problem, sizes) | base_gradients(problem, sizes)}
+        found["loss"] = problem.loss(problem.base)
+        found["perplexities"] = perplexities(problem, problem.base)
+    elif job.kind == "short":
+        found = {"scores": short(problem, sizes, job.learning_rate)}
+    else:
+        found = tune(problem, job)
+    return {"key": job.key, **job.described(), **found, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def tune(problem: Problem, job: Job) -> dict[str, Any]:
+    """The held-out loss after tuning, at a few points of it; for the arm on all modules, its rankings too."""
+    steps, units = _worker["steps"], list(job.ranks)
+    curve, scores = {}, {}
+    methods = {
+        "lora": lambda: problem.lora(job.ranks, min(job.ranks.values())),
+        "full": lambda: problem.full(units),
+        "eva": lambda: problem.eva(units),
+        "adalora": lambda: problem.adalora(units, steps),
+    }
+    with methods[job.method]() as model:
+        for step in problem.fit(model, job.learning_rate, steps):
+            if job.ranked and step in (steps // 2, steps * 3 // 4):
+                curve[step] = problem.loss(model)
+            if job.ranked and step == steps // 2:
+                scores["full search, half way"] = attribution(model, problem, ATTRIBUTION).tolist()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = {"loss": problem.loss(model), "parameters": sum(p.numel() for p in trained), "modules": len(units)}
+        if job.group.startswith(("all", "modules 75", "weights")) or job.arm == "full search":
+            found["perplexities"] = perplexities(problem, model)
+        if job.ranked:
+            scores["full search"] = attribution(model, problem, ATTRIBUTION).tolist()
+            scores["norm of ΔW"] = delta_norms(model).tolist()
+    if job.ranked:
+        found |= {"curve": curve, "scores": {k: [float(f"{x:.5g}") for x in v] for k, v in scores.items()}}
+    return found
+
+
+def perplexities(problem: Problem, model: Any) -> dict[str, float]:
+    """The loss on plain text, which tuning on dialogues may raise."""
+    return {name: problem.loss(model, _worker["examples"][name]) for name in TEXTS}
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows that are whole."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed
+            rows.append(json.loads(line))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--jobs", type=int, help="at most as many")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+    began = time.perf_counter()
+
+    examples = {data: read_examples(args.data / f"{data}.jsonl") for data in SETS}
+    examples |= {text: read_text(args.data / f"{text}.jsonl") for text in TEXTS}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    sizes = adapted_modules(load_base("cpu"))
+    with whole_file(args.output_dir / "made_by.json") as temporary:
+        name = torch.cuda.get_device_name() if device == "cuda" else "two CPU cores"
+        temporary.write_text(json.dumps({**made_by(), "device": name, "steps": args.steps, "units": list(sizes)}))
+    file = args.output_dir / "figures.jsonl"
+    rows = read(file)
+    study = Study(rows, sizes)
+    done = {row["key"] for row in rows}
+    running: dict[Future[dict[str, Any]], str] = {}
+    context = torch.multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(args.processes, context, start, (examples, device, args.steps)) as pool,
+        file.open("a", encoding="utf-8") as output,
+    ):
+        started = 0
+        while True:
+            if time.perf_counter() - began < args.time_limit:
+                todo = (job for job in study.jobs() if job.key not in done and job.key not in running.values())
+                for job in itertools.islice(todo, args.processes - len(running)):
+                    if started != args.jobs and job.key not in running.values():
+                        running[pool.submit(work, job)] = job.key
+                        started += 1
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                done.add(key)
+                if error := future.exception():
+                    print(key, repr(error), flush=True)  # the other jobs go on; this one is tried by the next call
+                    continue
+                row = future.result()
+                study.add(row)
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
+                output.flush()
+                print(f"{time.perf_counter() - began:.0f} s", key, row.get("loss"), row["seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the study of `benchmarks/study` computes by itself, against the package."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import LoraConfig, PeftModel
+from trainers import options
+from transformers import Trainer, TrainingArguments
+
+from benchmarks.study.arms import ARMS, SEEDS, SETS, Job, Study, layers_within, modules_within, ranks_by_importance
+from benchmarks.study.problem import HELD_OUT, RANK, SCALE, Example, Problem, adapted_modules
+from benchmarks.study.rankings import attribution, untrained
+from peft_ila import ILAConfig, learn_gates
+
+
+@pytest.fixture
+def problem():
+    # one dialogue only, so that the order in which a trainer takes its examples is that of the study
+    return Problem(tiny_llama().requires_grad_(False), [Example([5, 9, 3, 7, 2, 8], 2)] * (HELD_OUT + 16), seed=0)
+
+
+def ranked(problem, adapter, tmp_path, method):
+    """What the package finds."""
+    config = ILAConfig.from_lora(LoraConfig.from_pretrained(adapter), granularity="module", gate_mode="open")
+    model = PeftModel.from_pretrained(tiny_llama(), adapter, config=config, is_trainable=True)
+    batch = problem.collate(problem.train[:1])
+    row = {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
+    trainer = Trainer(model=model, args=TrainingArguments(**options(tmp_path)), train_dataset=[row] * 64)
+    return learn_gates(trainer, steps=4, method=method, min_agreement=None, loss_batches=1)
+
+
+def test_attribution_is_that_of_learn_gates(problem, tmp_path):
+    sizes = adapted_modules(problem.base)
+    with problem.lora(dict.fromkeys(sizes, RANK)) as model:
+        assert list(problem.fit(model, 1e-2, 3)) == [1, 2, 3]
+        found = attribution(model, problem, 4)
+        model.save_pretrained(tmp_path / "adapter")
+    importance = ranked(problem, tmp_path / "adapter", tmp_path, "attribution")
+    assert importance.units == list(sizes)
+    torch.testing.assert_close(torch.tensor(importance.scores), found / found.mean() - 1, rtol=1e-3, atol=1e-4)
+
+
+def test_the_untrained_search_is_that_of_learn_gates(problem, tmp_path):
+    sizes = adapted_modules(problem.base)
+    with problem.lora(dict.fromkeys(sizes, RANK)) as model:
+        model.save_pretrained(tmp_path / "adapter")
+    found = torch.tensor(untrained(problem, sizes)["untrained, 4 batches"])
+    importance = ranked(problem, tmp_path / "adapter", tmp_path, "untrained")
+    torch.testing.assert_close(torch.tensor(importance.scores), found / found.mean() - 1, rtol=1e-3, atol=1e-4)
+
+
+def test_every_way_of_tuning_leaves_the_base_model_as_it_was(problem):
+    before = {name: value.clone() for name, value in problem.base.state_dict().items()}
+    units = list(adapted_modules(problem.base))
+    ways = (
+        lambda: problem.lora({units[0]: 4, units[-1]: 2}, 2),
+        lambda: problem.eva(units),
+        lambda: problem.adalora(units, 10),
+        lambda: problem.full(units[:3]),
+    )
+    for way in ways:
+        with way() as model:
+            loss = problem.loss(model)
+            list(problem.fit(model, 1e-2, 10))
+            assert problem.loss(model) < loss
+        assert before.keys() == problem.base.state_dict().keys()
+        assert all(torch.equal(value, before[name]) for name, value in problem.base.state_dict().items())
+
+
+def test_ranks_and_their_scale(problem):
+    units = list(adapted_modules(problem.base))
+    with problem.lora({units[0]: 4, units[-1]: 2}, 2) as model:
+        layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+        assert {n: m.r["default"] for n, m in layers.items()} == {units[0]: 4, units[-1]: 2}
+        assert {m.scaling["default"] for m in layers.values()} == {SCALE}
+
+
+def test_selections_fit_their_budget():
+    sizes = {f"m.layers.{i}.{name}": size for i in range(4) for name, size in (("q", 10), ("k", 3))}
+    scores = {unit: float(i) for i, unit in enumerate(sizes)}
+    assert modules_within(26, scores, sizes) == ["m.layers.3.k", "m.layers.3.q", "m.layers.2.k", "m.layers.2.q"]
+    assert modules_within(7, scores, sizes) == ["m.layers.3.k", "m.layers.2.k"]
+    assert layers_within(13, scores, sizes) == ["m.layers.3.q", "m.layers.3.k"]
+    for budget, power, least, most in itertools.product((100, 416), (0.5, 1), (0, 1), (8, 32)):
+        ranks = ranks_by_importance(scores, sizes, budget, power, least, most)
+        used = sum(rank * sizes[unit] for unit, rank in ranks.items())
+        assert budget - min(sizes.values()) < used <= budget or max(ranks.values()) == most
+        assert all(max(least, 1) <= rank <= most for rank in ranks.values())
+        by_score = [ranks.get(unit, 0) for unit in sizes if unit.endswith("q")]
+        assert by_score == sorted(by_score)
+
+
+def test_every_arm_is_run_for_every_seed():
+    """With figures made up, the study goes through all of its arms."""
+    sizes = {f"m.layers.{i}.{name}": 10 for i in range(10) for name in "qk"}
+    study = Study([], sizes)
+    done: set[str] = set()
+    while jobs := [job for job in study.jobs() if job.key not in done]:
+        for job in jobs:
+            done.add(job.key)
+            row = {**job.described(), "loss": 1 + job.learning_rate}
+            names = ["full search", "full search, half way", "norm of ΔW"] if job.ranked else []
+            if job.kind == "rank":
+                names = list(untrained_names())
+            if job.kind == "short":
+                names = [f"{steps} steps at {multiple} ×" for steps in (4, 8, 12) for multiple in (1, 2, 4)]
+            study.add({**row, "scores": {name: list(range(len(sizes))) for name in names}})
+    for group, sets, arms in ARMS:
+        for arm, data, seed in itertools.product(arms, sets, SEEDS):
+            job = Job("tune", data, seed, arm, group, learning_rate=study.learning_rate(group))
+            assert job.key in done
+    assert {job.split("|")[1] for job in done} == set(SETS)
+
+
+def untrained_names():
+    yield from (f"untrained, {number} batches" for number in (1, 4, 8, 16))
+    yield from ("untrained, L2", "untrained, norm of the mean gradient", "untrained, second moments")
+    yield from ("untrained, r = 32", "untrained, A drawn again", "gradient norm", "Fisher")
