@@ -186,11 +186,15 @@ SOME = (
 )  # fmt: skip
 # group, data sets, arms: in the order in which they are run
 ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("modules 30", ALIGNMENT, SEARCHES[:8]),
+    ("layers 30", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
+    ("modules 30", ALIGNMENT, ("mean of other sets",)),
+    ("layers 30", ALIGNMENT, ("random 1", "random 2")),
     ("modules 30", ALIGNMENT, SEARCHES[:11]),
+    ("uniform 2", ALIGNMENT, ("uniform",)),
     ("layers 30", ALIGNMENT, SOME[:11]),
     ("modules 30", SETS, (*(f"of {data}" for data in SETS), "mean of other sets", *CHANCE[:3], "full search")),
     ("modules 10", ALIGNMENT, SOME[:10]),
-    ("uniform 2", ALIGNMENT, ("uniform",)),
     ("uniform 1", ALIGNMENT, ("uniform",)),
     ("raised 30", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
     ("ranks 1 0 32", ALIGNMENT, ("full search", "untrained, 8 batches")),
