@@ -14,11 +14,11 @@ from huggingface_hub import HfApi, RepoUrl
 from models import build
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from trainers import write_model_and_data
 from transformers import AutoTokenizer, LlamaConfig
 
 from peft_ila import LayerImportance
 from peft_ila.cli import main
-from peft_ila.embedded import write_jsonl
 from peft_ila.export.skeleton import meta_skeleton
 from peft_ila.workflows.data import load_dataset
 
@@ -32,9 +32,7 @@ TRAINING = (
 def workspace(tmp_path_factory, tokenizer, dialogues):
     """A model, its tokenizer and data on disk."""
     directory = tmp_path_factory.mktemp("cli")
-    tiny_llama().save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
-    write_jsonl(dialogues, directory / "data.jsonl")
+    write_model_and_data(directory, tokenizer, dialogues)
     return directory
 
 

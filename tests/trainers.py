@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_ila import ILAConfig
+from peft_ila.embedded import write_jsonl
 
 
 def ila(mode="open", granularity="layer", model=None, **kwargs):
@@ -51,6 +52,13 @@ def plain_trainer(tmp_path, tokenizer, dialogues, model=None, **kwargs) -> Train
         ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
         rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)})
     return Trainer(model=model or ila(), args=TrainingArguments(**options(tmp_path, **kwargs)), train_dataset=rows)
+
+
+def write_model_and_data(directory, tokenizer, dialogues) -> None:
+    """What a command line works on: `model`, with its tokenizer, and `data.jsonl`."""
+    tiny_llama().save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    write_jsonl(dialogues, directory / "data.jsonl")
 
 
 def lora_weights(model):

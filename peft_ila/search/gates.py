@@ -4,8 +4,6 @@ import math
 from collections.abc import Sized
 from typing import Any, Literal
 
-import torch
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
@@ -194,7 +192,7 @@ def check_settings(
 
 
 def _check_trained(ila: ILAModel, method: Method) -> None:
-    trained = any(_local(weight).any() for *_, weight in ila.first_to_move())
+    trained = ila.is_trained()
     if method == "untrained" and trained:
         raise ValueError(
             '`method="untrained"` ranks by a fresh adapter, whose B is 0, but this one has been trained (or '
@@ -205,10 +203,6 @@ def _check_trained(ila: ILAModel, method: Method) -> None:
             f"The adapter has not been trained: its B is 0, so that there is no delta to rank by {method!r}. Fine-"
             'tune first, or rank the units of the base model by `method="untrained"`.'
         )
-
-
-def _local(weight: Any) -> torch.Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def rankable(trainer: Trainer) -> ILAModel:

@@ -386,6 +386,15 @@ class ILAModel(LoraModel):
             weight = layer.lora_embedding_A[adapter_name] if embedding else layer.lora_B[adapter_name].weight
             yield unit_of(name, granularity), layer.scaling[adapter_name], weight
 
+    def is_trained(self, adapter_name: str | None = None) -> bool:
+        """
+        Whether the adapter changes anything: a fresh one does not. Under FSDP2 all processes must call it.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+        """
+        return any(bool(_whole(weight).any()) for *_, weight in self.first_to_move(adapter_name))
+
     def check_unmerged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
         if any(adapter_name in layer.merged_adapters for *_, layer in self._gated_layers(adapter_name)):

@@ -113,3 +113,9 @@ def required(value: str | None, flag: str) -> str:
     if not value:
         raise ValueError(f"`--{flag}` is required.")
     return value
+
+
+def short(value: object) -> str:
+    """A value as it is shown in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .arguments import short
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -51,13 +53,8 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
     except Exception as error:  # whatever is in a file makes a builder raise
         raise ValueError(f"{name} cannot be read as a data set: {error}") from error
     if not any(set(needed) <= set(dataset.column_names) for needed in _FORMATS):
-        raise ValueError(f"{name} has the columns {_short(sorted(dataset.column_names))}. {_EXPECTED}")
+        raise ValueError(f"{name} has the columns {short(sorted(dataset.column_names))}. {_EXPECTED}")
     return dataset
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _format(row: dict) -> tuple[str, ...] | None:
@@ -74,14 +71,14 @@ def _problem(row: dict, format: tuple[str, ...] | None, kinds: dict[str, str]) -
         kinds: Of each column that was seen so far, what is in it; those of this example are added.
     """
     if format is None:
-        return f"the example has the keys {_short(sorted(row))}"
+        return f"the example has the keys {short(sorted(row))}"
     for key in format:
         value = row.get(key)
         if value and isinstance(value, list) and key != "text":
             if wrong := [message for message in value if not _is_message(message)]:
-                return f"`{key}` holds {_short(wrong[0])}, which is not a message with `role` and `content`"
+                return f"`{key}` holds {short(wrong[0])}, which is not a message with `role` and `content`"
         elif not value or not isinstance(value, str) or key == "messages":
-            return f"`{key}` is {_short(value)}"
+            return f"`{key}` is {short(value)}"
     for key, value in row.items():
         kind = "a number" if type(value) in (int, float) else f"a {type(value).__name__}"
         if value is not None and kinds.setdefault(key, kind) != kind:

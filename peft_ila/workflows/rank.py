@@ -13,8 +13,8 @@ from ..files import read_json, whole_directory
 from ..ranking.importance import LayerImportance
 from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
-from .resuming import STAGE_1, ClaimsDirectory, Run, check_finished, checkpoint_of, ended_at, held, is_true
-from .training import load_adapter, train
+from .resuming import STAGE_1, ClaimsDirectory, Run, check_finished, held, is_true, train_or_resume
+from .training import load_adapter
 
 RANKING, PICTURE = "importance.json", "importance.png"
 # what runs write into the adapter's directory
@@ -155,13 +155,8 @@ def _stage_1(trainer: Any, stability: EpsilonStability | None) -> dict[str, Any]
         stability = next(own, None) or EpsilonStability()
     if stability not in callbacks:
         trainer.add_callback(stability)
-    checkpoint = checkpoint_of(trainer.args)
-    if checkpoint and (ended := ended_at(checkpoint, trainer.args)):  # the trainer would take a step too many
-        load_adapter(trainer, Path(checkpoint))
-        trainer.state = ended
-        stability.on_train_begin(trainer.args, ended, trainer.control)
-    else:
-        train(trainer, checkpoint)
+    if not train_or_resume(trainer):
+        stability.on_train_begin(trainer.args, trainer.state, trainer.control)  # it reads the losses of the run
     return {"steps": trainer.state.global_step, "stable": stability.stopped_at is not None}
 
 

@@ -15,7 +15,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import locked, open_safetensors, read_json, whole_file
-from .training import check_finite
+from .arguments import short
+from .training import check_finite, load_adapter, train
 
 # written with the adapter when stage 1 is done, so that a resumed run need not repeat it
 STAGE_1 = "stage_1.json"
@@ -96,8 +97,8 @@ class Run:
         for name in before:
             if name in self._settings and before[name] != self._settings[name]:
                 raise ValueError(
-                    f"{self.directory} holds a run with another `{name}`: {_short(before[name])}, now "
-                    f"{_short(self._settings[name])}. Resume it with the same, or choose another `output_dir`."
+                    f"{self.directory} holds a run with another `{name}`: {short(before[name])}, now "
+                    f"{short(self._settings[name])}. Resume it with the same, or choose another `output_dir`."
                 )
 
     def claim(self) -> None:
@@ -206,11 +207,6 @@ def _settings(trainer: Any, facts: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=lambda v: sorted(v) if isinstance(v, (set, frozenset)) else str(v)))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def is_true(value: str | bool | None) -> bool:
     """Whether `resume_from_checkpoint` asks for the last checkpoint; the command line gives a string."""
     return str(value).lower() == "true"
@@ -256,6 +252,23 @@ def _damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def train_or_resume(trainer: Any) -> bool:
+    """
+    Train from the start, or from the checkpoint that the trainer's arguments ask for.
+
+    Returns:
+        Whether there was anything left to train: of a run that had ended, the adapter and the state are loaded, since
+        the trainer would take a step too many.
+    """
+    checkpoint = checkpoint_of(trainer.args)
+    if checkpoint and (ended := ended_at(checkpoint, trainer.args)):
+        load_adapter(trainer, Path(checkpoint))
+        trainer.state = ended
+        return False
+    train(trainer, checkpoint)
+    return True
 
 
 def ended_at(checkpoint: str, training_args: Any) -> TrainerState | None:

@@ -14,9 +14,8 @@ from ..files import PARTIAL
 from ..ranking.importance import LayerImportance
 from .arguments import TuneArguments, required
 from .models import model_config, model_name
-from .resuming import ClaimsDirectory, Run, check_finished, checkpoint_of, ended_at, held
+from .resuming import ClaimsDirectory, Run, check_finished, held, train_or_resume
 from .sft import lora_config, sft_trainer
-from .training import load_adapter, train
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> SFTTrainer:
@@ -57,12 +56,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
         trainer = sft_trainer(script_args, training_args, model_args, config, [FrozenPrefix()])
         run = Run(trainer, {"dataset": script_args.dataset_name}, CONFIG_NAME, resumes)
         trainer.add_callback(ClaimsDirectory(run))
-        checkpoint = checkpoint_of(training_args)
-        if checkpoint and (ended := ended_at(checkpoint, training_args)):  # the trainer would take a step too many
-            load_adapter(trainer, Path(checkpoint))
-            trainer.state = ended
-        else:
-            train(trainer, checkpoint)
+        train_or_resume(trainer)
         run.claim()
         _save(trainer, directory)
         if trainer.is_world_process_zero():

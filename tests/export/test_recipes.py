@@ -40,6 +40,18 @@ def axolotl_config(settings):
     )
 
 
+def lora_of_axolotl(parsed) -> LoraConfig:
+    """As `axolotl.loaders.adapter` makes it."""
+    return LoraConfig(
+        r=parsed.lora_r,
+        lora_alpha=parsed.lora_alpha,
+        target_modules=parsed.lora_target_modules,
+        target_parameters=parsed.lora_target_parameters,
+        layers_to_transform=parsed.peft_layers_to_transform,
+        layers_pattern=parsed.peft_layers_pattern,
+    )
+
+
 @pytest.mark.support("Other programs", "axolotl, LoRA")
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 @pytest.mark.parametrize("model", ["llama", "bare_llama", "t5"])
@@ -47,15 +59,7 @@ def test_axolotl_lora(granularity, model, tmp_path):
     importance, selected, expected = selection(granularity, model)
     settings = written(recipe(importance, selected, "axolotl", build(model), r=2), tmp_path)
     parsed = axolotl_config(settings)
-    # as `axolotl.loaders.adapter` makes it
-    config = LoraConfig(
-        r=parsed.lora_r,
-        lora_alpha=parsed.lora_alpha,
-        target_modules=parsed.lora_target_modules,
-        layers_to_transform=parsed.peft_layers_to_transform,
-        layers_pattern=parsed.peft_layers_pattern,
-    )
-    assert injected(build(model), config) == expected
+    assert injected(build(model), lora_of_axolotl(parsed)) == expected
     if granularity == "layer" and model != "t5":
         assert parsed.peft_layers_to_transform == sorted(int(unit.rpartition(".")[2]) for unit in selected)
 
@@ -114,14 +118,7 @@ def test_fused_experts(granularity, tmp_path):
     assert expected & importance.parameters.keys()
     settings = written(recipe(importance, selected, "axolotl", build("mixtral"), r=2), tmp_path)
     parsed = axolotl_config(settings)
-    config = LoraConfig(
-        r=parsed.lora_r,
-        target_modules=parsed.lora_target_modules,
-        target_parameters=parsed.lora_target_parameters,
-        layers_to_transform=parsed.peft_layers_to_transform,
-        layers_pattern=parsed.peft_layers_pattern,
-    )
-    assert injected(build("mixtral"), config) == expected
+    assert injected(build("mixtral"), lora_of_axolotl(parsed)) == expected
 
     from trl import ModelConfig, get_peft_config
 

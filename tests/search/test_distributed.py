@@ -12,10 +12,10 @@ import pytest
 from accelerate.utils import DistributedType
 from conftest import tiny_llama
 from peft import PeftModel
+from trainers import write_model_and_data
 
 from peft_ila import LayerImportance, learn_gates
 from peft_ila.cli import main
-from peft_ila.embedded import write_jsonl
 
 ENGINES = Path(__file__).parents[2] / "benchmarks" / "engines"
 
@@ -69,9 +69,7 @@ def test_two_processes_equal_one(tmp_path, single, engine, name):
 
 @pytest.mark.support("Engines", "`accelerate launch` of `peft-ila rank`")
 def test_rank_by_accelerate_launch(tmp_path, tokenizer, dialogues):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    write_jsonl(dialogues, tmp_path / "data.jsonl")
+    write_model_and_data(tmp_path, tokenizer, dialogues)
 
     def arguments(output, batch):
         data = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data.jsonl")]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_dialogues, tiny_llama, tiny_tokenizer
+from conftest import tiny_dialogues, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from trainers import plain_trainer
+from trainers import plain_trainer, write_model_and_data
 
 from benchmarks.robustness import kills
 from peft_ila import LayerImportance
@@ -30,9 +30,7 @@ TRAINING = (
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, tokenizer, dialogues):
     directory = tmp_path_factory.mktemp("lost")
-    tiny_llama().save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
-    write_jsonl(dialogues, directory / "data.jsonl")
+    write_model_and_data(directory, tokenizer, dialogues)
     write_jsonl(dialogues[:5], directory / "few.jsonl")
     command(directory, "rank", directory / "ranked", "--gate_steps", "4")
     return directory
