@@ -13,11 +13,18 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "peft-ila")
 
 
 def save(path: Path, figures: dict[str, Any]) -> None:
-    """Write the figures as JSON, with the command that made them and the versions of the packages."""
+    """Write the figures as JSON, with the command that made them and the versions of the installed packages."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": {package: version for package in PACKAGES if (version := _version(package))},
     }
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps({**figures, "made_by": made_by}))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
