@@ -3,7 +3,7 @@ QLoRA on one GPU: what does each arm cost, and is it what `peft-ila plan` says?
 
 The arms: both stages of the search, the search without training (`method="untrained"`), and LoRA (r = 16) on all, 75,
 30 and 10 % of the layers that the search has found. Of each: peak memory beside the plan's, the time of a step, the
-loss at the end, trained parameters. The trainer is transformers' own, with bf16 autocast and fused AdamW.
+loss (of the last steps; of a search, of its first batch), trained parameters. The trainer is transformers' own, with bf16 autocast and fused AdamW.
 
     python -m benchmarks.qlora meta-llama/Llama-2-7b-hf         # or mistralai/Mistral-7B-v0.1, meta-llama/Llama-3.1-8B
     python -m benchmarks.qlora                                  # SmolLM2-135M, also on the CPU

@@ -38,7 +38,7 @@ class Memory:
         weights: Of the base model.
         adapter: Its weights, in fp32 as PEFT makes them.
         gradients: Of what trains.
-        optimizer: AdamW's moments of what trains; in stage 2 of what stage 1 has trained, which the trainer still holds.
+        optimizer: AdamW's moments of what trains; in stage 2 of what stage 1 has trained, which are still held.
         activations: What is kept for the backward pass, without the logits.
         recomputed: Under gradient checkpointing, the most that one layer keeps while it is computed again.
         logits: What the loss keeps of the size of the vocabulary, and the two gradients of that size.
