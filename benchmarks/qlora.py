@@ -3,7 +3,8 @@ QLoRA on one GPU: what does each arm cost, and is it what `peft-ila plan` says?
 
 The arms: both stages of the search, the search without training (`method="untrained"`), and LoRA (r = 16) on all, 75,
 30 and 10 % of the layers that the search has found. Of each: peak memory beside the plan's, the time of a step, the
-loss (of the last steps; of a search, of its first batch), trained parameters. The trainer is transformers' own, with bf16 autocast and fused AdamW.
+loss (of the last steps; of a search, of its first batch), trained parameters. The trainer is transformers' own, with
+bf16 autocast and fused AdamW.
 
     python -m benchmarks.qlora meta-llama/Llama-2-7b-hf         # or mistralai/Mistral-7B-v0.1, meta-llama/Llama-3.1-8B
     python -m benchmarks.qlora                                  # SmolLM2-135M, also on the CPU
@@ -166,6 +167,7 @@ class Arms:
         self.config = AutoConfig.from_pretrained(name)
         self.data = examples(name, self.config.vocab_size, setting)
         self.base: Any = None
+        self.held = 0  # bytes before an arm, which must be those of the base model
         self.importance: LayerImportance | None = None
         self.rows: dict[str, dict[str, Any]] = {}
 
@@ -215,6 +217,7 @@ class Arms:
         """The base model with an adapter. After an error the next arm loads it again."""
         base, self.base = self.base or load(self.name, self.setting.base), None
         forget_peak()
+        self.held = torch.cuda.memory_allocated() if ON_GPU else 0
         torch.manual_seed(0)
         model = get_peft_model(base, config)
         yield model
@@ -247,6 +250,7 @@ class Arms:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return {
             "peak": peak(),
+            "held before": self.held,
             "seconds": statistics.median(clock.seconds[2:] or clock.seconds),
             "loss": statistics.mean(losses[-4:]),
             "losses": losses,
@@ -258,7 +262,7 @@ class Arms:
         importance = learn_gates(trainer, steps=self.steps, min_agreement=None, loss_batches=1, method=method)
         facts = importance.metadata["learn_gates"]
         seconds = (now() - begun) / facts["steps_taken"]
-        row = {"peak": peak(), "seconds": seconds, "loss": facts["loss_open"], "trained": 0}
+        row = {"peak": peak(), "held before": self.held, "seconds": seconds, "loss": facts["loss_open"], "trained": 0}
         return {**row, "ranking": importance.ranking(), "scores": importance.scores}, importance
 
 
