@@ -14,10 +14,9 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "peft-ila")
 
 def made_by() -> dict[str, Any]:
     """The command that was given, and the versions of the packages that are there."""
-    found = {package: _version(package) for package in PACKAGES}
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {package: version for package, version in found.items() if version},
+        "versions": {package: version for package in PACKAGES if (version := _version(package))},
     }
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ SHARES = (1.0, 0.75, 0.5, 0.3, 0.1)
 # of bitsandbytes' NF4 without nested quantisation: 4 bits, and 4 bytes of scale for each 64 weights
 _NF4_BYTES = 0.5 + 4 / 64
 _ADAMW = 2  # moments of each trained parameter, as large as it
+# of the logits in fp32, while the loss is differentiated: that of the log-probabilities, and that of the logits
+_GRADIENTS_OF_LOGITS = 2
 
 
 @dataclass
@@ -36,10 +38,10 @@ class Memory:
         weights: Of the base model.
         adapter: Its weights, in fp32 as PEFT makes them.
         gradients: Of what trains.
-        optimizer: AdamW's moments of what trains.
+        optimizer: AdamW's moments of what trains; in stage 2 of what stage 1 has trained, which are still held.
         activations: What is kept for the backward pass, without the logits.
         recomputed: Under gradient checkpointing, the most that one layer keeps while it is computed again.
-        logits: What the loss keeps of the size of the vocabulary, and the gradient of the logits.
+        logits: What the loss keeps of the size of the vocabulary, and the two gradients of that size.
         trainable: The number of trained parameters, which is no number of bytes.
     """
 
@@ -54,9 +56,9 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum of all bytes."""
-        trained = self.adapter + self.gradients + self.optimizer
-        return self.weights + trained + self.activations + self.recomputed + self.logits
+        """The most at any time: what the logits need is gone before a layer is computed again or has gradients."""
+        held = self.weights + self.adapter + self.optimizer + self.activations
+        return held + max(self.logits, self.recomputed + self.gradients)
 
 
 def plan(
@@ -75,7 +77,7 @@ def plan(
 
     The model is built without weights, and a training step of it is taken with tensors that have no data, so that
     what it keeps is counted, not estimated: exactly what it would keep on the CPU. The kernels of a GPU may keep
-    less, such as for attention.
+    less, such as for attention. What the backward pass works with beside that is counted of the logits only.
 
     Args:
         config ([`~transformers.PretrainedConfig`]): That of a causal language model.
@@ -86,7 +88,9 @@ def plan(
         max_length (`int`): Their number of tokens.
         load_in_4bit (`bool`): Whether the linear layers are quantised to NF4.
         gradient_checkpointing (`bool`): Whether activations are computed again, without reentrance.
-        dtype (`torch.dtype`): Of the weights that are not quantised, and of the activations.
+        dtype (`torch.dtype`):
+            Of the weights that are not quantised, and of the activations: in half precision the step is taken under
+            autocast, as trainers take it with `bf16=True`.
         shares (`list[float]`): Of the units to tune.
         **lora: `r` and other options of [`~peft.LoraConfig`].
 
@@ -152,18 +156,20 @@ class _Step:
         self._shape = (batch, length)
         self._four_bit = four_bit
         self._checkpointing = checkpointing
+        self._dtype = dtype
 
     def memory(self, config: PeftConfig) -> Memory:
         model: Any = _inject(copy.deepcopy(self._skeleton), config)
         if isinstance(model.base_model, ILAModel):
             for gate in model.gates().values():
                 gate.probed = True
-        adapter = trainable = 0
+        adapter = trainable = gates = 0
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
                 adapter += parameter.numel() * 4
                 trainable += parameter.numel() * parameter.requires_grad
+                gates += parameter.numel() * ("lora_gate" in name)
         vocabulary = model.get_input_embeddings().num_embeddings
         with _fake(model):
             activations, logits, recomputed = self._kept(model, vocabulary)
@@ -171,16 +177,21 @@ class _Step:
             weights=self._weights(),
             adapter=adapter,
             gradients=trainable * 4,
-            optimizer=trainable * 4 * _ADAMW,
+            optimizer=(adapter - gates * 4) * _ADAMW,
             activations=activations,
             recomputed=recomputed,
-            logits=logits + self._shape[0] * self._shape[1] * vocabulary * 4,
+            logits=logits + self._shape[0] * self._shape[1] * vocabulary * 4 * _GRADIENTS_OF_LOGITS,
             trainable=trainable,
         )
 
     def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
         base = model.get_base_model().train()
         ids = torch.zeros(self._shape, dtype=torch.long)
+
+        def forward() -> None:
+            with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+                model(input_ids=ids, labels=ids)
+
         # "gradient" before transformers 5.23
         kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
         recomputed = 0
@@ -190,11 +201,11 @@ class _Step:
                 layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
                 for layer in layers:
                     layer.gradient_checkpointing = False
-                recomputed = _most_of_a_layer(model, layers, ids)
+                recomputed = _most_of_a_layer(model, layers, forward)
                 for layer in layers:
                     layer.gradient_checkpointing = True
             with saved_tensors(model) as saved:
-                model(input_ids=ids, labels=ids)
+                forward()
                 logits = saved.bytes(vocabulary)
                 return saved.bytes() - logits, logits, recomputed
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
@@ -211,7 +222,7 @@ class _Step:
         )
 
 
-def _most_of_a_layer(model: nn.Module, layers: list[Any], ids: torch.Tensor) -> int:
+def _most_of_a_layer(model: nn.Module, layers: list[Any], forward: Callable[[], None]) -> int:
     """The most that one of the layers keeps."""
     before, most = 0, 0
 
@@ -226,7 +237,7 @@ def _most_of_a_layer(model: nn.Module, layers: list[Any], ids: torch.Tensor) -> 
     hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
     hooks += [layer.register_forward_hook(leave) for layer in layers]
     with saved_tensors(model) as saved:
-        model(input_ids=ids, labels=ids)
+        forward()
     for hook in hooks:
         hook.remove()
     return most

@@ -1,0 +1,310 @@
+"""
+QLoRA on one GPU: what does each arm cost, and is it what `peft-ila plan` says?
+
+The arms: both stages of the search, the search without training (`method="untrained"`), and LoRA (r = 16) on all, 75,
+30 and 10 % of the layers that the search has found. Of each: peak memory beside the plan's, the time of a step, the
+loss (of the last steps; of a search, of its first batch), trained parameters. The trainer is transformers' own, with
+bf16 autocast and fused AdamW.
+
+    python -m benchmarks.qlora meta-llama/Llama-2-7b-hf         # or mistralai/Mistral-7B-v0.1, meta-llama/Llama-3.1-8B
+    python -m benchmarks.qlora                                  # SmolLM2-135M, also on the CPU
+
+A directory that holds nothing but a `config.json` is a model of that shape with random weights, on which memory and
+time do not depend; its data are random as well. `--settings` says how a step is taken: `NF4` or `bf16`, examples ×
+tokens, and `/checkpointing` to compute activations again. Figures are written after each arm, and no arm begins after
+`--time_limit`; one that fails is a row with its error. Without a GPU, memory is the process's resident peak, with
+Python, and only for orientation. 7B shape, 4×1024 tokens: about 40 s a setting on an H100, by estimate; the default on
+2 CPU cores: 6 minutes.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import itertools
+import re
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from benchmarks.record import save
+from peft_ila import ILAConfig, LayerImportance, learn_gates
+from peft_ila.embedded import dialogues, smollm2
+from peft_ila.workflows.plan import plan
+
+LORA = {"r": 16, "lora_alpha": 32}
+TARGETS = {**LORA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+SHARES = (1.0, 0.75, 0.3, 0.1)
+LEARNING_RATE = 5e-4
+BATCHES = 16  # of the data
+ON_GPU = torch.cuda.is_available()
+
+
+class Setting(NamedTuple):
+    """How a step is taken."""
+
+    base: str
+    batch: int
+    length: int
+    checkpointing: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "Setting":
+        found = re.fullmatch(r"(NF4|bf16)/(\d+)x(\d+)(/checkpointing)?", text)
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like NF4/4x1024/checkpointing or bf16/1x1024")
+        return cls(found[1], int(found[2]), int(found[3]), bool(found[4]))
+
+    def __str__(self) -> str:
+        return f"{self.base}/{self.batch}x{self.length}{'/checkpointing' * self.checkpointing}"
+
+
+def is_shape(name: str) -> bool:
+    """Whether it is a directory without weights."""
+    return Path(name).is_dir() and not any((*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")))
+
+
+def load(name: str, base: str) -> Any:
+    """The base model on the GPU, if there is one."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    device = "cuda:0" if ON_GPU else "cpu"
+    options = {"dtype": torch.bfloat16, "device_map": {"": device}}
+    if base == "NF4":
+        options["quantization_config"] = nf4
+    if not is_shape(name):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(0)
+    weights = {
+        key: torch.randn(p.shape, dtype=torch.bfloat16, device=device) * 0.02
+        if p.ndim > 1
+        else torch.ones(p.shape, dtype=torch.bfloat16, device=device)
+        for key, p in skeleton.named_parameters()
+    }
+    return type(skeleton).from_pretrained(None, config=config, state_dict=weights, **options)
+
+
+def examples(name: str, vocabulary: int, setting: Setting) -> list[dict[str, list[int]]]:
+    """Blocks of the length of the setting: of dialogues, or of random tokens of 256 kinds, which can be learned."""
+    count = setting.length * setting.batch * BATCHES
+    if is_shape(name):
+        random = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, min(256, vocabulary), (count,), generator=random).tolist()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        texts = ["\n".join(turn["content"] for turn in row["prompt"] + row["completion"]) for row in dialogues()]
+        text = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        end = [tokenizer.eos_token_id]
+        tokens = list(itertools.islice(itertools.cycle(token for ids in text for token in ids + end), count))
+    starts = range(0, count, setting.length)
+    return [dict.fromkeys(("input_ids", "labels"), tokens[i : i + setting.length]) for i in starts]
+
+
+class Clock(TrainerCallback):
+    """The seconds of each step; ends the training at the deadline."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.seconds: list[float] = []
+        self.begun = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(now() - self.begun)
+        control.should_training_stop |= time.perf_counter() > self.deadline
+
+
+def now() -> float:
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def forget_peak() -> None:
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Bytes since the last [`forget_peak`]."""
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+class Arms:
+    """What is measured of one base model; `rows` holds the figures of each arm."""
+
+    def __init__(self, name: str, setting: Setting, steps: int, deadline: float) -> None:
+        self.name = name
+        self.setting = setting
+        self.steps = steps
+        self.deadline = deadline
+        self.config = AutoConfig.from_pretrained(name)
+        self.data = examples(name, self.config.vocab_size, setting)
+        self.base: Any = None
+        self.held = 0  # bytes before an arm, which must be those of the base model
+        self.importance: LayerImportance | None = None
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def run(self, save_rows: Callable[[], None]) -> None:
+        """Run all arms, each of which may fail, and ask the plan."""
+        arms: dict[str, Callable[[], None]] = {"rank": self.rank, "untrained": self.untrained}
+        arms |= {f"{share:.0%}": functools.partial(self.tune, share) for share in SHARES}
+        for arm, run in (arms | {"plan": self.plan}).items():
+            try:
+                if time.perf_counter() > self.deadline:
+                    raise TimeoutError("not begun, the time was over")
+                run()
+            except Exception as error:
+                traceback.print_exc()
+                self.rows[f"{arm}, failed"] = {"error": f"{type(error).__name__}: {error}"}
+            save_rows()
+
+    def rank(self) -> None:
+        with self.adapted(ILAConfig(**TARGETS, gate_mode="open")) as model:
+            trainer = self.trainer(model)
+            self.rows["rank, stage 1"] = self.train(trainer)
+            forget_peak()
+            self.rows["rank, stage 2"], self.importance = self.search(trainer, "attribution")
+
+    def untrained(self) -> None:
+        with self.adapted(ILAConfig(**TARGETS, gate_mode="open")) as model:
+            self.rows["untrained"], importance = self.search(self.trainer(model), "untrained")
+        self.importance = self.importance or importance
+
+    def tune(self, share: float) -> None:
+        if self.importance is None:
+            raise ValueError("both searches have failed, so that there is no ranking")
+        with self.adapted(self.importance.to_lora_config(top_p=share, **LORA)) as model:
+            self.rows[f"{share:.0%}"] = self.train(self.trainer(model))
+
+    def plan(self) -> None:
+        batch, length = self.setting.batch, self.setting.length
+        own = (batch, length, self.setting.base == "NF4", self.setting.checkpointing)
+        found = plan(self.config, self.importance, *own, shares=SHARES, r=LORA["r"])
+        found["rank, stage 1"] = found["100%"]
+        for arm, row in self.rows.items():
+            if arm in found:
+                row["planned"] = {**vars(found[arm]), "total": found[arm].total}
+
+    @contextlib.contextmanager
+    def adapted(self, config: LoraConfig) -> Iterator[Any]:
+        """The base model with an adapter. After an error the next arm loads it again."""
+        base, self.base = self.base or load(self.name, self.setting.base), None
+        forget_peak()
+        self.held = torch.cuda.memory_allocated() if ON_GPU else 0
+        torch.manual_seed(0)
+        model = get_peft_model(base, config)
+        yield model
+        self.base = model.unload()
+
+    def trainer(self, model: Any) -> Trainer:
+        args = TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=self.setting.batch,
+            gradient_checkpointing=self.setting.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if self.setting.checkpointing else None,
+            max_steps=self.steps,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            bf16=True,
+            optim="adamw_torch_fused",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            label_names=["labels"],
+            disable_tqdm=True,
+            use_cpu=not ON_GPU,
+        )
+        return Trainer(model=model, args=args, train_dataset=self.data, callbacks=[Clock(self.deadline)])
+
+    def train(self, trainer: Trainer) -> dict[str, Any]:
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        trainer.train()
+        (clock,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "peak": peak(),
+            "held before": self.held,
+            "seconds": statistics.median(clock.seconds[2:] or clock.seconds),
+            "loss": statistics.mean(losses[-4:]),
+            "losses": losses,
+            "trained": trained,
+        }
+
+    def search(self, trainer: Trainer, method: str) -> tuple[dict[str, Any], LayerImportance]:
+        begun = now()
+        importance = learn_gates(trainer, steps=self.steps, min_agreement=None, loss_batches=1, method=method)
+        facts = importance.metadata["learn_gates"]
+        seconds = (now() - begun) / facts["steps_taken"]
+        row = {"peak": peak(), "held before": self.held, "seconds": seconds, "loss": facts["loss_open"], "trained": 0}
+        return {**row, "ranking": importance.ranking(), "scores": importance.scores}, importance
+
+
+def show(setting: Setting, rows: dict[str, Any]) -> None:
+    print(f"\n| {setting} | peak, GB | planned, GB | planned / peak | step, s | loss | trained |\n|{'---|' * 7}")
+    for arm, row in rows.items():
+        if "error" in row:
+            print(f"| {arm} | {row['error'][:200]} |")
+            continue
+        planned = row["planned"]["total"] if "planned" in row else None
+        ratio = planned / row["peak"] if planned and ON_GPU else None
+        numbers = (row["peak"] / 1e9, planned and planned / 1e9, ratio, row["seconds"], row["loss"])
+        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+        print(f"| {arm} | {' | '.join(cells)} | {row['trained']:,} |", flush=True)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="a name on the hub or a directory, by default SmolLM2-135M")
+    default = ["NF4/4x1024/checkpointing", "NF4/1x1024"] if ON_GPU else ["NF4/2x64/checkpointing"]
+    parser.add_argument("--settings", nargs="+", type=Setting.parse, default=[Setting.parse(text) for text in default])
+    parser.add_argument("--steps", type=int, default=8, help="of each training and each search")
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qlora.json"))
+    args = parser.parse_args()
+    name = args.model or str(smollm2())
+    figures: dict[str, Any] = {
+        "model": args.model or "SmolLM2-135M",
+        "random weights": is_shape(name),
+        "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
+        "steps": args.steps,
+        "settings": {},
+    }
+    for setting in args.settings:
+        arms = Arms(name, setting, args.steps, started + args.time_limit)
+        figures["settings"][str(setting)] = arms.rows
+        arms.run(lambda: save(args.output, figures))
+        show(setting, arms.rows)
+        del arms
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
