@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..export.freezing import FrozenPrefix
 from ..export.skeleton import meta_skeleton
 from ..measure import saved_tensors
 from ..ranking.importance import LayerImportance
@@ -97,12 +98,10 @@ def plan(
     Raises:
         ValueError: No causal language model can be built of the configuration, or the ranking is of another one.
     """
-    if batch_size < 1 or max_length < 1:
-        raise ValueError(f"The batch size and the length must be at least 1, got {batch_size} and {max_length}.")
     skeleton = meta_skeleton(config, importance.units if importance else ())
     if importance is None:
         importance = _layers(skeleton, lora)
-    step = _Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
+    step = Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
     needed = {}
     for share in shares:
         needed[f"{share:.0%}"] = step.memory(importance.to_lora_config(top_p=share, model=config, **lora))
@@ -142,34 +141,50 @@ def _inject(skeleton: nn.Module, config: PeftConfig) -> PeftModel:
         return get_peft_model(skeleton, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
 
 
-class _Step:
-    """A training step of a model without data."""
+class Step:
+    """
+    A training step of a model, taken without data, so that what it needs is counted.
+
+    Args:
+        skeleton: The model on the meta device.
+        batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype: See [`plan`].
+        frozen_prefix: Whether [`FrozenPrefix`] acts, so that checkpointing keeps nothing below the lowest unit.
+
+    Raises:
+        ValueError: The batch or the length is empty.
+    """
 
     def __init__(
-        self, skeleton: nn.Module, batch: int, length: int, four_bit: bool, checkpointing: bool, dtype: torch.dtype
+        self,
+        skeleton: nn.Module,
+        batch_size: int,
+        max_length: int,
+        load_in_4bit: bool,
+        gradient_checkpointing: bool,
+        dtype: torch.dtype,
+        frozen_prefix: bool = False,
     ) -> None:
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"The batch size and the length must be at least 1, got {batch_size} and {max_length}.")
         self._skeleton: Any = skeleton.to(dtype)
-        self._shape = (batch, length)
-        self._four_bit = four_bit
-        self._checkpointing = checkpointing
+        self._shape = (batch_size, max_length)
+        self._four_bit = load_in_4bit
+        self._checkpointing = gradient_checkpointing
+        self._frozen_prefix = frozen_prefix
 
     def memory(self, config: PeftConfig) -> Memory:
-        model: Any = _inject(copy.deepcopy(self._skeleton), config)
-        if isinstance(model.base_model, ILAModel):
-            for gate in model.gates().values():
-                gate.probed = True
-        adapter = trainable = 0
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-                adapter += parameter.numel() * 4
-                trainable += parameter.numel() * parameter.requires_grad
+        """
+        Raises:
+            ValueError: The step cannot be taken without data, or trains more than adapters.
+        """
+        model = self._with_adapter(config)
+        adapter, trainable = _adapter(model)
         vocabulary = model.get_input_embeddings().num_embeddings
-        with _fake(model):
+        with self._without_data(model):
             activations, logits, recomputed = self._kept(model, vocabulary)
         return Memory(
             weights=self._weights(),
-            adapter=adapter,
+            adapter=adapter * 4,
             gradients=trainable * 4,
             optimizer=trainable * 4 * _ADAMW,
             activations=activations,
@@ -178,28 +193,101 @@ class _Step:
             trainable=trainable,
         )
 
-    def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
-        base = model.get_base_model().train()
+    def memory_by_module(self, config: PeftConfig, names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """
+        Where in the model the bytes are needed.
+
+        Args:
+            config: What trains.
+            names: Modules, none within another.
+
+        Returns:
+            The bytes of each module's adapters with gradients and moments; and those kept for the backward pass at the
+            moment when each is first entered, in this order, with those of the whole pass under `""` at the end.
+
+        Raises:
+            ValueError: See [`memory`].
+        """
+        model = self._with_adapter(config)
+        base = model.get_base_model()
+        trained = {name: _adapter(base.get_submodule(name))[1] * 4 * (2 + _ADAMW) for name in names}
+        kept: dict[str, int] = {}
+        named = {base.get_submodule(name): name for name in names}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            kept.setdefault(named[module], saved.bytes())
+
+        with self._without_data(model), saved_tensors(model) as saved:
+            for module in named:
+                module.register_forward_pre_hook(enter)
+            self._loss(model)
+            return trained, {**kept, "": saved.bytes()}
+
+    def _with_adapter(self, config: PeftConfig) -> Any:
+        model: Any = _inject(copy.deepcopy(self._skeleton), config)
+        if isinstance(model.base_model, ILAModel):
+            for gate in model.gates().values():
+                gate.probed = True
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+            elif parameter.requires_grad:
+                raise ValueError(f"Only adapters are counted, but {name} is to be trained, too.")
+        return model
+
+    @contextlib.contextmanager
+    def _without_data(self, model: Any) -> Iterator[None]:
+        base = model.get_base_model()
+        with _fake(model):
+            try:
+                base.train()
+                if self._checkpointing:
+                    # "gradient" before transformers 5.23
+                    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+                    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+                if self._frozen_prefix:
+                    nothing: Any = None
+                    FrozenPrefix().on_train_begin(nothing, nothing, nothing, model=model)
+                yield
+            except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+                name = type(base).__name__
+                raise ValueError(f"No training step of {name} can be taken without data: {error}") from error
+
+    def _loss(self, model: Any) -> None:
         ids = torch.zeros(self._shape, dtype=torch.long)
-        # "gradient" before transformers 5.23
-        kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-        recomputed = 0
-        try:
-            if self._checkpointing:
-                getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-                layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-                for layer in layers:
-                    layer.gradient_checkpointing = False
-                recomputed = _most_of_a_layer(model, layers, ids)
-                for layer in layers:
-                    layer.gradient_checkpointing = True
-            with saved_tensors(model) as saved:
-                model(input_ids=ids, labels=ids)
-                logits = saved.bytes(vocabulary)
-                return saved.bytes() - logits, logits, recomputed
-        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-            name = type(base).__name__
-            raise ValueError(f"No training step of {name} can be taken without data: {error}") from error
+        model(input_ids=ids, labels=ids)
+
+    def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
+        recomputed = self._most_of_a_layer(model) if self._checkpointing else 0
+        with saved_tensors(model) as saved:
+            self._loss(model)
+            logits = saved.bytes(vocabulary)
+            return saved.bytes() - logits, logits, recomputed
+
+    def _most_of_a_layer(self, model: Any) -> int:
+        """The most that one of the layers keeps while it is computed again."""
+        before, most = 0, 0
+
+        def enter(layer: nn.Module, args: Any) -> None:
+            nonlocal before
+            before = saved.bytes()
+
+        def leave(layer: nn.Module, args: Any, output: Any) -> None:
+            nonlocal most
+            most = max(most, saved.bytes() - before)
+
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
+        hooks += [layer.register_forward_hook(leave) for layer in layers]
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        with saved_tensors(model) as saved:
+            self._loss(model)
+        for layer in layers:
+            layer.gradient_checkpointing = True
+        for hook in hooks:
+            hook.remove()
+        return most
 
     def _weights(self) -> int:
         linear = set()
@@ -211,25 +299,10 @@ class _Step:
         )
 
 
-def _most_of_a_layer(model: nn.Module, layers: list[Any], ids: torch.Tensor) -> int:
-    """The most that one of the layers keeps."""
-    before, most = 0, 0
-
-    def enter(layer: nn.Module, args: Any) -> None:
-        nonlocal before
-        before = saved.bytes()
-
-    def leave(layer: nn.Module, args: Any, output: Any) -> None:
-        nonlocal most
-        most = max(most, saved.bytes() - before)
-
-    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-    hooks += [layer.register_forward_hook(leave) for layer in layers]
-    with saved_tensors(model) as saved:
-        model(input_ids=ids, labels=ids)
-    for hook in hooks:
-        hook.remove()
-    return most
+def _adapter(module: nn.Module) -> tuple[int, int]:
+    """The number of the adapter's parameters in a module, and of those that train."""
+    own = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
+    return sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
 
 
 @contextlib.contextmanager
