@@ -95,8 +95,8 @@ class SelectionArguments:
     memory_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Select what is of the greatest importance and fits into a size such as '24GB', '24GiB' or a number "
-            "of bytes. The GPU's context, the kernels' workspaces and what the allocator loses come on top of it."
+            "help": "Select what is of the greatest importance and fits into a size, such as '24GB' or '24GiB'. The "
+            "GPU's context, the kernels' workspaces and what the allocator loses come on top of it."
         },
     )
 

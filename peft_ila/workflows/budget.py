@@ -26,7 +26,6 @@ def select_within(
     load_in_4bit: bool = False,
     gradient_checkpointing: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-    frozen_prefix: bool = False,
     **lora: Any,
 ) -> list[str]:
     """
@@ -48,10 +47,9 @@ def select_within(
         memory_budget (`int` or `str`):
             Bytes, or a size such as `"24GB"` (10⁹ bytes) or `"24GiB"`. What is not counted, see [`Memory`], must fit
             beside it: the GPU's context, the kernels' workspaces, what the allocator loses.
-        batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype: Of the training step, see [`plan`].
-        frozen_prefix (`bool`):
-            Whether the callback [`FrozenPrefix`] is used. Without it, checkpointing keeps the inputs of all layers,
-            whichever are selected.
+        batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype:
+            Of the training step, see [`plan`]. With checkpointing the inputs of all layers are kept, whichever is the
+            lowest; the callback [`FrozenPrefix`] spares those below it, which is not counted.
         **lora: `r` and other options of [`~peft.LoraConfig`].
 
     Returns:
@@ -66,7 +64,7 @@ def select_within(
         raise ValueError("The ranking has no unit of positive importance, so there is nothing to select.")
     importance.to_lora_config(top_p=1.0, model=config, **lora)  # the ranking is of this model
     skeleton = meta_skeleton(config, importance.units)
-    step = Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype, frozen_prefix)
+    step = Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
     counts = _Counts(step, importance, lora)
     selected = list(worth)
     if counts.memory(selected).total > budget:

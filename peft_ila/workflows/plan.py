@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..export.freezing import FrozenPrefix
 from ..export.skeleton import meta_skeleton
 from ..measure import saved_tensors
 from ..ranking.importance import LayerImportance
@@ -148,7 +147,6 @@ class Step:
     Args:
         skeleton: The model on the meta device.
         batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype: See [`plan`].
-        frozen_prefix: Whether [`FrozenPrefix`] acts, so that checkpointing keeps nothing below the lowest unit.
 
     Raises:
         ValueError: The batch or the length is empty.
@@ -162,7 +160,6 @@ class Step:
         load_in_4bit: bool,
         gradient_checkpointing: bool,
         dtype: torch.dtype,
-        frozen_prefix: bool = False,
     ) -> None:
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"The batch size and the length must be at least 1, got {batch_size} and {max_length}.")
@@ -170,7 +167,6 @@ class Step:
         self._shape = (batch_size, max_length)
         self._four_bit = load_in_4bit
         self._checkpointing = gradient_checkpointing
-        self._frozen_prefix = frozen_prefix
 
     def memory(self, config: PeftConfig) -> Memory:
         """
@@ -245,9 +241,6 @@ class Step:
                     # "gradient" before transformers 5.23
                     kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
                     getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-                if self._frozen_prefix:
-                    nothing: Any = None
-                    FrozenPrefix().on_train_begin(nothing, nothing, nothing, model=model)
                 yield
             except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
                 name = type(base).__name__

@@ -78,7 +78,6 @@ def _fitting(
     if training_args.max_length is None:
         raise ValueError("`--memory_budget` needs `--max_length`: without it, an example may be of any length.")
     dtype = config.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
-    checkpointing = training_args.gradient_checkpointing_kwargs or {}
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(training_args.bf16 or training_args.fp16)):
         return select_within(
             config,
@@ -89,7 +88,6 @@ def _fitting(
             load_in_4bit=model_args.load_in_4bit,
             gradient_checkpointing=training_args.gradient_checkpointing,
             dtype=dtype or torch.float32,
-            frozen_prefix=not checkpointing.get("use_reentrant", False),
             **lora,
         )
 
