@@ -21,15 +21,15 @@ from .export.plain import export_adapter
 from .files import locked
 from .ranking.importance import LayerImportance
 from .ranking.table import comparison_table, ranking_table
-from .workflows.arguments import RankArguments, SelectionArguments, TuneArguments, required
+from .workflows.arguments import RankArguments, SelectionArguments, StepArguments, TuneArguments, required
 from .workflows.convert import Format
 from .workflows.convert import convert as write_conversion
 from .workflows.models import model_config, model_name
 
 
 @dataclass
-class ConvertArguments(SelectionArguments):
-    """Arguments of `peft-ila convert`."""
+class ConvertArguments(StepArguments, SelectionArguments):
+    """Arguments of `peft-ila convert`. Those of a training step are for `memory_budget` alone."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Where to write the file."})
     format: Format = field(
@@ -63,18 +63,12 @@ class PlotArguments:
 
 
 @dataclass
-class PlanArguments:
+class PlanArguments(StepArguments):
     """Arguments of `peft-ila plan`."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The model; its configuration is enough."})
     importance: str | None = field(
         default=None, metadata={"help": "A ranking; without one, layers are spread evenly from the first one on."}
-    )
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "The number of examples of a step."})
-    max_length: int = field(default=1024, metadata={"help": "Their number of tokens."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Whether the linear layers are quantised to NF4."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether activations are computed again in the backward pass."}
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
     json: bool = field(default=False, metadata={"help": "Print bytes as JSON instead of a table."})
@@ -134,7 +128,9 @@ def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
     lora: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     model = model_name(args.model_name_or_path) if args.model_name_or_path else None
     with locked(output_dir):
-        path = write_conversion(importance, output_dir, args.format, args.selection(), model, **lora)
+        path = write_conversion(
+            importance, output_dir, args.format, args.selection(), model, args.memory_budget, args.step(), **lora
+        )
     print(f"Wrote {path}.")
 
 
@@ -167,10 +163,7 @@ def plan(args: PlanArguments) -> None:
     needed = plan_memory(
         model_config(name, trust_remote_code=False),
         LayerImportance.load(args.importance) if args.importance else None,
-        batch_size=args.per_device_train_batch_size,
-        max_length=args.max_length,
-        load_in_4bit=args.load_in_4bit,
-        gradient_checkpointing=args.gradient_checkpointing,
+        **args.step(),
         r=args.lora_r,
     )
     if args.json:

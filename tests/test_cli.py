@@ -20,7 +20,9 @@ from transformers import AutoTokenizer, LlamaConfig
 from peft_ila import LayerImportance
 from peft_ila.cli import main
 from peft_ila.export.skeleton import meta_skeleton
+from peft_ila.workflows.budget import select_within
 from peft_ila.workflows.data import load_dataset
+from peft_ila.workflows.plan import plan
 
 TRAINING = (
     "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 6 "
@@ -270,6 +272,54 @@ def test_tune(workspace, ranked, tmp_path, share, capsys):
     assert {name.removeprefix(prefix)[: len("model.layers.0")] for name in tuned} == set(selected)
     assert not any("lora_gate" in name for name, _ in model.named_parameters())
     assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+STEP_OF_BUDGET = {"batch_size": 8, "max_length": 32, "r": 4}
+
+
+def layers(path) -> set[str]:
+    return {f"model.layers.{index}" for index in LoraConfig.from_pretrained(path).layers_to_transform}
+
+
+def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog):
+    importance = LayerImportance.load(ranked / "importance.json")
+    config = tiny_llama().config
+    whole = plan(config, importance, shares=(1.0,), **STEP_OF_BUDGET)["100%"].total
+    step = ["--per_device_train_batch_size", "8", "--max_length", "32", "--lora_r", "4"]
+    arguments = ["convert", str(ranked / "importance.json"), "--output_dir", str(tmp_path / "lora"), *step]
+    for budget in (whole, whole - 1):
+        main([*arguments, "--memory_budget", str(budget)])
+        assert layers(tmp_path / "lora") == set(select_within(config, importance, budget, **STEP_OF_BUDGET))
+    assert "3 of 3 units fit into 0.00 GB" in caplog.text and "2 of 3 units fit" in caplog.text
+    main([*arguments, "--memory_budget", str(whole - 1), "--gradient_checkpointing", "True"])
+    assert len(layers(tmp_path / "lora")) == 3
+    for extra, message in (
+        (["--memory_budget", "1KB"], "A memory budget of 1e-06 GB is too small: the frozen model takes"),
+        (["--memory_budget", "much"], "must be a size such as '24GB', '24GiB' or a number of bytes, got 'much'"),
+        (["--memory_budget", "24GB", "--top_p", "0.3"], "`--memory_budget` decides .*: leave out `--top_p`"),
+        (["--memory_budget", "24GB", "--format", "axolotl-full"], "full fine-tuning is not counted"),
+    ):
+        assert re.search(message, error_of([*arguments, *extra], capsys))
+    content = json.loads((ranked / "importance.json").read_text())
+    content["metadata"]["model"] = "/gone"
+    (tmp_path / "moved.json").write_text(json.dumps(content))
+    error = error_of(["convert", str(tmp_path / "moved.json"), *arguments[2:], "--memory_budget", "24GB"], capsys)
+    assert "needs the model: say where it is by `--model_name_or_path`" in error
+
+
+def test_tune_by_a_memory_budget(workspace, ranked, tmp_path, capsys):
+    importance = LayerImportance.load(ranked / "importance.json")
+    # TRL loads models in fp32
+    step = {**STEP_OF_BUDGET, "dtype": torch.float32}
+    budget = plan(tiny_llama().config, importance, shares=(1.0,), **step)["100%"].total - 1
+    expected = select_within(tiny_llama().config, importance, budget, **step)
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    arguments = ["--importance", str(ranked / "importance.json"), "--memory_budget", str(budget), *data, *TRAINING]
+    main(["tune", *arguments, "--max_length", "32", "--output_dir", str(tmp_path / "tuned")])
+    assert layers(tmp_path / "tuned") == set(expected) and len(expected) == 2
+    arguments = ["tune", *arguments, "--output_dir", str(tmp_path / "x")]
+    assert "the frozen model takes" in error_of([*arguments, "--max_length", "64", "--memory_budget", "1KB"], capsys)
+    assert "leave out `--top_k`" in error_of([*arguments, "--top_k", "1"], capsys)
 
 
 def test_a_published_lora_adapter_is_ranked_as_it_is(workspace, ranked, tmp_path):

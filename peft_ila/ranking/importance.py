@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -86,9 +87,11 @@ class LayerImportance:
         top_k: int | None = None,
         threshold: float | None = None,
         min_probability: float | None = None,
+        units: Sequence[str] | None = None,
     ) -> list[str]:
         """
-        The most important units, most important first. Exactly one of the first three arguments is needed.
+        The most important units, most important first. Exactly one of `top_p`, `top_k`, `threshold` and `units` is
+        needed.
 
         Args:
             top_p (`float`, *optional*): The share of the units to select, in (0, 1]; rounded, at least one unit.
@@ -97,17 +100,24 @@ class LayerImportance:
             min_probability (`float`, *optional*):
                 Of the share or number, only units that belong to it with at least this probability, see
                 [`probability`].
+            units (`list[str]`, *optional*):
+                These units, such as those that fit into a memory budget, see [`~workflows.budget.select_within`].
 
         Raises:
-            ValueError: Not exactly one of the first three, one out of range, or no unit that is left.
+            ValueError: Not exactly one of the four, one out of range, units of another ranking, or no unit that is
+                left.
         """
-        if sum(value is not None for value in (top_p, top_k, threshold)) != 1:
+        if sum(value is not None for value in (top_p, top_k, threshold, units)) != 1:
+            listed = None if units is None else f"{len(units)} units"
             raise ValueError(
-                f"Pass exactly one of `top_p`, `top_k` and `threshold`, got {top_p=}, {top_k=}, {threshold=}."
+                f"Pass exactly one of `top_p`, `top_k`, `threshold` and `units`, got {top_p=}, {top_k=}, "
+                f"{threshold=}, units={listed}."
             )
+        if min_probability is not None and (threshold is not None or units is not None):
+            raise ValueError("`min_probability` goes with `top_p` or `top_k`, not with `threshold` or `units`.")
+        if units is not None:
+            return self._listed(units)
         if threshold is not None:
-            if min_probability is not None:
-                raise ValueError("`min_probability` goes with `top_p` or `top_k`, not with `threshold`.")
             if not 0 <= threshold <= 1:
                 raise ValueError(f"`threshold` is compared with gates and must be in [0, 1], got {threshold}.")
             gates = dict(zip(self.units, self.gates))
@@ -124,6 +134,13 @@ class LayerImportance:
             if not selected:
                 raise ValueError(f"No unit is selected with a probability of at least {min_probability}.")
         return selected
+
+    def _listed(self, units: Sequence[str]) -> list[str]:
+        if not units or isinstance(units, str):
+            raise ValueError(f"`units` must be a list of at least one unit, got {units!r}.")
+        if unknown := sorted(set(units) - set(self.units)):
+            raise ValueError(f"The ranking has no unit {unknown[0]!r} ({len(unknown)} of {len(units)} are unknown).")
+        return [unit for unit in self.ranking() if unit in units]
 
     def _number(self, top_p: float | None, top_k: int | None) -> int:
         if (top_p is None) == (top_k is None):
@@ -305,6 +322,7 @@ class LayerImportance:
         top_k: int | None = None,
         threshold: float | None = None,
         min_probability: float | None = None,
+        units: Sequence[str] | None = None,
         model: "nn.Module | PretrainedConfig | None" = None,
         config_cls: "type[PeftConfig] | None" = None,
         **kwargs: Any,
@@ -318,7 +336,7 @@ class LayerImportance:
         of the names when it injects them: in some models it takes those of linear modules for fused experts.
 
         Args:
-            top_p, top_k, threshold, min_probability: What to select, see [`select`].
+            top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
                 The base model or its configuration: the result is then injected into it on the meta device, and
                 returned only if PEFT hits exactly the selected modules. It is not changed.
@@ -333,7 +351,7 @@ class LayerImportance:
         """
         from ..export.lora import LoraConfig, to_lora_config
 
-        selected = self.select(top_p, top_k, threshold, min_probability)
+        selected = self.select(top_p, top_k, threshold, min_probability, units)
         kwargs.setdefault("task_type", self.metadata.get("task_type"))
         kwargs.setdefault("base_model_name_or_path", self.metadata.get("model"))
         return to_lora_config(self._targets(), selected, model, config_cls or LoraConfig, **kwargs)
@@ -350,6 +368,7 @@ class LayerImportance:
         top_k: int | None = None,
         threshold: float | None = None,
         min_probability: float | None = None,
+        units: Sequence[str] | None = None,
         model: "nn.Module | PretrainedConfig | None" = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -360,7 +379,7 @@ class LayerImportance:
             program (`str`):
                 `"axolotl"` (LoRA), `"axolotl-full"` (full fine-tuning: `unfrozen_parameters`), `"llamafactory"`
                 (LoRA) or `"trl"` (LoRA, the flags of its scripts).
-            top_p, top_k, threshold, min_probability: What to select, see [`select`].
+            top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
                 The base model or its configuration, see [`to_lora_config`]; `"axolotl-full"` needs it.
             **kwargs: `r`, `lora_alpha` and `lora_dropout` of LoRA.
@@ -370,7 +389,7 @@ class LayerImportance:
         """
         from ..export.recipes import recipe
 
-        selected = self.select(top_p, top_k, threshold, min_probability)
+        selected = self.select(top_p, top_k, threshold, min_probability, units)
         return recipe(self._targets(), selected, program, model, **kwargs)
 
     def freeze_unselected(
@@ -380,13 +399,14 @@ class LayerImportance:
         top_k: int | None = None,
         threshold: float | None = None,
         min_probability: float | None = None,
+        units: Sequence[str] | None = None,
     ) -> list[str]:
         """
         Freeze the units that are not selected, for full fine-tuning. What belongs to no unit stays as it is.
 
         Args:
             model (`torch.nn.Module`): The plain model that was ranked, without adapters.
-            top_p, top_k, threshold, min_probability: What to select, see [`select`].
+            top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
 
         Returns:
             `list[str]`: The names of the frozen parameters.
@@ -396,5 +416,5 @@ class LayerImportance:
         """
         from ..export.freezing import freeze
 
-        selected = set(self.select(top_p, top_k, threshold, min_probability))
+        selected = set(self.select(top_p, top_k, threshold, min_probability, units))
         return freeze(model, [unit for unit in self.units if unit not in selected])

@@ -84,7 +84,7 @@ class RankArguments:
 
 @dataclass
 class SelectionArguments:
-    """What to select: exactly one of the first three, see [`LayerImportance.select`]."""
+    """What to select: exactly one of these but the fourth, see [`LayerImportance.select`] and [`select_within`]."""
 
     top_p: float | None = field(default=None, metadata={"help": "The share of the units to select, in (0, 1]."})
     top_k: int | None = field(default=None, metadata={"help": "The number of units to select."})
@@ -92,10 +92,48 @@ class SelectionArguments:
     min_probability: float | None = field(
         default=None, metadata={"help": "Of the share or number, only units that belong to it with this probability."}
     )
+    memory_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Select what is of the greatest importance and fits into a size, such as '24GB' or '24GiB'. The "
+            "GPU's context, the kernels' workspaces and what the allocator loses come on top of it."
+        },
+    )
 
     def selection(self) -> dict[str, Any]:
-        """As [`LayerImportance.select`] takes it."""
-        return {name: getattr(self, name) for name in ("top_p", "top_k", "threshold", "min_probability")}
+        """
+        As [`LayerImportance.select`] takes it; nothing if a memory budget is to decide.
+
+        Raises:
+            ValueError: The budget is not alone.
+        """
+        selection = {name: getattr(self, name) for name in ("top_p", "top_k", "threshold", "min_probability")}
+        if self.memory_budget is None:
+            return selection
+        if others := [f"`--{name}`" for name, value in selection.items() if value is not None]:
+            raise ValueError(f"`--memory_budget` decides what is selected: leave out {' and '.join(others)}.")
+        return {}
+
+
+@dataclass
+class StepArguments:
+    """The training step whose memory is counted, see [`plan`]."""
+
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "The number of examples of a step."})
+    max_length: int = field(default=1024, metadata={"help": "Their number of tokens."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Whether the linear layers are quantised to NF4."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether activations are computed again in the backward pass."}
+    )
+
+    def step(self) -> dict[str, Any]:
+        """As [`plan`] takes it."""
+        return {
+            "batch_size": self.per_device_train_batch_size,
+            "max_length": self.max_length,
+            "load_in_4bit": self.load_in_4bit,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
 
 
 @dataclass

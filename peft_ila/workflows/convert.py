@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ..export.recipes import RecipeFormat, write_recipe
 from ..files import whole_file
 from ..ranking.importance import LayerImportance
+from .budget import select_within
 from .models import model_config
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ def convert(
     format: Format = "peft",
     selection: dict[str, Any] | None = None,
     model_name_or_path: str | None = None,
+    memory_budget: int | str | None = None,
+    step: dict[str, Any] | None = None,
     **lora: Any,
 ) -> Path:
     """
@@ -33,6 +36,8 @@ def convert(
         model_name_or_path (`str`, *optional*):
             The ranked model, to check the conversion by injection into its architecture. By default the one in the
             ranking's metadata, which may be gone; then names alone are compared.
+        memory_budget (`int` or `str`, *optional*): Instead of a selection, see [`select_within`].
+        step (`dict`): The arguments of [`select_within`] that say what a training step is.
         **lora: `r`, `lora_alpha` and `lora_dropout` of LoRA.
 
     Returns:
@@ -40,9 +45,16 @@ def convert(
 
     Raises:
         OSError: There is no such model.
-        ValueError: A bad selection, another model than the ranked one, or targets that the program cannot name.
+        ValueError: A bad selection or budget, another model than the ranked one, or targets that the program cannot
+            name.
     """
     model = _ranked_config(importance) if model_name_or_path is None else _config(model_name_or_path, hub=True)
+    if memory_budget is not None:
+        if model is None:
+            raise ValueError("A memory budget needs the model: say where it is by `--model_name_or_path`.")
+        if format == "axolotl-full":
+            raise ValueError("A memory budget is of tuning by LoRA: full fine-tuning is not counted.")
+        selection = {"units": select_within(model, importance, memory_budget, **(step or {}), **lora)}
     if format == "peft":
         path = output_dir / "adapter_config.json"
         config = importance.to_lora_config(**(selection or {}), model=model, **lora)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..tuner.model import ILAModel
 SHARES = (1.0, 0.75, 0.5, 0.3, 0.1)
 # of bitsandbytes' NF4 without nested quantisation: 4 bits, and 4 bytes of scale for each 64 weights
 _NF4_BYTES = 0.5 + 4 / 64
-_ADAMW = 2  # moments of each trained parameter, as large as it
+ADAMW = 2  # moments of each trained parameter, as large as it
 # of the logits in fp32, while the loss is differentiated: that of the log-probabilities, and that of the logits
 _GRADIENTS_OF_LOGITS = 2
 
@@ -55,10 +55,15 @@ class Memory:
     trainable: int
 
     @property
-    def total(self) -> int:
-        """The most at any time: what the logits need is gone before a layer is computed again or has gradients."""
+    def peaks(self) -> tuple[int, int]:
+        """With the logits, and with the gradients: what the logits need is gone before a layer has gradients."""
         held = self.weights + self.adapter + self.optimizer + self.activations
-        return held + max(self.logits, self.recomputed + self.gradients)
+        return held + self.logits, held + self.recomputed + self.gradients
+
+    @property
+    def total(self) -> int:
+        """The most at any time."""
+        return max(self.peaks)
 
 
 def plan(
@@ -101,12 +106,10 @@ def plan(
     Raises:
         ValueError: No causal language model can be built of the configuration, or the ranking is of another one.
     """
-    if batch_size < 1 or max_length < 1:
-        raise ValueError(f"The batch size and the length must be at least 1, got {batch_size} and {max_length}.")
     skeleton = meta_skeleton(config, importance.units if importance else ())
     if importance is None:
         importance = _layers(skeleton, lora)
-    step = _Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
+    step = Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
     needed = {}
     for share in shares:
         needed[f"{share:.0%}"] = step.memory(importance.to_lora_config(top_p=share, model=config, **lora))
@@ -146,71 +149,150 @@ def _inject(skeleton: nn.Module, config: PeftConfig) -> PeftModel:
         return get_peft_model(skeleton, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
 
 
-class _Step:
-    """A training step of a model without data."""
+class Step:
+    """
+    A training step of a model, taken without data, so that what it needs is counted.
+
+    Args:
+        skeleton: The model on the meta device.
+        batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype: See [`plan`].
+
+    Raises:
+        ValueError: The batch or the length is empty.
+    """
 
     def __init__(
-        self, skeleton: nn.Module, batch: int, length: int, four_bit: bool, checkpointing: bool, dtype: torch.dtype
+        self,
+        skeleton: nn.Module,
+        batch_size: int,
+        max_length: int,
+        load_in_4bit: bool,
+        gradient_checkpointing: bool,
+        dtype: torch.dtype,
     ) -> None:
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"The batch size and the length must be at least 1, got {batch_size} and {max_length}.")
         self._skeleton: Any = skeleton.to(dtype)
-        self._shape = (batch, length)
-        self._four_bit = four_bit
-        self._checkpointing = checkpointing
+        self._shape = (batch_size, max_length)
+        self._four_bit = load_in_4bit
+        self._checkpointing = gradient_checkpointing
         self._dtype = dtype
 
     def memory(self, config: PeftConfig) -> Memory:
-        model: Any = _inject(copy.deepcopy(self._skeleton), config)
-        if isinstance(model.base_model, ILAModel):
-            for gate in model.gates().values():
-                gate.probed = True
-        adapter = trainable = gates = 0
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-                adapter += parameter.numel() * 4
-                trainable += parameter.numel() * parameter.requires_grad
-                gates += parameter.numel() * ("lora_gate" in name)
+        """
+        Raises:
+            ValueError: The step cannot be taken without data, or trains more than adapters.
+        """
+        model = self._with_adapter(config)
+        adapter, trainable = _adapter(model)
+        gates = sum(p.numel() for name, p in model.named_parameters() if "lora_gate" in name)
         vocabulary = model.get_input_embeddings().num_embeddings
-        with _fake(model):
+        with self._without_data(model):
             activations, logits, recomputed = self._kept(model, vocabulary)
         return Memory(
             weights=self._weights(),
-            adapter=adapter,
+            adapter=adapter * 4,
             gradients=trainable * 4,
-            optimizer=(adapter - gates * 4) * _ADAMW,
+            optimizer=(adapter - gates) * 4 * ADAMW,
             activations=activations,
             recomputed=recomputed,
             logits=logits + self._shape[0] * self._shape[1] * vocabulary * 4 * _GRADIENTS_OF_LOGITS,
             trainable=trainable,
         )
 
-    def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
-        base = model.get_base_model().train()
+    def memory_by_module(self, config: PeftConfig, names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """
+        Where in the model the bytes are needed.
+
+        Args:
+            config: What trains.
+            names: Modules, none within another.
+
+        Returns:
+            The number of trained parameters in each; and the bytes kept for the backward pass at the
+            moment when each is first entered, in this order, with those of the whole pass under `""` at the end.
+
+        Raises:
+            ValueError: See [`memory`].
+        """
+        model = self._with_adapter(config)
+        base = model.get_base_model()
+        trained = {name: _adapter(base.get_submodule(name))[1] for name in names}
+        kept: dict[str, int] = {}
+        named = {base.get_submodule(name): name for name in names}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            kept.setdefault(named[module], saved.bytes())
+
+        with self._without_data(model), saved_tensors(model) as saved:
+            for module in named:
+                module.register_forward_pre_hook(enter)
+            self._loss(model)
+            return trained, {**kept, "": saved.bytes()}
+
+    def _with_adapter(self, config: PeftConfig) -> Any:
+        model: Any = _inject(copy.deepcopy(self._skeleton), config)
+        if isinstance(model.base_model, ILAModel):
+            for gate in model.gates().values():
+                gate.probed = True
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+            elif parameter.requires_grad:
+                raise ValueError(f"Only adapters are counted, but {name} is to be trained, too.")
+        return model
+
+    @contextlib.contextmanager
+    def _without_data(self, model: Any) -> Iterator[None]:
+        base = model.get_base_model()
+        with _fake(model):
+            try:
+                base.train()
+                if self._checkpointing:
+                    # "gradient" before transformers 5.23
+                    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+                    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+                yield
+            except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+                name = type(base).__name__
+                raise ValueError(f"No training step of {name} can be taken without data: {error}") from error
+
+    def _loss(self, model: Any) -> None:
         ids = torch.zeros(self._shape, dtype=torch.long)
+        with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+            model(input_ids=ids, labels=ids)
 
-        def forward() -> None:
-            with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
-                model(input_ids=ids, labels=ids)
+    def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
+        recomputed = self._most_of_a_layer(model) if self._checkpointing else 0
+        with saved_tensors(model) as saved:
+            self._loss(model)
+            logits = saved.bytes(vocabulary)
+            return saved.bytes() - logits, logits, recomputed
 
-        # "gradient" before transformers 5.23
-        kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-        recomputed = 0
-        try:
-            if self._checkpointing:
-                getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-                layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-                for layer in layers:
-                    layer.gradient_checkpointing = False
-                recomputed = _most_of_a_layer(model, layers, forward)
-                for layer in layers:
-                    layer.gradient_checkpointing = True
-            with saved_tensors(model) as saved:
-                forward()
-                logits = saved.bytes(vocabulary)
-                return saved.bytes() - logits, logits, recomputed
-        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-            name = type(base).__name__
-            raise ValueError(f"No training step of {name} can be taken without data: {error}") from error
+    def _most_of_a_layer(self, model: Any) -> int:
+        """The most that one of the layers keeps while it is computed again."""
+        before, most = 0, 0
+
+        def enter(layer: nn.Module, args: Any) -> None:
+            nonlocal before
+            before = saved.bytes()
+
+        def leave(layer: nn.Module, args: Any, output: Any) -> None:
+            nonlocal most
+            most = max(most, saved.bytes() - before)
+
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
+        hooks += [layer.register_forward_hook(leave) for layer in layers]
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        with saved_tensors(model) as saved:
+            self._loss(model)
+        for layer in layers:
+            layer.gradient_checkpointing = True
+        for hook in hooks:
+            hook.remove()
+        return most
 
     def _weights(self) -> int:
         linear = set()
@@ -222,25 +304,10 @@ class _Step:
         )
 
 
-def _most_of_a_layer(model: nn.Module, layers: list[Any], forward: Callable[[], None]) -> int:
-    """The most that one of the layers keeps."""
-    before, most = 0, 0
-
-    def enter(layer: nn.Module, args: Any) -> None:
-        nonlocal before
-        before = saved.bytes()
-
-    def leave(layer: nn.Module, args: Any, output: Any) -> None:
-        nonlocal most
-        most = max(most, saved.bytes() - before)
-
-    hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-    hooks += [layer.register_forward_hook(leave) for layer in layers]
-    with saved_tensors(model) as saved:
-        forward()
-    for hook in hooks:
-        hook.remove()
-    return most
+def _adapter(module: nn.Module) -> tuple[int, int]:
+    """The number of the adapter's parameters in a module, and of those that train."""
+    own = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
+    return sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
 
 
 @contextlib.contextmanager

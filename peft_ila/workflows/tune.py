@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME
 from trl import SFTTrainer
 
@@ -13,6 +14,7 @@ from ..export.lora import DECIDED_BY_SELECTION
 from ..files import PARTIAL
 from ..ranking.importance import LayerImportance
 from .arguments import TuneArguments, required
+from .budget import select_within
 from .models import model_config, model_name
 from .resuming import ClaimsDirectory, Run, check_finished, held, train_or_resume
 from .sft import lora_config, sft_trainer
@@ -48,7 +50,10 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
-    config = importance.to_lora_config(**tune_args.selection(), model=ranked, **options)
+    selection = tune_args.selection()
+    if tune_args.memory_budget is not None:
+        selection["units"] = _fitting(ranked, importance, tune_args.memory_budget, training_args, model_args, options)
+    config = importance.to_lora_config(**selection, model=ranked, **options)
     directory, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
     with held(directory):
         if not resumes:
@@ -64,6 +69,27 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     if training_args.push_to_hub:
         trainer.push_to_hub(commit_message="Model save")
     return trainer
+
+
+def _fitting(
+    config: Any, importance: LayerImportance, budget: str, training_args: Any, model_args: Any, lora: dict[str, Any]
+) -> list[str]:
+    """The units that fit into the budget, in the training that is asked for."""
+    if training_args.max_length is None:
+        raise ValueError("`--memory_budget` needs `--max_length`: without it, an example may be of any length.")
+    dtype = config.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(training_args.bf16 or training_args.fp16)):
+        return select_within(
+            config,
+            importance,
+            budget,
+            batch_size=training_args.per_device_train_batch_size,
+            max_length=training_args.max_length,
+            load_in_4bit=model_args.load_in_4bit,
+            gradient_checkpointing=training_args.gradient_checkpointing,
+            dtype=dtype or torch.float32,
+            **lora,
+        )
 
 
 def _save(trainer: SFTTrainer, directory: Path) -> None:

@@ -34,6 +34,7 @@ def test_select():
     assert ranked.select(top_k=2) == ["model.layers.9", "model.layers.8"]
     assert ranked.select(top_p=0.01) == ["model.layers.9"]
     assert ranked.select(top_p=1.0) == UNITS[::-1]
+    assert ranked.select(units=["model.layers.2", "model.layers.7"]) == ["model.layers.7", "model.layers.2"]
     assert importance([-1.0, 0.0, 2.0]).select(threshold=0.5) == ["model.layers.2", "model.layers.1"]
 
 
@@ -49,6 +50,11 @@ def test_select():
         ({"top_k": 11}, "`top_k` must be a whole number from 1 to 10, got 11"),
         ({"top_k": 2.5}, "`top_k` must be a whole number"),
         ({"threshold": 2.0}, r"`threshold` .* \[0, 1\], got 2.0"),
+        ({"top_k": 2, "units": UNITS}, "exactly one of .*top_k=2, threshold=None, units=10 units"),
+        ({"units": []}, r"`units` must be a list of at least one unit, got \[\]"),
+        ({"units": "model.layers.0"}, "`units` must be a list of at least one unit, got 'model.layers.0'"),
+        ({"units": ["model.layers.0", "lm_head"]}, r"has no unit 'lm_head' \(1 of 2 are unknown\)"),
+        ({"units": UNITS, "min_probability": 0.5}, "`min_probability` goes with .* not with `threshold` or `units`"),
         ({"threshold": 0.5, "min_probability": 0.5}, "`min_probability` goes with `top_p` or `top_k`"),
         ({"top_k": 2, "min_probability": 2}, r"`min_probability` must be in \[0, 1\], got 2"),
         ({"top_k": 2, "min_probability": 0.9}, "it has no `spread`"),
@@ -250,6 +256,7 @@ def test_names_are_no_patterns(unit):
     units = [f"{unit}.{i}" for i in range(3)]
     importance = LayerImportance(units, [1.0, 2.0, 3.0], modules={u: [f"{u}.q", f"{u}.k"] for u in units})
     config = importance.to_lora_config(top_k=2)
+    assert importance.to_lora_config(units=importance.select(top_k=2)) == config
     names = [name for own in importance.modules.values() for name in own]
     hit = [name for name in names if check_target_module_exists(config, name)]
     assert hit == [f"{unit}.{i}.{name}" for i in (1, 2) for name in "qk"]

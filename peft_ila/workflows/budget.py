@@ -1,0 +1,202 @@
+"""The selection of the greatest importance that fits into a GPU's memory: what `--memory_budget` does."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from transformers import PretrainedConfig
+
+from ..export.skeleton import meta_skeleton
+from ..ranking.importance import LayerImportance
+from ..units import split_layer
+from .plan import ADAMW, Memory, Step
+
+logger = logging.getLogger(__name__)
+
+Peaks = tuple[int, int]  # bytes, see `Memory.peaks`
+
+
+def select_within(
+    config: PretrainedConfig,
+    importance: LayerImportance,
+    memory_budget: int | str,
+    batch_size: int = 1,
+    max_length: int = 1024,
+    load_in_4bit: bool = False,
+    gradient_checkpointing: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **lora: Any,
+) -> list[str]:
+    """
+    The units of the greatest total importance whose tuning fits into a memory budget, most important first.
+
+    The lowest selected unit decides how far the backward pass goes, and so how many activations are kept. Each unit is
+    tried as the lowest: what is left of the budget is filled with units above it, by importance per byte. The best of
+    these selections is returned only if the count of [`plan`] says that it fits; else less is planned with, and so on.
+    Of units of equal size, as most decoder layers are, that is the greatest total there is. Of modules, whose sizes
+    differ, it need not be. Units without importance are left out.
+
+    The importance must add up, and be positive. Of an attribution, or a measurement on a fresh adapter, it is the
+    unit's share of the total, score + 1 (in shares of a mean unit), or 0 if that is negative: a delta that does harm.
+    Of any other score it is the gate σ(score).
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]): That of the ranked model, a causal language model.
+        importance ([`LayerImportance`]): The ranking.
+        memory_budget (`int` or `str`):
+            Bytes, or a size such as `"24GB"` (10⁹ bytes) or `"24GiB"`. What is not counted, see [`Memory`], must fit
+            beside it: the GPU's context, the kernels' workspaces, what the allocator loses.
+        batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype:
+            Of the training step, see [`plan`]. With checkpointing the inputs of all layers are kept, whichever is the
+            lowest; the callback [`FrozenPrefix`] spares those below it, which is not counted.
+        **lora: `r` and other options of [`~peft.LoraConfig`].
+
+    Returns:
+        `list[str]`: For [`LayerImportance.to_lora_config`], as `units`.
+
+    Raises:
+        ValueError: The budget is no size, or too small for any unit; no unit has any importance; or see [`plan`].
+    """
+    budget = size_in_bytes(memory_budget)
+    worth = {unit: value for unit, value in zip(importance.units, additive(importance)) if value > 0}
+    if not worth:
+        raise ValueError("The ranking has no unit of positive importance, so there is nothing to select.")
+    importance.to_lora_config(top_p=1.0, model=config, **lora)  # the ranking is of this model
+    skeleton = meta_skeleton(config, importance.units)
+    step = Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
+    counts = _Counts(step, importance, lora)
+    selected = list(worth)
+    if counts.memory(selected).total > budget:
+        selected = _search(counts, worth, budget)
+    memory = counts.memory(selected)
+    logger.info(
+        f"{len(selected)} of {len(importance.units)} units fit into {budget / 1e9:.2f} GB: they need "
+        f"{memory.total / 1e9:.2f} GB."
+    )
+    return importance.select(units=selected)
+
+
+def size_in_bytes(size: int | str) -> int:
+    """
+    Args:
+        size: Bytes, or a string such as `"24GB"`, `"24GiB"` or `"24000000000"`.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    try:
+        text = str(size).strip().upper()  # accelerate takes "24gb" for gigabits
+        return convert_file_size_to_int(int(text) if text.isdecimal() else text)
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"The memory budget must be a size such as '24GB', '24GiB' or a number of bytes, got {str(size)[:80]!r}."
+        ) from None
+
+
+def additive(importance: LayerImportance) -> list[float]:
+    """The importance of each unit as it can be added up: not negative, see [`select_within`]."""
+    facts = importance.metadata.get("learn_gates")
+    if isinstance(facts, dict) and facts.get("method") in ("attribution", "untrained"):
+        return [max(0.0, score + 1) for score in importance.scores]
+    return importance.gates
+
+
+class _Counts:
+    """What selections need: exactly, by a count of each, or as a sum, by counts of a few."""
+
+    def __init__(self, step: Step, importance: LayerImportance, lora: Mapping[str, Any]) -> None:
+        self._step = step
+        self._importance = importance
+        self._lora = lora
+        self._counted: dict[frozenset[str], Memory] = {}
+
+    def memory(self, units: Sequence[str]) -> Memory:
+        """Counted exactly."""
+        key = frozenset(units)
+        if key not in self._counted:
+            self._counted[key] = self._step.memory(self._config(units))
+        return self._counted[key]
+
+    def sums(self, units: Sequence[str]) -> tuple[dict[str, Peaks], dict[str, Peaks]]:
+        """
+        What any selection of `units` needs, as a sum.
+
+        Returns:
+            What each unit adds to each of [`Memory.peaks`], in the order of the forward pass; and what the rest takes
+            if it is the lowest.
+        """
+        at: dict[str, list[str]] = {}  # a parameter is met where its module is
+        for unit in units:
+            at.setdefault(unit.rpartition(".")[0] if unit in self._importance.parameters else unit, []).append(unit)
+        trained, kept = self._step.memory_by_module(self._config(units), list(at))
+        first = next(iter(kept))
+        _, without = self._step.memory_by_module(self._config(at[first][:1]), list(at))
+        own: dict[str, Peaks] = {}
+        rest: dict[str, Peaks] = {}
+        layers: dict[Any, tuple[str, str]] = {}
+        for place, following in pairwise(kept):
+            added = (kept[following] - kept[place]) - (without[following] - without[place])
+            held = trained[place] * 4 * (1 + ADAMW) + max(0, added)
+            for unit in at[place]:
+                own[unit] = (held // len(at[place]), (held + trained[place] * 4) // len(at[place]))
+                lowest, start = layers.setdefault(split_layer(unit) or unit, (unit, place))
+                # nothing is kept in front of the lowest unit, in its own layer neither
+                spared = without[place] - without[start]
+                first_peak, second_peak = _less(self.memory([lowest]).peaks, own[lowest])
+                rest[unit] = (first_peak - spared, second_peak - spared)
+        return own, rest
+
+    def _config(self, units: Sequence[str]) -> Any:
+        return self._importance.to_lora_config(units=units, **self._lora)
+
+
+def _search(counts: _Counts, worth: Mapping[str, float], budget: int) -> list[str]:
+    own, rest = counts.sums(list(worth))
+    order = list(own)
+    least = min(order, key=lambda unit: max(map(sum, zip(rest[unit], own[unit]))))
+    memory = counts.memory([least])
+    if memory.total > budget:
+        raise ValueError(
+            f"A memory budget of {budget / 1e9:.3g} GB is too small: the frozen model takes "
+            f"{memory.weights / 1e9:.3g} GB, and tuning one unit, {least}, {memory.total / 1e9:.3g} GB in all."
+        )
+    by_value = sorted(order, key=lambda unit: worth[unit] / max(1, *own[unit]), reverse=True)
+    while True:
+        selected = [least]
+        for position in reversed(range(len(order))):
+            above = set(order[position + 1 :])
+            others = [unit for unit in by_value if unit in above]
+            option = _fill(order[position], others, own, _less((budget, budget), rest[order[position]]))
+            if sum(worth[unit] for unit in option) > sum(worth[unit] for unit in selected):
+                selected = option
+        needed = counts.memory(selected)
+        if needed.total <= budget:
+            return selected
+        # more than the sum says: so it is for all that have their lowest unit in this layer
+        lowest = selected[0]
+        missing = _less(needed.peaks, rest[lowest])
+        for unit in selected:
+            missing = _less(missing, own[unit])
+        for unit in order:
+            if (split_layer(unit) or unit) == (split_layer(lowest) or lowest):
+                rest[unit] = (rest[unit][0] + max(0, missing[0]), rest[unit][1] + max(0, missing[1]))
+
+
+def _less(a: Peaks, b: Peaks) -> Peaks:
+    return a[0] - b[0], a[1] - b[1]
+
+
+def _fill(lowest: str, others: Sequence[str], own: Mapping[str, Peaks], room: Peaks) -> list[str]:
+    """The lowest unit and as many of the others, in their order, as there is room for; none if it has none itself."""
+    selected: list[str] = []
+    for unit in (lowest, *others):
+        left = _less(room, own[unit])
+        if min(left) >= 0:
+            selected.append(unit)
+            room = left
+        elif unit == lowest:
+            break
+    return selected
