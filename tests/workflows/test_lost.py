@@ -285,6 +285,10 @@ def change_a(tensors):
         (lambda t: t.update({change_a(t)[0]: change_a(t)[1] * torch.nan}), "is not finite"),
         (lambda t: t.update({"evil.weight": torch.zeros(2)}), "'evil.weight' is no weight of a LoRA adapter"),
         (lambda t: t.update({change_a(t)[0]: change_a(t)[1].to(torch.int8)}), "of the type torch.int8"),
+        (
+            lambda t: t.update({k: v[0] for k, v in t.items() if "lora_gate" in k}),
+            r"have the shape \(1,\), but has \(\)",
+        ),
         (lambda t: [t.pop(key) for key in list(t)], "holds no LoRA weights"),
     ],
 )
@@ -296,6 +300,20 @@ def test_damaged_weights_are_not_exported(workspace, tmp_path, change, message):
     with pytest.raises(SystemExit, match=message):
         main(["export", str(source), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [None, {"q_proj": 0}, {"q_proj": "a"}])
+def test_a_damaged_configuration_is_refused(workspace, tmp_path, option, value):
+    """PEFT reads no null there."""
+    source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | {option: value}))
+    message = f"`{option}` must be a mapping to finite numbers above 0"
+    with pytest.raises(SystemExit, match=message):
+        main(["export", str(source), "--output_dir", str(tmp_path / "out")])
+    assert message in error_of(workspace, "rank", tmp_path / "out", "--adapter", str(source))
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_pickled_weights_are_not_read(workspace, tmp_path):
