@@ -3,10 +3,9 @@
 import json
 import os
 import re
+import resource
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -325,16 +324,16 @@ def test_pickled_weights_are_not_read(workspace, tmp_path):
     assert "holds adapter_model.bin, a pickle" in message
 
 
-def test_a_full_disk(workspace, tmp_path):
+def test_a_full_disk(workspace, tmp_path, capsys):
     """A limit on the size of a file does the same."""
-    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    code = (
-        "import resource; from peft_ila.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-        f"main({['rank', *data, *TRAINING, '--save_strategy', 'no', '--output_dir', str(tmp_path)]!r})"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert re.search(r"peft-ila rank: error: .*adapter could not be written: .*File too large", ended.stderr)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        message = error_of(workspace, "rank", tmp_path, "--save_strategy", "no")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Traceback" not in capsys.readouterr().err
+    assert re.search(r"adapter could not be written: .*File too large", message)
     assert {path.name for path in tmp_path.iterdir()} <= {"_run.json"}
 
 
