@@ -1,7 +1,6 @@
 """On a real language model, in fp32 and in NF4 (bitsandbytes quantises on the CPU too)."""
 
 import copy
-import gc
 from functools import cache
 
 import pytest
@@ -34,7 +33,6 @@ def loaded(directory, nf4):
 
 
 def load(directory, nf4=False):
-    gc.collect()  # earlier models, whose cycles hold up to 2 GB each
     return copy.deepcopy(loaded(directory, nf4))
 
 
