@@ -44,7 +44,7 @@ def saved_tensors(model: nn.Module) -> Iterator[Saved]:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             saved.kept[storage._cdata] = storage, tuple(tensor.shape)
-        return tensor
+        return tensor.detach()  # else an output keeps its own node alive, and all before it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved

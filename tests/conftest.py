@@ -118,10 +118,12 @@ def pytest_addoption(parser):
     parser.addoption("--support-table", type=Path, help="write what the tests marked `support` did to this file")
 
 
+# the files that take longest start first, so that no process ends long after the others
+LONGEST = ["test_cli.py", "test_lost.py", "test_smollm2.py", "test_readme.py", "test_distributed.py", "test_fuzz.py"]
+
+
 def pytest_collection_modifyitems(items):
-    # the files that take longest first, so that no process ends long after the others
-    long = {item.path for item in items if item.get_closest_marker("smollm2")}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         for mark in item.iter_markers("support"):
             good = "refused" if mark.kwargs.get("refused") else "supported"

@@ -115,23 +115,26 @@ def test_rank_by_descent(workspace, ranked, tmp_path, budget, known):
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, killed_at):
     """SIGKILL in stage 1, and between the stages or in stage 2; then the same command with one flag more."""
 
-    def start(output, *extra):
+    def command(output, *extra):
         data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
         saving = ["--save_strategy", "steps", "--save_steps", "2", "--gate_steps", "6", "--output_dir", str(output)]
         stability = ["--epsilon", "0.05", "--window", "2", "--patience", "2"]
-        command = [sys.executable, "-m", "peft_ila.cli", "rank", *data, *TRAINING, *saving, *stability, *extra]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return ["rank", *data, *TRAINING, *saving, *stability, *extra]
 
     if not (workspace / "whole").exists():
-        assert start(workspace / "whole").wait() == 0
-    process = start(tmp_path)
+        main(command(workspace / "whole"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peft_ila.cli", *command(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / killed_at).exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert not (tmp_path / "importance.json").exists()
-    assert start(tmp_path, "--resume_from_checkpoint", "True").wait() == 0
+    main(command(tmp_path, "--resume_from_checkpoint", "True"))
     for name in ("importance.json", "adapter/adapter_model.safetensors", "adapter/stage_1.json"):
         assert (tmp_path / name).read_bytes() == (workspace / "whole" / name).read_bytes(), name
 

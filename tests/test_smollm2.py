@@ -1,5 +1,8 @@
 """On a real language model, in fp32 and in NF4 (bitsandbytes quantises on the CPU too)."""
 
+import copy
+from functools import cache
+
 import pytest
 import torch
 from datasets import Dataset
@@ -22,10 +25,15 @@ def directory():
     return smollm2()
 
 
-def load(directory, nf4=False):
+@cache  # to quantise takes 20 times as long as to copy
+def loaded(directory, nf4):
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, quantization_config=NF4 if nf4 else None
     )
+
+
+def load(directory, nf4=False):
+    return copy.deepcopy(loaded(directory, nf4))
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +101,11 @@ def test_nf4_gates_act_and_are_saved(directory, short_ids, tmp_path, granularity
         assert torch.equal(lora(short_ids).logits, outputs["open"])
 
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(load(directory, nf4=True), tmp_path)
+    again = PeftModel.from_pretrained(load(directory, nf4=True), tmp_path)
     with torch.no_grad():
-        assert torch.equal(loaded(short_ids).logits, outputs["hard"])
-        loaded.set_gate_mode("soft")
-        assert torch.equal(loaded(short_ids).logits, outputs["soft"])
+        assert torch.equal(again(short_ids).logits, outputs["hard"])
+        again.set_gate_mode("soft")
+        assert torch.equal(again(short_ids).logits, outputs["soft"])
 
 
 def test_nf4_merging(directory, short_ids):

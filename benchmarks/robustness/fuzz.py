@@ -5,8 +5,14 @@ Does a damaged or hostile file ever do more than raise one clear error?
 
 Rankings, adapters, data, models' configurations and command lines, each made from a good one by a few random changes;
 the same by seed. What is accepted must be whole: a ranking converts to a configuration that targets exactly what it
-selects, an adapter is exported to one that PEFT reads. What is refused raises `ValueError` or `OSError` with a message
-of one line, on the command line exit code 1 or 2, and leaves no file. Nothing is executed. About 20 ms a case.
+selects, an adapter is exported to one that holds all of its weights and computes the same, both as PEFT loads them.
+What is refused raises `ValueError` or `OSError` with a message of one line, on the command line exit code 1 or 2, and
+leaves no file. Nothing is executed. About 20 ms a case.
+
+Without the model, `export` cannot know that a file lacks a module altogether: models have layers with differing
+modules. PEFT loads such a file, warns, and initialises the module, which then adds nothing; so it does with the
+export. A file whose shapes are not those of the model is refused by PEFT before and after, unless the mask leaves
+them out.
 """
 
 import argparse
@@ -26,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,12 +70,16 @@ class Fuzz:
         self.good = directory / "good"
         torch.manual_seed(0)
         config = LlamaConfig(
-            hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=16
-        )
+            hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, vocab_size=16,
+            initializer_range=0.5,  # so that each module shows in the logits
+        )  # fmt: skip
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(self.good / "model")
         options = {"r": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
         model = get_peft_model(LlamaForCausalLM(config), ILAConfig(**options, gate_mode="soft"))
+        model.peft_config["default"].init_lora_weights = True  # PEFT's default: what a file lacks adds nothing
+        for gate, score in zip(model.gates().values(), (-1.0, 0.0, 1.0)):
+            gate.weight.data.fill_(score)
         model.save_pretrained(self.good / "soft")
         model.apply_mask(["model.layers.0", "model.layers.2"])
         model.save_pretrained(self.good / "hard")
@@ -79,7 +90,7 @@ class Fuzz:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rows = [{"messages": messages}, {"messages": messages}, {"messages": messages[:1]}]
         (self.good / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.tensors = {name: load_file(self.good / name / "adapter_model.safetensors") for name in ("soft", "hard")}
+        self.tensors = {name: load_file(self.good / name / SAFETENSORS_WEIGHTS_NAME) for name in ("soft", "hard")}
 
     def case(self, kind: str, seed: int) -> bool:
         """
@@ -142,7 +153,7 @@ class Fuzz:
     def _adapter_weights(self, chance: random.Random, work: Path) -> bool:
         name = chance.choice(("soft", "hard"))
         source = shutil.copytree(self.good / name, work / "in")
-        path = source / "adapter_model.safetensors"
+        path = source / SAFETENSORS_WEIGHTS_NAME
         if chance.random() < 0.3:
             path.write_bytes(mutated_bytes(chance, path.read_bytes()))
         else:
@@ -155,12 +166,41 @@ class Fuzz:
     def _export(self, source: Path, work: Path) -> bool:
         export_adapter(source, work / "out")
         config = LoraConfig.from_pretrained(str(work / "out"))
-        tensors = load_file(work / "out" / "adapter_model.safetensors")
-        model = get_peft_model(LlamaForCausalLM(LlamaConfig.from_pretrained(self.good / "model")), config)
+        before, after = (load_file(directory / SAFETENSORS_WEIGHTS_NAME) for directory in (source, work / "out"))
+        model = get_peft_model(self._model(), config)
         own = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
-        if own != {key for key in tensors if "lora_" in key} or not all(t.isfinite().all() for t in tensors.values()):
+        saved = {key for key in after if "lora_" in key}
+        if saved - own or (own - saved) & before.keys() or not all(t.isfinite().all() for t in after.values()):
             raise Wrong("the exported adapter is not whole")
+        expected, found = self._computed(source), self._computed(work / "out")
+        if expected is None and found is not None:  # the mask leaves the weights of other shapes out
+            left_out = before.keys() - after.keys()
+            save_file(before | {key: self.tensors["hard"][key] for key in left_out}, source / SAFETENSORS_WEIGHTS_NAME)
+            expected = self._computed(source)
+        if (expected is None) != (found is None):
+            raise Wrong("PEFT reads either the adapter or the exported one, not both")
+        # weights of 16 bits are rounded again after a gate was multiplied into them
+        rounding = 1e-2 if any(t.element_size() == 2 for t in after.values()) else 1e-4
+        if expected is not None:
+            atol = rounding * expected.nan_to_num(0, 0, 0).abs().max()  # weights of 1e30 are finite, their logits not
+            if not torch.allclose(found, expected, rtol=0, atol=atol, equal_nan=True):
+                raise Wrong("the exported adapter computes something else")
         return True
+
+    def _model(self) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig.from_pretrained(self.good / "model"))
+
+    def _computed(self, directory: Path) -> torch.Tensor | None:
+        """The logits of the model with an adapter that PEFT loads; None if its shapes are not the model's."""
+        try:
+            model = PeftModel.from_pretrained(self._model(), directory)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            return None
+        with torch.no_grad():
+            return model.eval()(torch.arange(8)[None]).logits
 
     def _data(self, chance: random.Random, work: Path) -> bool:
         path = work / "data.jsonl"
@@ -272,7 +312,7 @@ def change_tensor(chance: random.Random, tensors: dict[str, torch.Tensor]) -> No
     if action == 0:
         del tensors[key]
     elif action == 1:
-        tensors[key] = torch.full_like(tensor, chance.choice([float("nan"), float("inf")]))
+        tensors[key] = torch.full(tensor.shape, chance.choice([float("nan"), float("inf")]))
     elif action == 2:
         tensors[key] = torch.randn([chance.randint(0, 3) for _ in range(chance.randint(0, 3))])
     elif action == 3:

@@ -66,7 +66,6 @@ def read_config(directory: Path) -> Any:
         config: Any = PeftConfig.from_pretrained(str(directory))
         if isinstance(config, LoraConfig):
             _check_kinds(content, get_type_hints(type(config)))
-            config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
             _check_values(config)
     except Exception as error:  # whatever a value of a wrong kind makes PEFT do
         raise ValueError(f"{path} is not a valid configuration: {str(error)[:300]}") from error
@@ -136,12 +135,15 @@ def _check_values(config: Any) -> None:
         # an integer may be too large for a float
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**53
 
-    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    def mapping(value: Any) -> bool:
+        return isinstance(value, dict) and all(map(positive, value.values()))
+
     expected = {
         "r": (positive(config.r), "at least 1"),
         "lora_alpha": (positive(config.lora_alpha), "a finite number above 0"),
         "lora_dropout": (0 <= config.lora_dropout <= 1, "from 0 to 1"),
-        "rank_pattern": (all(map(positive, patterns.values())), "finite numbers above 0, and `alpha_pattern` too,"),
+        "rank_pattern": (mapping(config.rank_pattern), "a mapping to finite numbers above 0"),
+        "alpha_pattern": (mapping(config.alpha_pattern), "a mapping to finite numbers above 0"),
     }
     for option, (good, wanted) in expected.items():
         if not good:
@@ -207,8 +209,8 @@ def _check_layer(path: str, own: Mapping[str, torch.Tensor]) -> int:
     # each group of a convolution has its own part of the rank
     if not fits or (a.shape[0] % b.shape[1] if a.ndim > 2 else a.shape[0] != b.shape[1]):
         raise ValueError(f"A and B of {path!r} have the shapes {tuple(a.shape)} and {tuple(b.shape)}.")
-    if "gate" in own and own["gate"].numel() != 1:
-        raise ValueError(f"The gate of {path!r} must be one number, but has the shape {tuple(own['gate'].shape)}.")
+    if "gate" in own and own["gate"].shape != (1,):
+        raise ValueError(f"The gate of {path!r} must have the shape (1,), but has {tuple(own['gate'].shape)}.")
     return len(a)
 
 

@@ -102,7 +102,7 @@ class ILAConfig(LoraConfig):
         for name, allowed in (("granularity", get_args(Granularity)), ("gate_mode", get_args(GateMode))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        if not isinstance(self.gate_init, (int, float)) or not abs(self.gate_init) < float("inf"):
+        if not isinstance(self.gate_init, (int, float)) or not abs(self.gate_init) < 3e38:  # float32
             raise ValueError(f"`gate_init` must be a finite number, got {self.gate_init!r}.")
         if isinstance(self.gate_mask, str):
             raise TypeError(f"`gate_mask` must be a list of unit names, got the string {self.gate_mask!r}.")

@@ -4,11 +4,13 @@ import pytest
 import torch
 from conftest import tiny_llama
 from models import build
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_ila import ILAConfig
 from peft_ila.export.adapters import read_adapter
+from peft_ila.export.plain import export_adapter
 
 
 class Network(nn.Module):
@@ -54,3 +56,28 @@ def test_what_peft_writes_is_read(tmp_path, name, kind):
     model.save_pretrained(tmp_path, save_embedding_layers=name == "resized" or "auto")
     config, tensors = read_adapter(tmp_path)
     assert type(config) is kind and any("lora_" in key for key in tensors)
+
+
+def test_without_a_module_the_exported_adapter_computes_the_same(tmp_path, input_ids):
+    """The file does not tell a damaged adapter from one of a model whose layers differ. PEFT warns of both files."""
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": ["q_proj", "up_proj"], "gate_mode": "soft"}
+    model = get_peft_model(tiny_llama(), ILAConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "gated")
+    path = tmp_path / "gated" / "adapter_model.safetensors"
+    lost = "model.layers.0.mlp.up_proj."
+    save_file({key: tensor for key, tensor in load_file(path).items() if lost not in key}, path)
+    export_adapter(tmp_path / "gated", tmp_path / "plain")
+    logits = []
+    for directory in ("gated", "plain"):
+        with pytest.warns(UserWarning, match="Found missing adapter keys"):
+            loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / directory).eval()
+        logits.append(loaded(input_ids).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+    whole = model.eval()(input_ids).logits
+    assert not torch.allclose(logits[0], whole, atol=1e-3)
+    model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight").data.zero_()
+    torch.testing.assert_close(logits[0], model(input_ids).logits)

@@ -23,6 +23,8 @@ def test_saved_and_loaded(tmp_path):
         ({"granularity": "block"}, "`granularity` must be one of .* got 'block'"),
         ({"gate_mode": "closed"}, "`gate_mode` must be one of .* got 'closed'"),
         ({"gate_init": float("nan")}, "`gate_init` must be a finite number, got nan"),
+        ({"gate_init": 10**400}, "`gate_init` must be a finite number, got 10000"),
+        ({"gate_init": 1e300}, "`gate_init` must be a finite number, got 1e"),
         ({"gate_init": "4"}, "`gate_init` must be a finite number, got '4'"),
         ({"gate_mode": "hard"}, "needs at least one unit in `gate_mask`"),
         ({"gate_mode": "hard", "gate_mask": []}, "needs at least one unit in `gate_mask`"),

@@ -3,10 +3,9 @@
 import json
 import os
 import re
+import resource
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -285,6 +284,10 @@ def change_a(tensors):
         (lambda t: t.update({change_a(t)[0]: change_a(t)[1] * torch.nan}), "is not finite"),
         (lambda t: t.update({"evil.weight": torch.zeros(2)}), "'evil.weight' is no weight of a LoRA adapter"),
         (lambda t: t.update({change_a(t)[0]: change_a(t)[1].to(torch.int8)}), "of the type torch.int8"),
+        (
+            lambda t: t.update({k: v[0] for k, v in t.items() if "lora_gate" in k}),
+            r"have the shape \(1,\), but has \(\)",
+        ),
         (lambda t: [t.pop(key) for key in list(t)], "holds no LoRA weights"),
     ],
 )
@@ -298,6 +301,20 @@ def test_damaged_weights_are_not_exported(workspace, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [None, {"q_proj": 0}, {"q_proj": "a"}])
+def test_a_damaged_configuration_is_refused(workspace, tmp_path, option, value):
+    """PEFT reads no null there."""
+    source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | {option: value}))
+    message = f"`{option}` must be a mapping to finite numbers above 0"
+    with pytest.raises(SystemExit, match=message):
+        main(["export", str(source), "--output_dir", str(tmp_path / "out")])
+    assert message in error_of(workspace, "rank", tmp_path / "out", "--adapter", str(source))
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_pickled_weights_are_not_read(workspace, tmp_path):
     source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
     (source / "adapter_model.safetensors").rename(source / "adapter_model.bin")
@@ -307,16 +324,16 @@ def test_pickled_weights_are_not_read(workspace, tmp_path):
     assert "holds adapter_model.bin, a pickle" in message
 
 
-def test_a_full_disk(workspace, tmp_path):
+def test_a_full_disk(workspace, tmp_path, capsys):
     """A limit on the size of a file does the same."""
-    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    code = (
-        "import resource; from peft_ila.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-        f"main({['rank', *data, *TRAINING, '--save_strategy', 'no', '--output_dir', str(tmp_path)]!r})"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert re.search(r"peft-ila rank: error: .*adapter could not be written: .*File too large", ended.stderr)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        message = error_of(workspace, "rank", tmp_path, "--save_strategy", "no")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Traceback" not in capsys.readouterr().err
+    assert re.search(r"adapter could not be written: .*File too large", message)
     assert {path.name for path in tmp_path.iterdir()} <= {"_run.json"}
 
 
