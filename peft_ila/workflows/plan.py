@@ -259,7 +259,8 @@ class Step:
 
     def _loss(self, model: Any) -> None:
         ids = torch.zeros(self._shape, dtype=torch.long)
-        with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+        half = self._dtype != torch.float32
+        with torch.autocast("cpu", self._dtype) if half else contextlib.nullcontext():  # a caller's own stays
             model(input_ids=ids, labels=ids)
 
     def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
