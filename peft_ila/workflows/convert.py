@@ -2,16 +2,15 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..export.recipes import RecipeFormat, write_recipe
+from ..choices import Format
+from ..export.recipes import write_recipe
 from ..files import whole_file
 from ..ranking.importance import LayerImportance
 from .models import model_config
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["peft", RecipeFormat]
 
 
 def convert(
