@@ -241,7 +241,7 @@ def _as_json(value: Any) -> str:
 
 
 TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
-_COMMANDS: dict[str, tuple[Callable[..., str | None], list[type]]] = {
+_COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
     "rank": (rank, [RankArguments]),
     "convert": (convert, [ConvertArguments]),
     "tune": (tune, [TuneArguments]),
@@ -253,13 +253,12 @@ _COMMANDS: dict[str, tuple[Callable[..., str | None], list[type]]] = {
 }
 # these take all of TRL's arguments too: argparse's own usage would be pages
 _TRAINING = {
-    "rank": "--model_name_or_path MODEL --dataset_name DATA --output_dir OUT [OPTIONS]",
-    "tune": "--importance RANKING --top_p SHARE --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED "
-    "[OPTIONS]",
+    "rank": "--model_name_or_path MODEL --dataset_name DATA\n    --output_dir OUT [OPTIONS]",
+    "tune": "--importance RANKING --top_p SHARE\n    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
 }
 
 
-def _parser(command: str, dataclasses: list[type]) -> Any:
+def _parser(command: str, dataclasses: list[Any]) -> Any:
     try:
         from trl import TrlParser
     except ImportError as error:
