@@ -237,7 +237,7 @@ def demo(args: DemoArguments) -> None:
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, indent=1, allow_nan=False)
 
 
 TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
@@ -254,7 +254,8 @@ _COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
 # these take all of TRL's arguments too: argparse's own usage would be pages
 _TRAINING = {
     "rank": "--model_name_or_path MODEL --dataset_name DATA\n    --output_dir OUT [OPTIONS]",
-    "tune": "--importance RANKING --top_p SHARE\n    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
+    "tune": "--importance RANKING --top_p SHARE --model_name_or_path MODEL\n"
+    "    --dataset_name DATA --output_dir TUNED [OPTIONS]",
 }
 
 
