@@ -254,8 +254,8 @@ _COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
 # these take all of TRL's arguments too: argparse's own usage would be pages
 _TRAINING = {
     "rank": "--model_name_or_path MODEL --dataset_name DATA\n    --output_dir OUT [OPTIONS]",
-    "tune": "--importance RANKING --top_p SHARE --model_name_or_path MODEL\n"
-    "    --dataset_name DATA --output_dir TUNED [OPTIONS]",
+    "tune": "--importance RANKING --top_p SHARE\n"
+    "    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
 }
 
 
