@@ -1,18 +1,33 @@
 """peft-ila: which layers does fine-tuning change? Importing it registers the method ILA with PEFT."""
 
-from .tuner.registration import add_peft_type, register
+import os
+import sys
 
-add_peft_type()
+from .version import __version__
 
-from .export.freezing import FrozenPrefix  # noqa: E402
-from .ranking.importance import LayerImportance  # noqa: E402
-from .search.gates import learn_gates  # noqa: E402
-from .search.stability import EpsilonStability  # noqa: E402
-from .tuner.config import ILAConfig  # noqa: E402
-from .tuner.model import ILAModel  # noqa: E402
-from .version import __version__  # noqa: E402
 
-register(ILAConfig, ILAModel)
+def _is_command_line() -> bool:
+    """
+    Whether this process is `peft-ila` or `python -m peft_ila.cli`.
+
+    PEFT and torch take seconds to import, and several commands need neither. So there, and only there, this module
+    imports nothing: the commands import what they need, and importing `tuner` registers ILA.
+    """
+    program = getattr(sys, "argv", None) or [""]
+    by_name = os.path.basename(program[0]) in ("peft-ila", "peft-ila.exe")
+    return by_name or (program[0] == "-m" and "peft_ila.cli" in sys.orig_argv)
+
+
+if not _is_command_line():
+    from .export.freezing import FrozenPrefix
+    from .ranking.importance import LayerImportance
+    from .search.gates import learn_gates
+    from .search.stability import EpsilonStability
+    from .tuner.config import ILAConfig
+    from .tuner.model import ILAModel
+    from .tuner.registration import register
+
+    register(ILAConfig, ILAModel)  # `tuner` has done it; once more after `importlib.reload`
 
 __all__ = [
     "EpsilonStability",

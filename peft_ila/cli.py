@@ -1,6 +1,6 @@
 """
 The command line: arguments in, text out; the work is in `workflows`. Settings come from dataclasses as in TRL's
-scripts, so each works as a flag and from YAML (`--config`).
+scripts, so each works as a flag and from YAML (`--config`). What takes long to import is imported in the commands.
 
     peft-ila rank --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir OUT
     peft-ila tune --importance OUT/importance.json --top_p 0.3 --model_name_or_path Qwen/Qwen2.5-0.5B \
@@ -8,23 +8,24 @@ scripts, so each works as a flag and from YAML (`--config`).
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .export.plain import export_adapter
+from .choices import Format
 from .files import locked
 from .ranking.importance import LayerImportance
-from .ranking.table import comparison_table, ranking_table
+from .ranking.table import comparison_rows, comparison_table, ranking_rows, ranking_table
+from .terminal import EXIT_CODES, TRL_OPTIONS, HelpFormatter, silence_others, versions
 from .workflows.arguments import RankArguments, SelectionArguments, StepArguments, TuneArguments, required
-from .workflows.convert import Format
-from .workflows.convert import convert as write_conversion
-from .workflows.models import model_config, model_name
 
 
 @dataclass
@@ -81,7 +82,9 @@ class DemoArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Where to write all results."})
 
 
-def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments) -> None:
+def rank(
+    script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments, others: argparse.Namespace
+) -> str | None:
     """
     Fine-tune until stable, learn the gates, and write OUT/importance.json, OUT/importance.png and OUT/adapter.
 
@@ -94,68 +97,115 @@ def rank(script_args: Any, training_args: Any, model_args: Any, rank_args: RankA
     from .workflows.sft import rank_by_sft
 
     importance, url = rank_by_sft(script_args, training_args, model_args, rank_args)
-    if PartialState().is_main_process:
-        print_energy(importance.metadata["stage_1"])
-        print(ranking_table(importance))
-        print(f"Wrote {training_args.output_dir}/importance.json, importance.png and adapter/.")
-        if url:
-            print(url)
+    if not PartialState().is_main_process:
+        return None
+    output = training_args.output_dir
+    written = [f"{output}/importance.json", f"{output}/importance.png", f"{output}/adapter"]
+    if others.json:
+        facts = {"stage_1": importance.metadata["stage_1"], "learn_gates": importance.metadata["learn_gates"]}
+        return _as_json({"written": written, "url": url, **facts, "units": ranking_rows(importance)})
+    ranking = ["--importance", written[0], "--top_p", "0.3"]
+    model = ["--model_name_or_path", model_args.model_name_or_path, "--dataset_name", script_args.dataset_name]
+    tune = ["peft-ila", "tune", *ranking, *model, *(["--load_in_4bit"] if model_args.load_in_4bit else [])]
+    lines = [
+        *_energy(importance.metadata["stage_1"]),
+        ranking_table(importance),
+        f"Wrote {output}/importance.json, importance.png and adapter/.",
+        *([url] if url else []),
+        f"Next: {shlex.join([*tune, '--output_dir', 'TUNED'])}",
+        f"  or: {shlex.join(['peft-ila', 'convert', written[0], '--top_p', '0.3', '--output_dir', 'LORA'])}",
+    ]
+    return "\n".join(lines)
 
 
-def print_energy(facts: dict[str, Any]) -> None:
-    """Print how much of a fully fine-tuned model's delta was ranked, if it was one."""
-    if "energy_kept" in facts:
-        print(
-            f"The adapter holds {facts['energy_kept']:.1%} of the squared norm of the target modules' deltas; "
-            f"{facts['energy_outside']:.1%} of all is outside the target modules."
-        )
+def _energy(facts: dict[str, Any]) -> list[str]:
+    """How much of a fully fine-tuned model's delta was ranked, if it was one."""
+    if "energy_kept" not in facts:
+        return []
+    return [
+        f"The adapter holds {facts['energy_kept']:.1%} of the squared norm of the target modules' deltas; "
+        f"{facts['energy_outside']:.1%} of all is outside the target modules."
+    ]
 
 
-def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> None:
+def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> str | None:
     """Fine-tune with a plain LoRA on the selected units and write the adapter to TUNED."""
     from .workflows.tune import tune as tune_selection
 
     trainer = tune_selection(script_args, training_args, model_args, tune_args)
-    if trainer.is_world_process_zero():
-        trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
-        print(f"Wrote a LoRA adapter with {trainable:,} of {total:,} parameters to {training_args.output_dir}.")
+    if not trainer.is_world_process_zero():
+        return None
+    trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
+    output = training_args.output_dir
+    return f"Wrote a LoRA adapter with {trainable:,} of {total:,} parameters to {output}.\n{_loading(output)}"
 
 
-def convert(args: ConvertArguments, paths: argparse.Namespace) -> None:
+def _loading(adapter: str | None) -> str:
+    return f"Next, in Python: PeftModel.from_pretrained(base_model, {adapter!r})"
+
+
+def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
     """Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program."""
-    importance = LayerImportance.load(paths.importance)
+    from .workflows.convert import convert as write_conversion
+    from .workflows.models import model_name
+
+    importance = LayerImportance.load(others.importance)
     output_dir = Path(required(args.output_dir, "output_dir"))
     lora: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     model = model_name(args.model_name_or_path) if args.model_name_or_path else None
     with locked(output_dir):
-        path = write_conversion(
+        path, units = write_conversion(
             importance, output_dir, args.format, args.selection(), model, args.memory_budget, args.step(), **lora
         )
-    print(f"Wrote {path}.")
+    if others.json:
+        return _as_json({"written": [str(path)], "format": args.format, "units": units})
+    return f"Wrote {path}.\n{_using(path, args.format)}"
 
 
-def export(args: ExportArguments, paths: argparse.Namespace) -> None:
+def _using(path: Path, program: Format) -> str:
+    """What to do with a converted selection."""
+    if program == "peft":
+        return f"Next, in Python: get_peft_model(base_model, LoraConfig.from_pretrained({str(path.parent)!r}))"
+    if program == "trl":
+        trl = ["trl", "sft", "--config", str(path)]
+        return f"Next: {shlex.join(trl)} --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED"
+    command = "llamafactory-cli train" if program == "llamafactory" else "axolotl train"
+    return f"Next: copy its lines into YOUR.yaml, then {command} YOUR.yaml"
+
+
+def export(args: ExportArguments, others: argparse.Namespace) -> str:
     """Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent."""
+    from .export.plain import export_adapter
+    from .tuner.config import ILAConfig  # noqa: F401  registers ILA, whose adapters are read
+
     with locked(required(args.output_dir, "output_dir")):
-        export_adapter(paths.adapter, str(args.output_dir))
-    print(f"Wrote {args.output_dir}/adapter_config.json and adapter_model.safetensors.")
+        export_adapter(others.adapter, str(args.output_dir))
+    files = f"{args.output_dir}/adapter_config.json and adapter_model.safetensors"
+    return f"Wrote {files}.\n{_loading(args.output_dir)}"
 
 
-def compare(paths: argparse.Namespace) -> None:
+def compare(others: argparse.Namespace) -> str:
     """Print overlap and rank correlation of each pair of rankings."""
-    if len(paths.importance) < 2:
+    if len(others.importance) < 2:
         raise ValueError("`compare` needs at least two rankings.")
-    print(comparison_table([(path, LayerImportance.load(path)) for path in paths.importance]))
+    rankings = [(path, LayerImportance.load(path)) for path in others.importance]
+    if not others.json:
+        return comparison_table(rankings)
+    rows = comparison_rows(rankings)
+    for row in rows:
+        row["spearman"] = None if math.isnan(row["spearman"]) else row["spearman"]
+    return _as_json({"pairs": rows})
 
 
-def plot(args: PlotArguments, paths: argparse.Namespace) -> None:
+def plot(args: PlotArguments, others: argparse.Namespace) -> str:
     """Draw the heatmap of a ranking."""
-    LayerImportance.load(paths.importance).plot(args.output)
-    print(f"Wrote {args.output}.")
+    LayerImportance.load(others.importance).plot(args.output)
+    return f"Wrote {args.output}."
 
 
-def plan(args: PlanArguments) -> None:
+def plan(args: PlanArguments) -> str:
     """Print what tuning all units or a share of them, and ranking them, needs of a GPU's memory."""
+    from .workflows.models import model_config, model_name
     from .workflows.plan import plan as plan_memory
     from .workflows.plan import table
 
@@ -167,9 +217,8 @@ def plan(args: PlanArguments) -> None:
         r=args.lora_r,
     )
     if args.json:
-        print(json.dumps({row: {**vars(memory), "total": memory.total} for row, memory in needed.items()}, indent=1))
-    else:
-        print(table(needed))
+        return _as_json({row: {**vars(memory), "total": memory.total} for row, memory in needed.items()})
+    return table(needed)
 
 
 def demo(args: DemoArguments) -> None:
@@ -179,41 +228,80 @@ def demo(args: DemoArguments) -> None:
     run(Path(required(args.output_dir, "output_dir")))
 
 
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False)
+
+
 TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
-_COMMANDS = ("rank", "convert", "tune", "export", "compare", "plot", "plan", "demo")
+_COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
+    "rank": (rank, [RankArguments]),
+    "convert": (convert, [ConvertArguments]),
+    "tune": (tune, [TuneArguments]),
+    "export": (export, [ExportArguments]),
+    "compare": (compare, []),
+    "plot": (plot, [PlotArguments]),
+    "plan": (plan, [PlanArguments]),
+    "demo": (demo, [DemoArguments]),
+}
+# these take all of TRL's arguments too: argparse's own usage would be pages
+_TRAINING = {
+    "rank": "--model_name_or_path MODEL --dataset_name DATA\n    --output_dir OUT [OPTIONS]",
+    "tune": "--importance RANKING --top_p SHARE\n"
+    "    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
+}
 
 
-def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    import yaml
-    from transformers.utils import is_torch_bf16_gpu_available
-
+def _parser(command: str, dataclasses: list[Any]) -> Any:
     try:
-        from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+        from trl import TrlParser
     except ImportError as error:
         raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
 
-    training = [ScriptArguments, SFTConfig, ModelConfig]
-    commands: dict[str, tuple[Callable[..., None], list[Any]]] = {
-        "rank": (rank, [*training, RankArguments]),
-        "convert": (convert, [ConvertArguments]),
-        "tune": (tune, [*training, TuneArguments]),
-        "export": (export, [ExportArguments]),
-        "compare": (compare, []),
-        "plot": (plot, [PlotArguments]),
-        "plan": (plan, [PlanArguments]),
-        "demo": (demo, [DemoArguments]),
-    }
-    function, dataclasses = commands[command]
-    parser = TrlParser(dataclasses, prog=f"peft-ila {command}", description=function.__doc__)
+    options: dict[str, Any] = {"prog": f"peft-ila {command}", "epilog": EXIT_CODES, "formatter_class": HelpFormatter}
+    if command in _TRAINING:
+        options["usage"] = f"peft-ila {command} {_TRAINING[command]}"
+    parser = TrlParser(dataclasses, description=_COMMANDS[command][0].__doc__, **options)
     if command in ("convert", "plot"):
         parser.add_argument("importance", help="A ranking, as `rank` wrote it.")
     if command == "export":
         parser.add_argument("adapter", help="The directory of an ILA adapter, such as OUT/adapter.")
     if command == "compare":
         parser.add_argument("importance", nargs="+", help="Rankings, as `rank` wrote them.")
-    if command in ("rank", "tune"):
+    if command in ("rank", "convert", "compare"):
+        # no dataclass has it: of a dataclass it would take the path behind it for its value
+        parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout.")
+    if command in _TRAINING:
+        parser.add_argument("--help_all", action="help", help="Show these and all of TRL's options, and exit.")
+    return parser
+
+
+def _help(command: str) -> str:
+    """What `--help` shows, of TRL's options without importing its trainers."""
+    parser = _parser(command, _COMMANDS[command][1])
+    parser.add_argument("--config", metavar="FILE", help="YAML that holds any of the settings.")
+    if command in _TRAINING:
+        group = parser.add_argument_group("of TRL, what most runs need (`--help_all` shows all)")
+        for name, text in TRL_OPTIONS.items():
+            group.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
+    return parser.format_help()
+
+
+def _parse(command: str, argv: list[str]) -> tuple[Callable[..., str | None], tuple[Any, ...]]:
+    import yaml
+
+    function, dataclasses = _COMMANDS[command]
+    if "-h" in argv or "--help" in argv:
+        print(_help(command), end="")
+        raise SystemExit(0)
+    if command in _TRAINING:
+        from transformers.utils import is_torch_bf16_gpu_available
+        from trl import ModelConfig, ScriptArguments, SFTConfig
+
+        parser = _parser(command, [ScriptArguments, SFTConfig, ModelConfig, *dataclasses])
         # SFTConfig's learning rate is for full tuning (this is TRL's advice for LoRA), its bf16 fails without a GPU.
         parser.set_defaults(learning_rate=2e-4, bf16=is_torch_bf16_gpu_available())
+    else:
+        parser = _parser(command, dataclasses)
     if "--config" in argv:
         position = argv.index("--config") + 1
         path = Path(argv[position]).expanduser() if position < len(argv) else None
@@ -221,10 +309,16 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., None], tuple[An
             raise ValueError(f"`--config` needs the path of a YAML file, got {path}.")
         argv = [*argv[:position], str(path), *argv[position + 1 :]]
     try:
-        arguments: Any = parser.parse_args_and_config(argv)
+        *arguments, unknown_keys, unknown = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
     except yaml.YAMLError as error:
         raise ValueError(f"The file of `--config` is not YAML: {error}") from error
-    return function, arguments
+    if unknown_keys:
+        raise ValueError(f"The file of `--config` has unknown settings: {unknown_keys}.")
+    if unknown:
+        parser.error(f"unrecognized arguments: {unknown}")
+    return function, tuple(arguments)
 
 
 # what holds a path, or may: `~` is the user's home in all of them
@@ -252,6 +346,26 @@ def _expand_paths(arguments: tuple[Any, ...]) -> None:
             group.resume_from_checkpoint = None  # transformers takes it for a path
 
 
+def _top_parser() -> argparse.ArgumentParser:
+    first = {name: (function.__doc__ or "").strip().splitlines()[0] for name, (function, _) in _COMMANDS.items()}
+    lines = [f"  {name:<9}{line}" for name, line in first.items()]
+    parser = argparse.ArgumentParser(
+        prog="peft-ila",
+        description="Rank the layers of a model, tune the important ones.",
+        epilog="\n".join(["commands:", *lines, "", EXIT_CODES]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=_COMMANDS, help="`peft-ila COMMAND --help` lists its options")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of peft-ila and its libraries")
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        print(versions())
+        raise SystemExit(0)
+
+
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, (OSError, ValueError, TypeError, ImportError)):
@@ -263,15 +377,19 @@ def _one_line(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run a command; whatever goes wrong ends it with one line on stderr and exit code 1, Ctrl-C with 130."""
     argv = sys.argv[1:] if argv is None else argv
-    top = argparse.ArgumentParser(prog="peft-ila", description="Rank the layers of a model, tune the important ones.")
-    top.add_argument("command", choices=_COMMANDS, help="`peft-ila COMMAND --help` lists its options")
-    command = top.parse_args(argv[:1]).command
+    command = _top_parser().parse_args(argv[:1]).command
     logging.basicConfig(format="%(message)s")
     logging.getLogger("peft_ila").setLevel(logging.INFO)
+    silence_others()
     try:
         function, arguments = _parse(command, argv[1:])
         _expand_paths(arguments)
-        function(*arguments)
+        as_json = any(getattr(group, "json", False) for group in arguments)
+        # trainers print their logs
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            text = function(*arguments)
+        if text is not None:
+            print(text)
     except KeyboardInterrupt:
         print(f"peft-ila {command}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "peft_ila"
 # Each may import from those before it and from itself; docs/architecture.md says why.
 ORDER = [
     "version",
+    "choices",
     "files",
     "units",
     "measure",
@@ -18,6 +19,7 @@ ORDER = [
     "tuner",
     "search",
     "workflows",
+    "terminal",
     "cli",
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

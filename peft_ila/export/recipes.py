@@ -3,17 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..choices import RecipeFormat
 from ..files import whole_file
 from .lora import Targets, to_lora_config
 from .skeleton import meta_skeleton
-
-RecipeFormat = Literal["axolotl", "axolotl-full", "llamafactory", "trl"]
 
 
 def recipe(

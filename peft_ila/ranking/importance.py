@@ -10,6 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..choices import RecipeFormat
 from ..files import read_json, whole_file
 from .comparison import is_coin_toss, jaccard, membership, spearman, top
 from .validation import check_metadata, check_ranking
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from ..export.lora import Targets
-    from ..export.recipes import RecipeFormat
 
 _FORMAT = "peft_ila.LayerImportance"
 _VERSION = 1
@@ -363,7 +363,7 @@ class LayerImportance:
 
     def to_recipe(
         self,
-        program: "RecipeFormat",
+        program: RecipeFormat,
         top_p: float | None = None,
         top_k: int | None = None,
         threshold: float | None = None,

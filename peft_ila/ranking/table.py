@@ -1,7 +1,8 @@
-"""Rankings as text for the terminal."""
+"""Rankings as rows and as text for the terminal."""
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 from .card import TOP_ROWS
 from .comparison import is_coin_toss
@@ -10,40 +11,73 @@ from .importance import LayerImportance
 _SHARE = 0.3  # the table shows how sure it is that a unit belongs to this share
 
 
+def ranking_rows(importance: LayerImportance) -> list[dict[str, Any]]:
+    """
+    The ranking, most important unit first.
+
+    Returns:
+        For each unit `unit`, `score` and `gate`; and where the ranking says how sure it is, `spread` and
+        `probability_top_30`, see [`LayerImportance.probability`].
+    """
+    columns: dict[str, dict[str, float]] = {
+        "score": dict(zip(importance.units, importance.scores)),
+        "gate": dict(zip(importance.units, importance.gates)),
+    }
+    if importance.spread:
+        columns["spread"] = dict(zip(importance.units, importance.spread))
+        columns["probability_top_30"] = importance.probability(top_p=_SHARE)
+    return [
+        {"unit": unit, **{name: column[unit] for name, column in columns.items()}} for unit in importance.ranking()
+    ]
+
+
 def ranking_table(importance: LayerImportance) -> str:
     """The ranking, most important unit first, with a bar for each gate and how sure the top 30 % are."""
-    gates = dict(zip(importance.units, importance.gates))
-    scores = dict(zip(importance.units, importance.scores))
-    spread = dict(zip(importance.units, importance.spread))
-    probability = importance.probability(top_p=_SHARE) if spread else {}
-    ranking = importance.ranking()
-    width = max(len(unit) for unit in ranking)
-    sure = f"  {'±':>5}  p(top {_SHARE:.0%})" if spread else ""
+    rows = ranking_rows(importance)
+    width = max(len(row["unit"]) for row in rows)
+    sure = f"  {'±':>5}  p(top {_SHARE:.0%})" if importance.spread else ""
     lines = [f"{'rank':>4}  {'unit':<{width}}  {'score':>7}{sure}  {'gate':>5}"]
-    for rank, unit in enumerate(ranking[:TOP_ROWS], start=1):
-        sure = f"  {spread[unit]:>5.2f}  {probability[unit]:>10.2f}" if spread else ""
-        bar = "█" * round(30 * gates[unit])
-        lines.append(f"{rank:>4}  {unit:<{width}}  {scores[unit]:>7.3f}{sure}  {gates[unit]:>5.3f}  {bar}")
-    if len(ranking) > TOP_ROWS:
-        lines.append(f"      … and {len(ranking) - TOP_ROWS} more")
-    if open_ones := [unit for unit in ranking if unit in probability and is_coin_toss(probability[unit])]:
+    for rank, row in enumerate(rows[:TOP_ROWS], start=1):
+        sure = f"  {row['spread']:>5.2f}  {row['probability_top_30']:>10.2f}" if importance.spread else ""
+        bar = "█" * round(30 * row["gate"])
+        lines.append(f"{rank:>4}  {row['unit']:<{width}}  {row['score']:>7.3f}{sure}  {row['gate']:>5.3f}  {bar}")
+    if len(rows) > TOP_ROWS:
+        lines.append(f"      … and {len(rows) - TOP_ROWS} more")
+    if open_ones := [row["unit"] for row in rows if is_coin_toss(row.get("probability_top_30", 1))]:
         lines.append(f"In the top {_SHARE:.0%} or not by a coin toss: {', '.join(open_ones)}")
     return "\n".join(lines)
 
 
-def comparison_table(rankings: Sequence[tuple[str, LayerImportance]]) -> str:
+def comparison_rows(rankings: Sequence[tuple[str, LayerImportance]]) -> list[dict[str, Any]]:
     """
     Overlap and rank correlation of each pair.
 
     Args:
         rankings: Each with its name.
 
+    Returns:
+        For each pair the names `a` and `b`, and `overlap_75`, `overlap_30` and `spearman`.
+
     Raises:
         ValueError: Two rankings are of different units.
     """
+    return [
+        {
+            "a": one,
+            "b": two,
+            "overlap_75": a.overlap(b, 0.75),
+            "overlap_30": a.overlap(b, 0.3),
+            "spearman": a.spearman(b),
+        }
+        for (one, a), (two, b) in combinations(rankings, 2)
+    ]
+
+
+def comparison_table(rankings: Sequence[tuple[str, LayerImportance]]) -> str:
+    """What [`comparison_rows`] finds, a line for each pair."""
     width = max(len(name) for name, _ in rankings)
     lines = [f"{'A':<{width}}  {'B':<{width}}  overlap@75%  overlap@30%  Spearman"]
-    for (one, a), (two, b) in combinations(rankings, 2):
-        figures = f"{a.overlap(b, 0.75):>11.2f}  {a.overlap(b, 0.3):>11.2f}  {a.spearman(b):>8.2f}"
-        lines.append(f"{one:<{width}}  {two:<{width}}  {figures}")
+    for row in comparison_rows(rankings):
+        figures = f"{row['overlap_75']:>11.2f}  {row['overlap_30']:>11.2f}  {row['spearman']:>8.2f}"
+        lines.append(f"{row['a']:<{width}}  {row['b']:<{width}}  {figures}")
     return "\n".join([*lines, "(by chance: 0.60 and 0.18)"])

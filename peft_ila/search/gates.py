@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sized
-from typing import Any, Literal
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
+from ..choices import Method
 from ..ranking.importance import LayerImportance
 from ..tuner.model import ILAModel
 from .attribution import ROUND, Attribution
@@ -14,7 +15,6 @@ from .descent import Descent, check_descent
 from .measurement import Measurement, check_engine, measuring
 from .untrained import Untrained
 
-Method = Literal["attribution", "descent", "untrained"]
 STEPS = {"attribution": 32, "descent": 128, "untrained": 16}
 
 

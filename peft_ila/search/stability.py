@@ -108,6 +108,8 @@ class EpsilonStability(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         figures = f"smoothed loss changed by {self.change:+.4f}, epsilon {self.epsilon}"
+        if math.isnan(self.change):
+            figures = f"{len(self._losses)} losses were logged, {2 * self.window} are needed to compare"
         if self.stopped_at is not None:
             logger.info(f"Training is stable at step {self.stopped_at} ({figures}).")
         else:

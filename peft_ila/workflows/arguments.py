@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..search.gates import Method
+from ..choices import Method
 from ..units import Granularity
 
 

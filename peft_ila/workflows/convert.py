@@ -2,17 +2,16 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..export.recipes import RecipeFormat, write_recipe
+from ..choices import Format
+from ..export.recipes import write_recipe
 from ..files import whole_file
 from ..ranking.importance import LayerImportance
 from .budget import select_within
 from .models import model_config
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["peft", RecipeFormat]
 
 
 def convert(
@@ -24,7 +23,7 @@ def convert(
     memory_budget: int | str | None = None,
     step: dict[str, Any] | None = None,
     **lora: Any,
-) -> Path:
+) -> tuple[Path, list[str]]:
     """
     Write `adapter_config.json` of the selected units, or the settings that make another program tune them.
 
@@ -41,7 +40,7 @@ def convert(
         **lora: `r`, `lora_alpha` and `lora_dropout` of LoRA.
 
     Returns:
-        The file.
+        The file, and the selected units.
 
     Raises:
         OSError: There is no such model.
@@ -54,16 +53,18 @@ def convert(
             raise ValueError("A memory budget needs the model: say where it is by `--model_name_or_path`.")
         if format == "axolotl-full":
             raise ValueError("A memory budget is of tuning by LoRA: full fine-tuning is not counted.")
-        selection = {"units": select_within(model, importance, memory_budget, **(step or {}), **lora)}
+        units = select_within(model, importance, memory_budget, **(step or {}), **lora)
+    else:
+        units = importance.select(**(selection or {}))
     if format == "peft":
         path = output_dir / "adapter_config.json"
-        config = importance.to_lora_config(**(selection or {}), model=model, **lora)
+        config = importance.to_lora_config(units=units, model=model, **lora)
         with whole_file(path) as temporary:
             config.save_pretrained(str(temporary.parent))
     else:
         path = output_dir / f"{format}.yaml"
-        write_recipe(importance.to_recipe(format, **(selection or {}), model=model, **lora), path)
-    return path
+        write_recipe(importance.to_recipe(format, units=units, model=model, **lora), path)
+    return path, units
 
 
 def _config(model: str, hub: bool) -> Any:

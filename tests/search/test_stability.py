@@ -93,7 +93,8 @@ def test_stability_says_when_it_was_not_reached(tmp_path, tokenizer, dialogues, 
     )
     trainer.train()
     assert "needs 42 steps to decide" in caplog.text
-    assert "Training ended at step 4 before it was stable" in caplog.text
+    assert "Training ended at step 4 before it was stable (4 losses were logged, 40 are needed to" in caplog.text
+    assert "nan" not in caplog.text
 
 
 def test_a_diverging_trainer_is_stopped_although_the_trainer_filters_nan(tmp_path, tokenizer, dialogues):

@@ -1,0 +1,316 @@
+"""What a user of the terminal sees around the work: start, help, JSON, noise, exit codes, what to type next."""
+
+import json
+import logging
+import math
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+import trl
+from conftest import tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from trainers import write_model_and_data
+
+import peft_ila
+from peft_ila import LayerImportance
+from peft_ila.cli import _COMMANDS, _parser, main
+from peft_ila.terminal import TRL_OPTIONS, silence_others
+
+UNITS = [f"model.layers.{i}" for i in range(4)]
+TRAINING = "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 6 --report_to none"
+# what no command that trains nothing has any use for
+HEAVY = {"torch", "peft", "datasets", "transformers.trainer", "transformers.training_args", "accelerate"}
+
+
+def save(path: Path, *scores: float) -> str:
+    LayerImportance(UNITS, list(scores)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def rankings(tmp_path):
+    return [save(tmp_path / "a.json", 4, 3, 2, 1), save(tmp_path / "b.json", 4, 3, 1, 2)]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tokenizer, dialogues):
+    """A model, its tokenizer and data on disk."""
+    directory = tmp_path_factory.mktemp("terminal")
+    write_model_and_data(directory, tokenizer, dialogues)
+    return directory
+
+
+def rank(workspace, output, *extra) -> None:
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    main(["rank", *data, "--output_dir", str(output), *TRAINING.split(), "--gate_steps", "8", *extra])
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The modules that a command imports in a process of its own."""
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "peft_ila.cli", *arguments], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time:" in line}
+
+
+@pytest.mark.parametrize("command", ["compare", "plot", "--version", "--help", "rank --help", "tune --help"])
+def test_what_trains_nothing_imports_no_trainer(command, rankings, tmp_path):
+    extra = {"compare": rankings, "plot": [rankings[0], "--output", str(tmp_path / "a.png")]}.get(command, [])
+    modules = imported_by(*command.split(), *extra)
+    assert "peft_ila.terminal" in modules
+    assert not modules & (HEAVY | {"trl.trainer"})
+
+
+def test_convert_imports_no_trainer(rankings, tmp_path):
+    modules = imported_by("convert", rankings[0], "--top_k", "2", "--output_dir", str(tmp_path / "lora"))
+    assert "peft" in modules and not modules & {"trl.trainer", "datasets", "transformers.trainer"}
+    assert LoraConfig.from_pretrained(tmp_path / "lora").target_modules == set(UNITS[:2])
+
+
+def test_the_script_imports_no_trainer(rankings):
+    """As pip installs it; `python -m peft_ila.cli` is another way in."""
+    script = (
+        "import sys; sys.argv = ['/usr/bin/peft-ila', 'compare', *sys.argv[1:]]\n"
+        "from peft_ila.cli import main\n"
+        "main()\n"
+        f"assert not {HEAVY!r} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, *rankings], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_other_process_registers_at_the_import():
+    script = "import peft_ila, peft, sys; assert peft.PeftType('ILA') and peft_ila.ILAConfig"
+    subprocess.run([sys.executable, "-c", script, "peft_ila.cli"], check=True)
+
+
+def test_export_reads_an_ila_adapter_in_a_process_of_its_own(tmp_path):
+    config = peft_ila.ILAConfig(r=2, target_modules=["q_proj"], gate_mode="open", init_lora_weights=False)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "ila")
+    arguments = ["export", str(tmp_path / "ila"), "--output_dir", str(tmp_path / "plain")]
+    process = subprocess.run([sys.executable, "-m", "peft_ila.cli", *arguments], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""  # of torchao and others, what they say on each start
+    wrote, following = process.stdout.splitlines()
+    assert wrote == f"Wrote {tmp_path}/plain/adapter_config.json and adapter_model.safetensors."
+    (call,) = re.fullmatch(r"Next, in Python: (.*)", following).groups()
+    loaded = eval(call, {"PeftModel": PeftModel, "base_model": tiny_llama()})
+    assert loaded.peft_config["default"].peft_type == "LORA"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    installed = {module.__name__: module.__version__ for module in (peft, torch, transformers, trl)}
+    assert dict(line.split() for line in capsys.readouterr().out.splitlines()) == {
+        "peft-ila": peft_ila.__version__,
+        **installed,
+    }
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_help_fits_two_screens(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert exit_.value.code == 0
+    assert len(lines) <= 100 and max(map(len, lines)) <= 80
+    assert "130 Ctrl-C." in " ".join(lines)
+    for dataclass in _COMMANDS[command][1]:
+        for name in dataclass.__dataclass_fields__:
+            assert any(line.startswith(f"  --{name} ") or line == f"  --{name}" for line in lines), name
+
+
+def test_help_names_the_commands_and_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    output = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", output, flags=re.M) for name in _COMMANDS)
+    assert "Exit codes: 0 done; 1 an error, one line on stderr; 2 a wrong command line; 130 Ctrl-C." in output
+
+
+@pytest.mark.parametrize("command", ["rank", "tune"])
+def test_all_settings_are_behind_help_all(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help_all"])
+    output = capsys.readouterr().out
+    assert exit_.value.code == 0
+    dataclasses = [trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, *_COMMANDS[command][1]]
+    names = {option for action in _parser(command, dataclasses)._actions for option in action.option_strings}
+    assert len(names) > 300
+    assert {f"--{name}" for name in TRL_OPTIONS} <= names
+    for name in ["--deepspeed", "--lora_r", *(f"--{name}" for name in _COMMANDS[command][1][0].__dataclass_fields__)]:
+        assert f"\n  {name} " in output, name
+
+
+def test_compare_as_json(rankings, capsys):
+    main(["compare", "--json", *rankings])
+    a, b = (LayerImportance.load(path) for path in rankings)
+    assert json.loads(capsys.readouterr().out) == {
+        "pairs": [
+            {
+                "a": rankings[0],
+                "b": rankings[1],
+                "overlap_75": a.overlap(b, 0.75),
+                "overlap_30": a.overlap(b, 0.3),
+                "spearman": a.spearman(b),
+            }
+        ]
+    }
+
+
+def test_an_undefined_correlation_is_null(tmp_path, rankings, capsys):
+    level = save(tmp_path / "level.json", 1, 1, 1, 1)
+    assert math.isnan(LayerImportance.load(level).spearman(LayerImportance.load(rankings[0])))
+    main(["compare", rankings[0], level, "--json"])
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["pairs"][0]["spearman"] is None
+
+
+def test_convert_as_json(rankings, tmp_path, capsys):
+    main(["convert", "--json", rankings[1], "--top_k", "3", "--output_dir", str(tmp_path), "--format", "trl"])
+    assert json.loads(capsys.readouterr().out) == {
+        "written": [str(tmp_path / "trl.yaml")],
+        "format": "trl",
+        "units": [UNITS[0], UNITS[1], UNITS[3]],
+    }
+
+
+def test_json_of_a_config_file(rankings, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("json: true\n")
+    main(["compare", *rankings, "--config", str(tmp_path / "config.yaml")])
+    assert len(json.loads(capsys.readouterr().out)["pairs"]) == 1
+
+
+@pytest.mark.parametrize("progress", ["True", "False"])
+def test_rank_as_json(workspace, tmp_path, progress, capsys):
+    """The trainer's logs go to stderr, which it prints by one way or the other."""
+    rank(workspace, tmp_path, "--json", "--disable_tqdm", progress)
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    importance = LayerImportance.load(tmp_path / "importance.json")
+    probability = importance.probability(top_p=0.3)
+    of_unit = {unit: i for i, unit in enumerate(importance.units)}
+    assert result.pop("units") == [
+        {
+            "unit": unit,
+            "score": importance.scores[of_unit[unit]],
+            "gate": importance.gates[of_unit[unit]],
+            "spread": importance.spread[of_unit[unit]],
+            "probability_top_30": probability[unit],
+        }
+        for unit in importance.ranking()
+    ]
+    assert result == {
+        "written": [str(tmp_path / name) for name in ("importance.json", "importance.png", "adapter")],
+        "url": None,
+        "stage_1": {"steps": 6, "stable": False},
+        "learn_gates": importance.metadata["learn_gates"],
+    }
+    assert all(Path(path).exists() for path in json.loads(captured.out)["written"])
+    assert "'loss'" in captured.err
+
+
+def test_rank_shows_progress_and_what_to_type_next(workspace, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rank(workspace, tmp_path / "out 1")
+    captured = capsys.readouterr()
+    bars = captured.err.replace("\r", "\n").splitlines()
+    # tqdm's "n/total [elapsed<left"
+    assert [line for line in bars if re.search(r"\b[1-5]/6 \[\d\d:\d\d<\d\d:\d\d", line)]
+    assert [line for line in bars if re.search(r"^Stage 2: .*\b[1-7]/8 \[\d\d:\d\d<\d\d:\d\d", line)]
+    stage_2 = [line for line in captured.out.splitlines() if line.startswith("{'step'")]
+    assert len(stage_2) == 8 and not any("learning_rate" in line for line in stage_2)
+    assert "nan" not in captured.out + captured.err
+
+    wrote, tune, convert = captured.out.splitlines()[-3:]
+    assert wrote == f"Wrote {tmp_path}/out 1/importance.json, importance.png and adapter/."
+    for line, start in ((convert, "  or: "), (tune, "Next: ")):
+        program, *arguments = shlex.split(line.removeprefix(start))
+        assert line.startswith(start) and program == "peft-ila"
+        main([*arguments, *(TRAINING.split() if arguments[0] == "tune" else [])])
+    output = capsys.readouterr().out
+    assert "Next, in Python: get_peft_model(base_model, LoraConfig.from_pretrained('LORA'))\n" in output
+    assert output.endswith("Next, in Python: PeftModel.from_pretrained(base_model, 'TUNED')\n")
+    config = LoraConfig.from_pretrained("LORA")
+    assert config.layers_to_transform == LoraConfig.from_pretrained("TUNED").layers_to_transform
+    get_peft_model(tiny_llama(), config)
+
+
+@pytest.mark.parametrize(
+    "program, next_",
+    [
+        ("axolotl", "copy its lines into YOUR.yaml, then axolotl train YOUR.yaml"),
+        ("llamafactory", "copy its lines into YOUR.yaml, then llamafactory-cli train YOUR.yaml"),
+        ("trl", "trl sft --config {} --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED"),
+    ],
+)
+def test_what_to_do_with_a_recipe(rankings, tmp_path, program, next_, capsys):
+    main(["convert", rankings[0], "--top_k", "2", "--output_dir", str(tmp_path), "--format", program])
+    file = tmp_path / f"{program}.yaml"
+    assert capsys.readouterr().out == f"Wrote {file}.\nNext: {next_.format(file)}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (["compare", "--version", "a"], 2),
+        (["plot", "a.json", "--outputs", "b.png"], 2),
+        (["rank", "--granularity", "head"], 2),
+        (["compare", "missing.json", "missing.json"], 1),
+        (["convert", "missing.json", "--config", "missing.yaml"], 1),
+    ],
+)
+def test_exit_codes(arguments, code, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    captured = capsys.readouterr()
+    start = f"peft-ila {arguments[0]}: error: "
+    assert captured.out == ""
+    if code == 1:  # which is Python's for a text, that it prints
+        assert exit_.value.code.startswith(start) and "\n" not in exit_.value.code
+    else:
+        assert exit_.value.code == code
+        assert captured.err.startswith(f"usage: peft-ila {arguments[0]}")
+        assert captured.err.splitlines()[-1].startswith(start)
+
+
+def test_a_setting_of_a_config_file_that_is_unknown(rankings, tmp_path):
+    (tmp_path / "config.yaml").write_text("outputs: b.png\n")
+    with pytest.raises(SystemExit, match="config.* has unknown settings: .*--outputs"):
+        main(["plot", rankings[0], "--config", str(tmp_path / "config.yaml")])
+
+
+def test_only_known_lines_are_silenced(caplog):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        silence_others()
+        for text in ("`gradient_checkpointing` is deprecated and will be", "`other` is deprecated and will be"):
+            warnings.warn(text, FutureWarning, stacklevel=1)
+        warnings.warn("`gradient_checkpointing` is deprecated", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == [
+        "`other` is deprecated and will be",
+        "`gradient_checkpointing` is deprecated",
+    ]
+    for name, text in (
+        ("torchao", "Failed to load /a.so: no"),
+        ("torchao", "a kernel is slow"),
+        ("x", "Failed to load"),
+    ):
+        logging.getLogger(name).warning(text)
+    assert [record.getMessage() for record in caplog.records] == ["a kernel is slow", "Failed to load"]
+
+
+def test_exit_codes_are_documented():
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", guide, flags=re.M))
+    assert set(rows) == {"0", "1", "2", "130"}
