@@ -73,7 +73,8 @@ def demo(output_dir: Path) -> None:
     _print_kept(model, output_dir / "part_a", parts["held_out"])
 
     _headline(f"Convert the top {_SHARE:.0%} to a LoraConfig")
-    print(convert(importance, output_dir / "lora", selection={"top_p": _SHARE}, r=8, lora_alpha=16).read_text())
+    file, _ = convert(importance, output_dir / "lora", selection={"top_p": _SHARE}, r=8, lora_alpha=16)
+    print(file.read_text())
 
     tuned = {}
     for name, share in ((f"top {_SHARE:.0%}", _SHARE), ("full LoRA", 1.0)):
