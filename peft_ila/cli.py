@@ -243,11 +243,13 @@ _COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
     "plan": (plan, [PlanArguments]),
     "demo": (demo, [DemoArguments]),
 }
-# these take all of TRL's arguments too: argparse's own usage would be pages
-_TRAINING = {
+_TRAINING = ("rank", "tune")  # these take all of TRL's arguments too
+# where argparse's own would be pages, or too wide
+_USAGE = {
     "rank": "--model_name_or_path MODEL --dataset_name DATA\n    --output_dir OUT [OPTIONS]",
     "tune": "--importance RANKING --top_p SHARE\n"
     "    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
+    "convert": "RANKING --top_p SHARE --output_dir LORA [OPTIONS]",
 }
 
 
@@ -258,8 +260,8 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
         raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
 
     options: dict[str, Any] = {"prog": f"peft-ila {command}", "epilog": EXIT_CODES, "formatter_class": HelpFormatter}
-    if command in _TRAINING:
-        options["usage"] = f"peft-ila {command} {_TRAINING[command]}"
+    if command in _USAGE:
+        options["usage"] = f"peft-ila {command} {_USAGE[command]}"
     parser = TrlParser(dataclasses, description=_COMMANDS[command][0].__doc__, **options)
     if command in ("convert", "plot"):
         parser.add_argument("importance", help="A ranking, as `rank` wrote it.")

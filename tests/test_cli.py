@@ -28,6 +28,7 @@ TRAINING = (
     "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 6 "
     "--report_to none --disable_tqdm True --lora_r 4 --lora_dropout 0 --gradient_checkpointing False"
 ).split()
+BOTH_STAGES = ["--method", "attribution"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def interrupted(*args, **kwargs):
 
 def rank(workspace, output, *extra):
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    main(["rank", *data, "--output_dir", str(output), *TRAINING, "--gate_steps", "8", *extra])
+    main(["rank", *data, "--output_dir", str(output), *TRAINING, *BOTH_STAGES, "--gate_steps", "8", *extra])
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,23 @@ def test_rank_writes_ranking_heatmap_and_adapter(workspace, ranked, input_ids):
     assert model.peft_config["default"].gate_mode == "open"
     assert {entry.name for entry in ranked.iterdir()} >= {"adapter", "importance.json", "importance.png"}
     assert not [entry for entry in ranked.iterdir() if entry.name.startswith(".")]
+
+
+def test_rank_trains_nothing_unless_asked(workspace, ranked, tmp_path, capsys):
+    """It is to choose what to tune; a fine-tuned adapter is ranked by what it has learned."""
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    command = ["rank", *data, "--output_dir", str(tmp_path / "out"), *TRAINING, "--gate_steps", "8"]
+    main(command)
+    importance = LayerImportance.load(tmp_path / "out" / "importance.json")
+    assert importance.metadata["learn_gates"]["method"] == "untrained"
+    assert importance.metadata["stage_1"] == {"steps": 0, "stable": False}
+    weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert not any(value.any() for name, value in weights.items() if "lora_B" in name)
+    error = error_of([*command, "--window", "3"], capsys)
+    assert "`--window` ends stage 1, which `--method untrained` does not have" in error
+    main([*command, "--adapter", str(ranked / "adapter"), "--output_dir", str(tmp_path / "of an adapter")])
+    importance = LayerImportance.load(tmp_path / "of an adapter" / "importance.json")
+    assert importance.metadata["learn_gates"]["method"] == "attribution"
 
 
 def test_rank_prints_a_table(workspace, tmp_path, capsys):
@@ -93,7 +111,7 @@ def test_settings_from_yaml(workspace, tmp_path):
         f"model_name_or_path: {workspace / 'model'}\ndataset_name: {workspace / 'data.jsonl'}\n"
         f"output_dir: {tmp_path / 'out'}\ngranularity: module\ngate_steps: 4\nlora_target_modules: [q_proj, up_proj]\n"
     )
-    main(["rank", "--config", str(config), *TRAINING])
+    main(["rank", "--config", str(config), *TRAINING, *BOTH_STAGES])
     importance = LayerImportance.load(tmp_path / "out" / "importance.json")
     assert len(importance.units) == 6
     assert importance.metadata["learn_gates"]["steps"] == 4
@@ -119,7 +137,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, k
         data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
         saving = ["--save_strategy", "steps", "--save_steps", "2", "--gate_steps", "6", "--output_dir", str(output)]
         stability = ["--epsilon", "0.05", "--window", "2", "--patience", "2"]
-        return ["rank", *data, *TRAINING, *saving, *stability, *extra]
+        return ["rank", *data, *TRAINING, *BOTH_STAGES, *saving, *stability, *extra]
 
     if not (workspace / "whole").exists():
         main(command(workspace / "whole"))
@@ -184,7 +202,7 @@ def test_a_compiled_model_is_saved(workspace, tmp_path):
     """In a process of its own: compilation is set up by environment variables."""
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager", "--save_strategy", "no"]
-    arguments = [*data, *TRAINING, *compiled, "--gate_steps", "4", "--output_dir", str(tmp_path)]
+    arguments = [*data, *TRAINING, *BOTH_STAGES, *compiled, "--gate_steps", "4", "--output_dir", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "peft_ila.cli", "rank", *arguments], check=True, capture_output=True)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 3 * (7 * 2 + 1)  # A and B of each module, a gate for each decoder layer
@@ -203,7 +221,7 @@ def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
     assert not (tmp_path / "checkpoint-6").exists()
     (tmp_path / "importance.json").unlink()
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    error = error_of(["rank", *data, "--output_dir", str(tmp_path), *TRAINING], capsys)
+    error = error_of(["rank", *data, "--output_dir", str(tmp_path), *TRAINING, *BOTH_STAGES], capsys)
     assert "is of a run that was not finished; go on with it by `--resume_from_checkpoint True`" in error
     assert (tmp_path / "adapter").exists()
 

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainers import ila, lora_weights, plain_trainer, sft_trainer, write_model_and_data
 from transformers import BitsAndBytesConfig
+from transformers.models.llama import modeling_llama
 
 from peft_ila import EpsilonStability, ILAConfig, LayerImportance, learn_gates
 from peft_ila.cli import main
@@ -151,8 +152,11 @@ def test_flash_attention_2(ids):
 
 
 @pytest.mark.support("Devices", "CUDA: Liger's kernels")
-def test_liger(tmp_path, tokenizer, dialogues):
+def test_liger(tmp_path, tokenizer, dialogues, monkeypatch):
     pytest.importorskip("liger_kernel")
+    # Liger replaces some functions of the module, for good
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
     model = ila(model=base("bf16"))
     trainer = plain_trainer(tmp_path, tokenizer, dialogues, model, use_cpu=False, bf16=True, use_liger_kernel=True)
     trainer.train()
@@ -216,7 +220,20 @@ def test_the_command_on_nf4(tmp_path, tokenizer, dialogues):
     write_model_and_data(tmp_path, tokenizer, dialogues)
     common = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data.jsonl")]
     common += ["--load_in_4bit", "True", "--max_steps", "20", "--learning_rate", "2e-2", "--report_to", "none"]
-    main(["rank", *common, "--output_dir", str(tmp_path / "out"), "--lora_r", "4", "--gate_steps", "8"])
+    main(
+        [
+            "rank",
+            *common,
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--lora_r",
+            "4",
+            "--gate_steps",
+            "8",
+            "--method",
+            "attribution",
+        ]
+    )
     importance = LayerImportance.load(tmp_path / "out" / "importance.json")
     assert torch.tensor(importance.scores).isfinite().all()
     selection = ["--importance", str(tmp_path / "out" / "importance.json"), "--top_k", "1"]

@@ -50,7 +50,20 @@ def workspace(tmp_path_factory, tokenizer, dialogues):
 
 def rank(workspace, output, *extra) -> None:
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    main(["rank", *data, "--output_dir", str(output), *TRAINING.split(), "--gate_steps", "8", *extra])
+    main(
+        [
+            "rank",
+            *data,
+            "--output_dir",
+            str(output),
+            *TRAINING.split(),
+            "--method",
+            "attribution",
+            "--gate_steps",
+            "8",
+            *extra,
+        ]
+    )
 
 
 def imported_by(*arguments: str) -> set[str]:

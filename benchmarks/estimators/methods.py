@@ -1,10 +1,10 @@
 """
 How do the methods of `learn_gates` differ? On the demo's part a, see `docs/results.md`.
 
-The adapter that `make demo` ranked is ranked anew by "attribution" and by "descent" without and with a budget, and a
-fresh one by "untrained", with one gate for each decoder layer and for each module. Overlap and rank correlation are
-with the ranking by attribution; "kept" is (L(0) − L(mask)) / (L(0) − L(1)) on the demo's held-out dialogues, nothing
-retrained.
+The adapter that `make demo` ranks last, full LoRA's, is ranked anew by "attribution" and by "descent" without and with
+a budget, and a fresh one by "untrained", with one gate for each decoder layer and for each module. Overlap and rank
+correlation are with the ranking by attribution; "kept" is (L(0) − L(mask)) / (L(0) − L(1)) on the demo's held-out
+dialogues, nothing retrained.
 
     python -m benchmarks.estimators.methods --demo demo_output --output benchmarks/results/methods.json
 
@@ -56,7 +56,7 @@ def measure(demo: Path, granularity: Any, methods: list[str], output: Path, figu
     todo = [name for name in methods if name not in found]
     if not todo:
         return
-    model = gated(demo / "part_a" / "adapter", granularity)
+    model = gated(demo / "learned" / "adapter", granularity)
     ranker, held_out = (
         measuring_trainer(model, smollm2(), demo / "data" / f"{d}.jsonl") for d in ("part_a", "held_out")
     )

@@ -16,7 +16,7 @@ class RankArguments:
         granularity (`str`): See [`ILAConfig`].
         adapter (`str`): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
         tuned_model (`str`), tuned_rank (`int`): A fully fine-tuned model to rank as it is, see [`extract_lora`].
-        epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`].
+        epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`], whose defaults they have.
         method (`str`), gate_steps (`int`), min_agreement (`float`), initial_score (`float`),
         gate_learning_rate (`float`), budget (`float`): See [`learn_gates`].
     """
@@ -24,11 +24,16 @@ class RankArguments:
     granularity: Granularity = field(
         default="layer", metadata={"help": "What one gate stands for: a decoder 'layer' or a 'module'."}
     )
-    epsilon: float = field(
-        default=0.02, metadata={"help": "Stage 1 is stable when the smoothed loss changes by less than this."}
+    epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Stage 1 is stable when the smoothed loss changes by less than this, by default 0.02."},
     )
-    window: int = field(default=5, metadata={"help": "The number of logged losses to average."})
-    patience: int = field(default=3, metadata={"help": "How many comparisons in a row must be stable."})
+    window: int | None = field(
+        default=None, metadata={"help": "The number of logged losses to average, by default 5."}
+    )
+    patience: int | None = field(
+        default=None, metadata={"help": "How many comparisons in a row must be stable, by default 3."}
+    )
     adapter: str | None = field(
         default=None, metadata={"help": "A LoRA or ILA adapter to rank as it is, instead of fine-tuning (stage 1)."}
     )
@@ -40,11 +45,13 @@ class RankArguments:
         default=None,
         metadata={"help": "Truncate the deltas of `tuned_model` to this rank; by default they are whole."},
     )
-    method: Method = field(
-        default="attribution",
+    method: Method | None = field(
+        default=None,
         metadata={
-            "help": "Stage 2: 'attribution' measures what each delta is worth at the base model, 'descent' learns the "
-            "scores as the paper does, 'untrained' measures what a fresh adapter promises, without stage 1."
+            "help": "'untrained' measures what a fresh adapter promises, without training: to choose what to tune; "
+            "the default. 'attribution' fine-tunes until stable (stage 1), then measures what each delta is worth: to "
+            "see what fine-tuning changes, and the default with `adapter` or `tuned_model`. 'descent' learns the "
+            "scores after stage 1, as the paper does."
         },
     )
     gate_steps: int | None = field(
@@ -67,13 +74,32 @@ class RankArguments:
         metadata={"help": "Of descent: the share of the units to keep, or from 1 on their number."},
     )
 
+    def stability_settings(self) -> dict[str, Any]:
+        """
+        As [`EpsilonStability`] takes them.
+
+        Raises:
+            ValueError: They are of no use, since there is no stage 1.
+        """
+        settings = {"epsilon": self.epsilon, "window": self.window, "patience": self.patience}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given and self._method() == "untrained":
+            raise ValueError(
+                f"`--{next(iter(given))}` ends stage 1, which `--method untrained` does not have. To fine-tune until "
+                "stable and rank what was learned, pass `--method attribution`."
+            )
+        return given
+
+    def _method(self) -> Method:
+        return self.method or ("attribution" if self.adapter or self.tuned_model else "untrained")
+
     def gate_settings(self) -> dict[str, Any]:
         """As [`learn_gates`] takes them."""
         budget = self.budget
         if budget is not None and budget >= 1 and budget == int(budget):
             budget = int(budget)
         return {
-            "method": self.method,
+            "method": self._method(),
             "steps": self.gate_steps,
             "min_agreement": self.min_agreement or None,
             "initial_score": self.initial_score,

@@ -130,7 +130,7 @@ def rank_by_sft(
         raise ValueError("`--tuned_rank` is of no use without `--tuned_model`.")
     if rank_args.method == "untrained" and (rank_args.adapter or rank_args.tuned_model):
         raise ValueError("`--method untrained` ranks by a fresh adapter: leave out `--adapter` and `--tuned_model`.")
-    stability = EpsilonStability(rank_args.epsilon, rank_args.window, rank_args.patience)
+    stability = EpsilonStability(**rank_args.stability_settings())
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora = lora_config(model_args)
     # the ranked adapter is pushed at the end, not what the trainer saves on the way

@@ -74,7 +74,16 @@ def test_rank_by_accelerate_launch(tmp_path, tokenizer, dialogues):
     def arguments(output, batch):
         data = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data.jsonl")]
         options = "--learning_rate 2e-2 --max_steps 6 --report_to none --disable_tqdm True --lora_r 4 --lora_dropout 0"
-        steps = ["--per_device_train_batch_size", batch, "--gate_steps", "4", "--use_cpu", "True"]
+        steps = [
+            "--per_device_train_batch_size",
+            batch,
+            "--gate_steps",
+            "4",
+            "--use_cpu",
+            "True",
+            "--method",
+            "attribution",
+        ]
         return ["peft_ila.cli", "rank", *data, "--output_dir", str(tmp_path / output), *options.split(), *steps]
 
     main(arguments("one", "8")[1:])

@@ -37,7 +37,8 @@ def workspace(tmp_path_factory, tokenizer, dialogues):
 
 def command(workspace, name, output, *extra):
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    main([name, *data, "--output_dir", str(output), *TRAINING, *extra])
+    both_stages = ["--method", "attribution"] if name == "rank" else []
+    main([name, *data, "--output_dir", str(output), *TRAINING, *both_stages, *extra])
 
 
 def error_of(workspace, name, output, *extra) -> str:
