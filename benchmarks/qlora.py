@@ -194,7 +194,7 @@ class Arms:
 
     def untrained(self) -> None:
         with self.adapted(ILAConfig(**TARGETS, gate_mode="open")) as model:
-            self.rows["untrained"], importance = self.search(self.trainer(model), "untrained")
+            self.rows["rank"], importance = self.search(self.trainer(model), "untrained")
         self.importance = self.importance or importance
 
     def tune(self, share: float) -> None:

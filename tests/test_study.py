@@ -1,6 +1,7 @@
 """What the study of `benchmarks/study` computes by itself, against the package."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from benchmarks.study.arms import ARMS, SEEDS, SETS, Job, Study, layers_within, modules_within, ranks_by_importance
 from benchmarks.study.problem import HELD_OUT, RANK, SCALE, Example, Problem, adapted_modules
 from benchmarks.study.rankings import attribution, untrained
+from benchmarks.study.tables import insert, report
 from peft_ila import ILAConfig, learn_gates
 
 
@@ -112,6 +114,11 @@ def test_every_arm_is_run_for_every_seed():
             job = Job("tune", data, seed, arm, group, learning_rate=study.learning_rate(group))
             assert job.key in done
     assert {job.split("|")[1] for job in done} == set(SETS)
+
+
+def test_the_tables_are_those_of_the_figures():
+    page = Path("docs/reproduction.md").read_text(encoding="utf-8")
+    assert insert(report(Path("benchmarks/results/study")), page) == page
 
 
 def untrained_names():

@@ -100,8 +100,8 @@ def plan(
         **lora: `r` and other options of [`~peft.LoraConfig`].
 
     Returns:
-        `dict`: By the share, such as `"30%"`, and `"rank, stage 2"`, the search's second stage by attribution; its
-        first is as `"100%"`.
+        `dict`: By the share, such as `"30%"`; `"rank"`, the search without training; and `"rank, stage 2"`, that of
+        what was learned, whose first stage is as `"100%"`.
 
     Raises:
         ValueError: No causal language model can be built of the configuration, or the ranking is of another one.
@@ -115,6 +115,7 @@ def plan(
         needed[f"{share:.0%}"] = step.memory(importance.to_lora_config(top_p=share, model=config, **lora))
     whole = importance.to_lora_config(top_p=1.0, **lora)
     granularity = importance.metadata.get("granularity", "layer")
+    needed["rank"] = step.memory(whole, untrained=True)
     needed["rank, stage 2"] = step.memory(ILAConfig.from_lora(whole, granularity=granularity, gate_mode="soft"))
     return needed
 
@@ -178,12 +179,19 @@ class Step:
         self._checkpointing = gradient_checkpointing
         self._dtype = dtype
 
-    def memory(self, config: PeftConfig) -> Memory:
+    def memory(self, config: PeftConfig, untrained: bool = False) -> Memory:
         """
+        Args:
+            config: The adapter.
+            untrained: Whether the step is one of the search without training: B has gradients, and nothing moments.
+
         Raises:
             ValueError: The step cannot be taken without data, or trains more than adapters.
         """
         model = self._with_adapter(config)
+        for name, parameter in model.named_parameters():
+            if untrained and (".lora_A." in name or ".lora_embedding_B." in name):
+                parameter.requires_grad_(False)
         adapter, trainable = _adapter(model)
         gates = sum(p.numel() for name, p in model.named_parameters() if "lora_gate" in name)
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -193,7 +201,7 @@ class Step:
             weights=self._weights(),
             adapter=adapter * 4,
             gradients=trainable * 4,
-            optimizer=(adapter - gates) * 4 * ADAMW,
+            optimizer=0 if untrained else (adapter - gates) * 4 * ADAMW,
             activations=activations,
             recomputed=recomputed,
             logits=logits + self._shape[0] * self._shape[1] * vocabulary * 4 * _GRADIENTS_OF_LOGITS,

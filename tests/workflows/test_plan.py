@@ -95,12 +95,24 @@ def test_stage_2(input_ids):
     assert [line.split("  ")[0] for line in table(planned).splitlines()] == [
         "GB",
         "50%",
+        "rank",
         "rank, stage 2",
         "Beside it: the GPU's context, the kernels' workspaces, what the allocator loses.",
     ]
     memory = planned["rank, stage 2"]
     assert memory.activations + memory.logits - 2 * (2 * 64 * 512 * 4) == pytest.approx(kept(model), rel=0.05)
     assert memory.trainable == 5
+
+
+def test_the_search_without_training():
+    config = CONFIGS["llama"]
+    model = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), LoraConfig(**OPTIONS))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)  # as `learn_gates(method="untrained")` has it
+    memory = plan(config, batch_size=2, max_length=64, shares=(1.0,), r=8)["rank"]
+    assert memory.activations + memory.logits - 2 * (2 * 64 * 512 * 4) == pytest.approx(kept(model), rel=0.05)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (memory.trainable, memory.gradients, memory.optimizer) == (trained, 4 * trained, 0)
 
 
 def test_4_bit(tmp_path):
@@ -129,7 +141,7 @@ def test_the_command(tmp_path, capsys):
     arguments = ["plan", "--model_name_or_path", str(tmp_path), "--max_length", "32"]
     main([*arguments, "--json"])
     figures = json.loads(capsys.readouterr().out)
-    assert list(figures) == ["100%", "75%", "50%", "30%", "10%", "rank, stage 2"]
+    assert list(figures) == ["100%", "75%", "50%", "30%", "10%", "rank", "rank, stage 2"]
     own = figures["50%"]
     held = sum(own[key] for key in ("weights", "adapter", "optimizer", "activations"))
     assert own["total"] == held + max(own["logits"], own["recomputed"] + own["gradients"])
