@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from benchmarks.study.arms import ARMS, SEEDS, SETS, Job, Study, layers_within, modules_within, ranks_by_importance
 from benchmarks.study.problem import HELD_OUT, RANK, SCALE, Example, Problem, adapted_modules
 from benchmarks.study.rankings import attribution, untrained
+from benchmarks.study.tables import Figures, plot
 from peft_ila import ILAConfig, learn_gates
 
 
@@ -118,3 +119,29 @@ def untrained_names():
     yield from (f"untrained, {number} batches" for number in (1, 4, 8, 16))
     yield from ("untrained, L2", "untrained, norm of the mean gradient", "untrained, second moments")
     yield from ("untrained, r = 32", "untrained, A drawn again", "gradient norm", "Fisher")
+
+
+def test_the_picture_holds_what_was_run_and_nothing_else():
+    """Before tuning the loss is 3, of LoRA on all modules 1: half of what a loss is less than 3 is gained."""
+
+    def tuned(group, arm, seed, loss):
+        return {"kind": "tune", "group": group, "arm": arm, "data": "sft_lima", "seed": seed, "loss": loss}
+
+    rows = [{"kind": "rank", "data": "sft_lima", "seed": seed, "loss": 3.0} for seed in SEEDS]
+    rows += [tuned("all", "full search", seed, 1.0) for seed in SEEDS]
+    rows += [tuned("modules 10", "full search", seed, 2.0 - 0.2 * seed) for seed in (0, 1)]
+    rows += [tuned("modules 30", "full search", seed, 1.2) for seed in SEEDS]
+    rows += [tuned("modules 30", f"random {draw}", seed, 1.6 + 0.2 * draw) for draw in (0, 1) for seed in SEEDS]
+    rows += [tuned("modules 30", "bottom", 0, 2.9)]  # a single run has no standard error
+    axes = plot(Figures(rows)).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10 %", "30 %"]
+    drawn = {own.get_label(): own for own in axes.containers}
+    assert list(drawn) == ["full search (2/3 runs)", "random (3 runs)"]
+    full, chance = ((own.lines[0], own.lines[2][0].get_segments()) for own in drawn.values())
+    assert full[0].get_ydata().tolist() == pytest.approx([0.55, 0.9]) and full[0].get_linestyle() == "None"
+    assert [[round(x) for x in points.get_xdata()] for points, _ in (full, chance)] == [[0, 1], [1]]
+    assert chance[0].get_ydata().tolist() == pytest.approx([0.65])
+    # losses 2.0 and 1.8: 0.5 and 0.6 are gained, a standard deviation of 0.1/√2 of two
+    assert full[1][0][:, 1].tolist() == pytest.approx([0.5, 0.6]) and full[1][1][:, 1].tolist() == pytest.approx(
+        [0.9] * 2
+    )

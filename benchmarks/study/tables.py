@@ -2,6 +2,8 @@
 The tables of a study's figures, as Markdown: what `docs/study.md` is made of.
 
     python -m benchmarks.study.tables benchmarks/results/study > docs/study.md
+
+`--plot FILE` draws what is gained by each share of the parameters, as far as it was run.
 """
 
 import argparse
@@ -13,9 +15,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.study.arms import ALIGNMENT, CHANCE, SEEDS, SETS, TUNING_SEED, TUNING_SETS
 from benchmarks.study.run import TEXTS, read
 from peft_ila import LayerImportance
+from peft_ila.files import whole_file
 from peft_ila.units import unit_of
 
 INTRODUCTION = """# The study
@@ -36,6 +41,9 @@ NAMES = {
     "text_wikitext2": "WikiText-2",
     "text_c4": "C4",
 }
+
+
+SHARES = (10, 20, 30, 75)  # of the parameters, in per cent, that are tuned in the groups "modules 10", …
 
 
 class Figures:
@@ -262,9 +270,37 @@ def curves(figures: Figures) -> None:
     table(["set", "runs", "before", "half way", "three quarters", "at the end"], rows)
 
 
+def plot(figures: Figures) -> Figure:
+    """What is gained by the share of the parameters that is tuned, in modules; mean ± standard error over runs."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    shares = [share for share in SHARES if figures.arms(f"modules {share}")]
+    arms = list(dict.fromkeys(arm for share in shares for arm in figures.arms(f"modules {share}")))
+    arms = [arm for arm in arms if not arm.startswith("of ")]
+    for position, (arm, marker) in enumerate(zip(arms, itertools.cycle("osD^vP*Xh"))):
+        found = {}
+        for column, share in enumerate(shares):
+            gained = [figures.gained(f"modules {share}", arm, run) for run in itertools.product(ALIGNMENT, SEEDS)]
+            known = [value for value in gained if value is not None]
+            if len(known) > 1:  # one alone has no error
+                place = column + 0.6 * (position / max(1, len(arms) - 1) - 0.5)  # arms stand side by side
+                found[place] = len(known), statistics.mean(known), statistics.stdev(known) / math.sqrt(len(known))
+        if found:
+            numbers, means, errors = zip(*found.values())
+            label = f"{arm} ({'/'.join(map(str, dict.fromkeys(numbers)))} runs)"
+            axes.errorbar(list(found), means, errors, fmt=marker, capsize=3, label=label)
+    axes.axhline(1, color="black", linestyle="--", label="LoRA on all modules")
+    axes.set_xticks(range(len(shares)), [f"{share} %" for share in shares])
+    axes.set(xlim=(-0.5, len(shares) - 0.5), xlabel="share of the parameters that are tuned")
+    axes.set_ylabel("gained, as a share of LoRA's on all modules")
+    figure.legend(loc="outside right center")
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
+    parser.add_argument("--plot", type=Path, help="a picture to write")
     args = parser.parse_args()
     made_by = json.loads((args.results / "made_by.json").read_text())
     figures = Figures(read(args.results / "figures.jsonl"))
@@ -279,6 +315,9 @@ def main() -> None:
     budgets(figures)
     forgetting(figures)
     rates(figures)
+    if args.plot:
+        with whole_file(args.plot) as temporary:
+            plot(figures).savefig(temporary, dpi=150)
 
 
 if __name__ == "__main__":
