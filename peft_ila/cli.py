@@ -23,13 +23,20 @@ from typing import Any
 from .choices import Format
 from .files import locked
 from .ranking.importance import LayerImportance
-from .ranking.table import comparison_rows, comparison_table, ranking_rows, ranking_table
+from .ranking.table import comparison_rows, comparison_table, plot_overlaps, ranking_rows, ranking_table
 from .terminal import EXIT_CODES, TRL_OPTIONS, HelpFormatter, silence_others, versions
-from .workflows.arguments import RankArguments, SelectionArguments, StepArguments, TuneArguments, required
+from .workflows.arguments import (
+    BudgetArguments,
+    RankArguments,
+    SelectionArguments,
+    StepArguments,
+    TuneArguments,
+    required,
+)
 
 
 @dataclass
-class ConvertArguments(StepArguments, SelectionArguments):
+class ConvertArguments(StepArguments, BudgetArguments):
     """Arguments of `peft-ila convert`. Those of a training step are for `memory_budget` alone."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Where to write the file."})
@@ -57,8 +64,15 @@ class ExportArguments:
 
 
 @dataclass
-class PlotArguments:
-    """Arguments of `peft-ila plot`."""
+class CompareArguments:
+    """Arguments of `peft-ila compare`."""
+
+    output: str | None = field(default=None, metadata={"help": "A picture of the overlaps to write."})
+
+
+@dataclass
+class PlotArguments(SelectionArguments):
+    """Arguments of `peft-ila plot`, which outlines a selection if one is given."""
 
     output: str = field(default="importance.png", metadata={"help": "The picture to write."})
 
@@ -184,22 +198,24 @@ def export(args: ExportArguments, others: argparse.Namespace) -> str:
     return f"Wrote {files}.\n{_loading(args.output_dir)}"
 
 
-def compare(others: argparse.Namespace) -> str:
-    """Print overlap and rank correlation of each pair of rankings."""
+def compare(args: CompareArguments, others: argparse.Namespace) -> str:
+    """Print overlap and rank correlation of each pair of rankings, with `--output` draw the overlaps too."""
     if len(others.importance) < 2:
         raise ValueError("`compare` needs at least two rankings.")
     rankings = [(path, LayerImportance.load(path)) for path in others.importance]
+    if args.output:
+        plot_overlaps(rankings, args.output)
     if not others.json:
-        return comparison_table(rankings)
+        return comparison_table(rankings) + (f"\nWrote {args.output}." if args.output else "")
     rows = comparison_rows(rankings)
     for row in rows:
         row["spearman"] = None if math.isnan(row["spearman"]) else row["spearman"]
-    return _as_json({"pairs": rows})
+    return _as_json({**({"written": [args.output]} if args.output else {}), "pairs": rows})
 
 
 def plot(args: PlotArguments, others: argparse.Namespace) -> str:
-    """Draw the heatmap of a ranking."""
-    LayerImportance.load(others.importance).plot(args.output)
+    """Draw the heatmap of a ranking; a selection is outlined."""
+    LayerImportance.load(others.importance).plot(args.output, **args.selection())
     return f"Wrote {args.output}."
 
 
@@ -238,7 +254,7 @@ _COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
     "convert": (convert, [ConvertArguments]),
     "tune": (tune, [TuneArguments]),
     "export": (export, [ExportArguments]),
-    "compare": (compare, []),
+    "compare": (compare, [CompareArguments]),
     "plot": (plot, [PlotArguments]),
     "plan": (plan, [PlanArguments]),
     "demo": (demo, [DemoArguments]),

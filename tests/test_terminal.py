@@ -182,6 +182,31 @@ def test_compare_as_json(rankings, capsys):
     }
 
 
+def test_compare_draws_what_overlaps(tmp_path, rankings, capsys):
+    picture = tmp_path / "overlap.svg"
+    main(["compare", *rankings, "--output", str(picture)])
+    assert capsys.readouterr().out.splitlines()[-2:] == ["(by chance: 0.60 and 0.18)", f"Wrote {picture}."]
+    assert "top 30 % (by chance 0.18)" in picture.read_text()
+    picture.unlink()
+    main(["compare", *rankings, "--json", "--output", str(picture)])
+    result = json.loads(capsys.readouterr().out)
+    assert result["written"] == [str(picture)] and len(result["pairs"]) == 1 and picture.exists()
+
+
+def test_plot_outlines_a_selection(tmp_path, rankings, capsys):
+    picture = tmp_path / "heatmap.svg"
+    (tmp_path / "config.yaml").write_text("top_p: 0.5\n")
+    for selection in (["--top_k", "2"], ["--threshold", "0.9"], ["--config", str(tmp_path / "config.yaml")]):
+        main(["plot", rankings[0], *selection, "--output", str(picture)])
+        assert capsys.readouterr().out == f"Wrote {picture}.\n"
+        number = len(LayerImportance.load(rankings[0]).select(threshold=0.9)) if "--threshold" in selection else 2
+        assert f"selected: {number} of 4" in picture.read_text()
+    main(["plot", rankings[0], "--output", str(picture)])
+    assert "selected" not in picture.read_text()
+    with pytest.raises(SystemExit, match="exactly one of `top_p`"):
+        main(["plot", rankings[0], "--top_k", "2", "--top_p", "0.3", "--output", str(picture)])
+
+
 def test_an_undefined_correlation_is_null(tmp_path, rankings, capsys):
     level = save(tmp_path / "level.json", 1, 1, 1, 1)
     assert math.isnan(LayerImportance.load(level).spearman(LayerImportance.load(rankings[0])))

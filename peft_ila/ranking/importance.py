@@ -272,19 +272,37 @@ class LayerImportance:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        min_probability: float | None = None,
+        units: Sequence[str] | None = None,
+    ) -> "Figure":
         """
-        Draw the gates as a heatmap: decoder layers along x, for modules the linear names along y. Units outside every
-        stack of layers, such as `lm_head`, get a last column. Where the ranking says how sure it is, a dot marks the
-        units that are in the top 30 % or not by a coin toss.
+        Draw the gates as a heatmap: decoder layers along x, for modules the linear names along y; many layers go on
+        in bands below. Units outside every stack of layers, such as `lm_head`, get a last column. Where the ranking
+        says how sure it is, a dot marks the units that are among the selected share or number, by default the top
+        30 %, or not by a coin toss, see [`coin_tosses`].
 
         Args:
             path (`str`, *optional*): The picture to write; matplotlib tells the format from its suffix.
+            top_p, top_k, threshold, min_probability, units: What to outline, see [`select`]; by default nothing.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: A bad selection, or a path without a suffix that names a format.
         """
         from .plotting import heatmap
 
-        unsure = self.coin_tosses(top_p=0.3) if self.spread else []
-        return heatmap(dict(zip(self.units, self.gates)), unsure, self.metadata.get("model"), path)
+        selection = (top_p, top_k, threshold, min_probability, units)
+        selected = self.select(*selection) if any(value is not None for value in selection) else []
+        if not selected:
+            top_p = 0.3
+        unsure = self.coin_tosses(top_p, top_k) if self.spread and threshold is None and units is None else []
+        return heatmap(dict(zip(self.units, self.gates)), unsure, selected, self.metadata.get("model"), path)
 
     def save_card(self, directory: str | os.PathLike[str]) -> None:
         """

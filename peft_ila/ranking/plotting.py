@@ -1,9 +1,10 @@
-"""The heatmap of a ranking. Changes with how it looks."""
+"""The pictures of rankings: the heatmap, and how rankings overlap. Changes with how they look."""
 
+import itertools
 import math
 import os
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,16 +12,24 @@ from ..files import whole_file
 from ..units import split_layer
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_COLUMNS, _MOST_ROWS = 130, 60
 _LONGEST = 80  # characters of a name
+_LAYER = "decoder layer"  # the row of whole layers of the only stack
 _NO_LAYER = "–"  # the last column, for units outside every stack of layers, such as `lm_head`
+_LABELS = 60  # names along y at most
+# more layers than this go on in a band below, like lines of text; so many bands and rows at most, then cells shrink
+_COLUMNS, _BANDS, _ROWS = 40, 10, 40
+_CELL, _WIDEST = 0.25, 10.0  # inches
+_CHARACTER = 0.07  # inches, at the font size of the labels
+_FONT = 8
 
 
 def heatmap(
     gates: Mapping[str, float],
     unsure: Collection[str] = (),
+    selected: Collection[str] = (),
     model: str | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> "Figure":
@@ -29,14 +38,96 @@ def heatmap(
 
     Args:
         gates: The gate of each unit, in the order of the model.
-        unsure: The units to mark by a dot.
+        unsure: The units to mark by a dot: selected or not by a coin toss; without `selected`, in the top 30 % or not.
+        selected: The units to outline.
         model: The model's name or path, for the title.
+        path: The picture to write.
+
+    Returns:
+        The figure. Its axes are bands of layers, from the first layer on, and the colour bar.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The path has no suffix that names a format.
+    """
+    figure = _figure(path)
+    from matplotlib.colors import Normalize
+
+    cells = _cells(list(gates))
+    columns = sorted({column for _, column in cells.values()})
+    rows = list(dict.fromkeys(row for row, _ in cells.values()))
+    across = {column: position for position, column in enumerate(columns)}
+    down = {row: position for position, row in enumerate(rows)}
+    place = {unit: (down[row], across[column]) for unit, (row, column) in cells.items()}
+
+    bands = max(1, min(math.ceil(len(columns) / _COLUMNS), _BANDS, _ROWS // len(rows)))
+    wide = math.ceil(len(columns) / bands)
+    values = np.full((len(rows), bands * wide), math.nan)
+    dots, outlined = np.zeros(values.shape, dtype=bool), np.zeros(values.shape, dtype=bool)
+    for unit, gate in gates.items():
+        values[place[unit]] = gate
+    for units, marked in ((unsure, dots), (selected, outlined)):
+        for unit in units:
+            marked[place[unit]] = True
+
+    title = "importance" + (f" of the layers of {_short(os.path.basename(model))}" if model else "")
+    names = [_short(row) for row in rows] if rows != [_LAYER] else []
+    width = max(4.5, 0.085 * len(title), min(_WIDEST, _CELL * wide))
+    height = max(0.5, _CELL * min(len(rows), _LABELS))
+    figure.set_size_inches(1 + _CHARACTER * max(map(len, names), default=0) + width, 0.9 + bands * (height + 0.3))
+    every = figure.subplots(bands, squeeze=False)[:, 0]
+    norm = Normalize(min(gates.values()), max(gates.values()))
+    for band, axes in enumerate(every):
+        part = slice(band * wide, (band + 1) * wide)
+        image = axes.imshow(values[:, part], aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
+        _ticks(axes, columns[part], names, width / wide)
+        _mark(axes, dots[:, part], outlined[:, part], 72 * min(width / wide, height / len(rows)))
+    every[0].set_title(title, fontsize=10, parse_math=False)
+    if columns[0] != math.inf:
+        every[-1].set_xlabel("decoder layer", fontsize=_FONT)
+    _bar(image, every, "gate γ = σ(s)", bands * height)
+    _legend(figure, len(selected), len(gates), bool(unsure))
+    _write(figure, path)
+    return figure
+
+
+def overlap_matrix(
+    names: Sequence[str],
+    overlaps: Mapping[float, Sequence[Sequence[float]]],
+    path: str | os.PathLike[str] | None = None,
+) -> "Figure":
+    """
+    See [`~ranking.table.plot_overlaps`].
+
+    Args:
+        names: Of the n rankings.
+        overlaps: By the share that is selected, in (0, 1), an n × n matrix of Jaccard indices, in [0, 1].
         path: The picture to write.
 
     Raises:
         ImportError: matplotlib is missing.
         ValueError: The path has no suffix that names a format.
     """
+    figure = _figure(path)
+    labels = [f"{_short(name)}  {number}" for number, name in enumerate(names, start=1)]
+    side = max(1.8, 0.45 * len(names))
+    figure.set_size_inches(1 + _CHARACTER * max(map(len, labels)) + (side + 0.3) * len(overlaps), 1 + side)
+    every = figure.subplots(1, len(overlaps), squeeze=False, sharey=True)[0]
+    for axes, (share, matrix) in zip(every, overlaps.items()):
+        image = axes.imshow(matrix, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(np.array(matrix)):
+            color = "black" if value > 0.45 else "white"
+            axes.text(column, row, f"{value:.2f}", color=color, fontsize=_FONT, ha="center", va="center")
+        # of n units and the share p, |A ∩ B| is p²·n by chance and |A ∪ B| = 2·p·n - p²·n
+        axes.set_title(f"top {100 * share:.0f} % (by chance {share / (2 - share):.2f})", fontsize=10)
+        axes.set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=_FONT)
+        axes.set_yticks(range(len(names)), labels, fontsize=_FONT, parse_math=False)
+    _bar(image, every, "overlap |A ∩ B| / |A ∪ B|", side)
+    _write(figure, path)
+    return figure
+
+
+def _figure(path: str | os.PathLike[str] | None) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -46,39 +137,77 @@ def heatmap(
     formats = figure.canvas.get_supported_filetypes()
     if path is not None and os.path.splitext(path)[1].removeprefix(".").lower() not in formats:
         raise ValueError(f"The suffix of {os.fspath(path)!r} is not supported; it must be one of {[*formats]}.")
+    return figure
 
-    cells = _cells(list(gates))
-    columns = sorted({column for _, column in cells.values()})
-    across = {column: position for position, column in enumerate(columns)}
-    rows = list(dict.fromkeys(row for row, _ in cells.values()))
-    down = {row: position for position, row in enumerate(rows)}
-    values = np.full((len(rows), len(columns)), math.nan)
-    for unit, (row, column) in cells.items():
-        values[down[row], across[column]] = gates[unit]
 
-    # of a model with more layers or names than this, the cells are smaller
-    figure.set_size_inches(
-        2.5 + 0.3 * min(max(len(columns), 8), _MOST_COLUMNS), 1.3 + 0.3 * min(max(len(rows), 2), _MOST_ROWS)
-    )
-    axes = figure.add_subplot()
-    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
-    unsure = set(unsure)
-    if dots := [cells[unit] for unit in gates if unit in unsure]:
-        axes.scatter([across[column] for _, column in dots], [down[row] for row, _ in dots], s=8, color="white")
-    step = math.ceil(len(columns) / 40)
-    labels = [_NO_LAYER if column == math.inf else str(int(column)) for column in columns]
-    axes.set_xticks(range(0, len(columns), step), labels[::step], fontsize=8)
-    step = math.ceil(len(rows) / _MOST_ROWS)
-    # names may hold signs that matplotlib reads as formulas
-    axes.set_yticks(range(0, len(rows), step), [_short(row) for row in rows[::step]], fontsize=8, parse_math=False)
-    axes.set_xlabel("decoder layer")
-    title = "importance" + (f" of the layers of {_short(os.path.basename(model))}" if model else "")
-    axes.set_title(title, fontsize=10, parse_math=False)
-    figure.colorbar(image, label="gate γ = σ(s)")
+def _write(figure: "Figure", path: str | os.PathLike[str] | None) -> None:
     if path is not None:
         with whole_file(path) as temporary:
             figure.savefig(temporary, dpi=150)
-    return figure
+
+
+def _bar(image: Any, every: Any, label: str, height: float) -> None:
+    """Say what the colours of some axes mean, beside them; their height is in inches."""
+    bar = image.figure.colorbar(image, ax=list(every), pad=0.01, fraction=0.05, aspect=15 * height)
+    bar.set_label(label, fontsize=_FONT)
+    bar.ax.tick_params(labelsize=_FONT)
+
+
+def _ticks(axes: "Axes", columns: Sequence[float], names: Sequence[str], cell: float) -> None:
+    """Label what there is room for; `cell` is a column's width in inches."""
+    labels = [_NO_LAYER if column == math.inf else _short(str(int(column))) for column in columns]
+    room = _CHARACTER * (1 + max(map(len, labels)))
+    powers = (10**power * step for power in itertools.count() for step in (1, 2, 5))
+    step = next(step for step in powers if step * cell >= room)
+    ticks = list(range(0, len(labels), step))
+    if labels[-1] == _NO_LAYER:
+        ticks = [*(tick for tick in ticks if tick < len(labels) - step), len(labels) - 1]
+    axes.set_xticks(ticks, [labels[tick] for tick in ticks], fontsize=_FONT)
+    step = math.ceil(len(names) / _LABELS) or 1
+    # names may hold signs that matplotlib reads as formulas
+    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=_FONT, parse_math=False)
+    axes.spines[:].set_visible(False)
+
+
+def _mark(axes: "Axes", dots: Any, outlined: Any, cell: float) -> None:
+    """
+    Draw dots, and a line around what is outlined: black and white, to be seen on all colours.
+
+    Args:
+        axes: Those of the cells.
+        dots, outlined: Which cells, boolean, (rows, columns).
+        cell: The lesser of a cell's width and height, in points.
+    """
+    from matplotlib.collections import LineCollection
+
+    if dots.any():
+        rows, columns = np.nonzero(dots)
+        size = min(4.5, max(1.0, cell / 2))
+        axes.scatter(columns, rows, s=size**2, color="white", edgecolor="black", linewidth=size / 6, zorder=4)
+    if outlined.any():
+        padded = np.pad(outlined, 1)
+        upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1]) - 0.5
+        level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1]) - 0.5
+        lines = [((x, y), (x, y + 1)) for y, x in upright] + [((x, y), (x + 1, y)) for y, x in level]
+        width = min(1.2, cell / 12)
+        for color, wide in (("white", 3 * width), ("black", width)):
+            axes.add_collection(
+                LineCollection(lines, colors=color, linewidths=wide, capstyle="projecting", clip_on=False, zorder=1.4)
+            )
+
+
+def _legend(figure: "Figure", selected: int, units: int, unsure: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = []
+    if selected:
+        handles.append(Patch(facecolor="none", edgecolor="black", label=f"selected: {selected} of {units}"))
+    if unsure:
+        label = "selected or not by a coin toss" if selected else "in the top 30 % or not by a coin toss"
+        handles.append(Line2D([], [], linestyle="", marker="o", mfc="white", mec="black", ms=4, mew=0.7, label=label))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=_FONT, frameon=False)
 
 
 def _short(name: str) -> str:
@@ -97,6 +226,6 @@ def _cells(units: list[str]) -> dict[str, tuple[str, float]]:
             continue
         stack, index = layer
         inner = unit.removeprefix(f"{stack}.{index}").removeprefix(".")
-        row = (inner or "decoder layer") if one_stack else f"{stack}.*.{inner}".removesuffix(".")
+        row = (inner or _LAYER) if one_stack else f"{stack}.*.{inner}".removesuffix(".")
         cells[unit] = (row, index)
     return cells

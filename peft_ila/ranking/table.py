@@ -1,12 +1,17 @@
-"""Rankings as rows and as text for the terminal."""
+"""Rankings as rows, as text for the terminal, and side by side as a picture."""
 
+import os
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .card import TOP_ROWS
 from .comparison import is_coin_toss
 from .importance import LayerImportance
+from .plotting import overlap_matrix
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SHARE = 0.3  # the table shows how sure it is that a unit belongs to this share
 
@@ -81,3 +86,21 @@ def comparison_table(rankings: Sequence[tuple[str, LayerImportance]]) -> str:
         figures = f"{row['overlap_75']:>11.2f}  {row['overlap_30']:>11.2f}  {row['spearman']:>8.2f}"
         lines.append(f"{row['a']:<{width}}  {row['b']:<{width}}  {figures}")
     return "\n".join([*lines, "(by chance: 0.60 and 0.18)"])
+
+
+def plot_overlaps(
+    rankings: Sequence[tuple[str, LayerImportance]], path: str | os.PathLike[str] | None = None
+) -> "Figure":
+    """
+    Draw how much of the top 30 % and of the top 75 % each two rankings share, as two matrices with the numbers.
+
+    Args:
+        rankings: Each with its name.
+        path: The picture to write; matplotlib tells the format from its suffix.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: Two rankings are of different units, or the path has no suffix that names a format.
+    """
+    overlaps = {share: [[a.overlap(b, share) for _, b in rankings] for _, a in rankings] for share in (0.3, 0.75)}
+    return overlap_matrix([name for name, _ in rankings], overlaps, path)

@@ -110,7 +110,7 @@ class RankArguments:
 
 @dataclass
 class SelectionArguments:
-    """What to select: exactly one of these but the fourth, see [`LayerImportance.select`] and [`select_within`]."""
+    """What to select: exactly one of the first three, see [`LayerImportance.select`]."""
 
     top_p: float | None = field(default=None, metadata={"help": "The share of the units to select, in (0, 1]."})
     top_k: int | None = field(default=None, metadata={"help": "The number of units to select."})
@@ -118,6 +118,16 @@ class SelectionArguments:
     min_probability: float | None = field(
         default=None, metadata={"help": "Of the share or number, only units that belong to it with this probability."}
     )
+
+    def selection(self) -> dict[str, Any]:
+        """As [`LayerImportance.select`] takes it."""
+        return {name: getattr(self, name) for name in ("top_p", "top_k", "threshold", "min_probability")}
+
+
+@dataclass
+class BudgetArguments(SelectionArguments):
+    """What to select, or a memory budget that decides it, see [`select_within`]."""
+
     memory_budget: str | None = field(
         default=None,
         metadata={
@@ -133,7 +143,7 @@ class SelectionArguments:
         Raises:
             ValueError: The budget is not alone.
         """
-        selection = {name: getattr(self, name) for name in ("top_p", "top_k", "threshold", "min_probability")}
+        selection = super().selection()
         if self.memory_budget is None:
             return selection
         if others := [f"`--{name}`" for name, value in selection.items() if value is not None]:
@@ -163,7 +173,7 @@ class StepArguments:
 
 
 @dataclass
-class TuneArguments(SelectionArguments):
+class TuneArguments(BudgetArguments):
     """Arguments of `peft-ila tune`."""
 
     importance: str | None = field(default=None, metadata={"help": "The ranking, as `rank` wrote it."})

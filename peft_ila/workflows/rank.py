@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
 from ..export.adapters import adapter_directory
-from ..files import read_json, whole_directory
+from ..files import read_json, whole_directory, whole_file
 from ..ranking.importance import LayerImportance
 from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
@@ -131,8 +132,9 @@ def rank_in(
     importance.metadata |= {**metadata, "stage_1": stage_1}
     _save_adapter(trainer, run, stage_1, importance)
     if trainer.is_world_process_zero():
-        importance.save(run.directory / RANKING)
-        importance.plot(run.directory / PICTURE)
+        for name in (PICTURE, RANKING):  # as the card has them; the ranking says that the run is done
+            with whole_file(run.directory / name) as temporary:
+                shutil.copyfile(done / name, temporary)
     return importance
 
 

@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 
 from peft_ila import LayerImportance
+from peft_ila.ranking.table import plot_overlaps
 
 
 def axes_of(importance):
@@ -17,7 +19,8 @@ def labels(axes, axis):
 def test_layers_are_one_row():
     importance = LayerImportance(units=[f"model.layers.{i}" for i in range(4)], scores=[0.0, 1.0, -1.0, 2.0])
     axes = axes_of(importance)
-    assert labels(axes, "x") == ["0", "1", "2", "3"] and labels(axes, "y") == ["decoder layer"]
+    assert labels(axes, "x") == ["0", "1", "2", "3"] and axes.get_xlabel() == "decoder layer"
+    assert labels(axes, "y") == []  # it would say the same as the x-axis
     assert axes.images[0].get_array().tolist() == [importance.gates]
 
 
@@ -45,9 +48,105 @@ def test_units_that_are_selected_by_a_coin_toss_are_marked():
     assert not axes_of(LayerImportance(units, scores)).collections
 
 
-def test_many_layers_keep_readable_ticks():
-    importance = LayerImportance(units=[f"h.{i}" for i in range(126)], scores=[0.1 * i for i in range(126)])
-    assert len(labels(axes_of(importance), "x")) <= 40
+def test_dots_are_of_the_selection_that_is_outlined():
+    importance = LayerImportance([f"h.{i}" for i in range(5)], [4.0, 2.01, 2.0, 1.0, 0.0], spread=[0.1] * 5)
+    dots, *_ = importance.plot(top_k=2).axes[0].collections
+    assert dots.get_offsets().tolist() == [[1, 0], [2, 0]]
+    for selection in ({"threshold": 0.8}, {"units": ["h.0"]}):
+        assert {type(own).__name__ for own in importance.plot(**selection).axes[0].collections} == {"LineCollection"}
+
+
+def outlines(figure):
+    """The lines around cells in each band, as pairs of points."""
+    lines = [[own for own in axes.collections if hasattr(own, "get_segments")] for axes in figure.axes[:-1]]
+    return [{tuple(map(tuple, line.tolist())) for own in band for line in own.get_segments()} for band in lines]
+
+
+def around(column, row):
+    """The four sides of a cell."""
+    left, right, above, below = column - 0.5, column + 0.5, row - 0.5, row + 0.5
+    upright = {((x, above), (x, below)) for x in (left, right)}
+    return upright | {((left, y), (right, y)) for y in (above, below)}
+
+
+def test_the_selection_is_outlined():
+    units = [f"h.{i}.{name}" for i in range(4) for name in "ab"]
+    importance = LayerImportance(units, [9.0, 0.0, 0.0, 0.0, 0.0, 8.0, 0.0, 7.0])
+    assert outlines(importance.plot()) == [set()]
+    assert outlines(importance.plot(top_k=3)) == [around(0, 0) | (around(2, 1) ^ around(3, 1))]  # none between them
+    figure = importance.plot(units=["h.3.a"])
+    assert outlines(figure) == [around(3, 0)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["selected: 1 of 8"]
+    assert not importance.plot().legends
+    with pytest.raises(ValueError, match="`top_p` is the share of units"):
+        importance.plot(top_p=2)
+    with pytest.raises(ValueError, match="exactly one of"):
+        importance.plot(min_probability=0.5)
+
+
+@pytest.mark.parametrize("layers, names, bands", [(30, 1, 1), (40, 7, 1), (126, 1, 4), (126, 7, 4), (1000, 1, 10)])
+def test_many_layers_go_on_in_bands_below(layers, names, bands):
+    units = [f"h.{i}.{name}" for i in range(layers) for name in "abcdefg"[:names]]
+    importance = LayerImportance(units, [0.01 * i for i in range(len(units))])
+    figure = importance.plot(units=["h.0.a", units[-1]])
+    *every, _ = figure.axes
+    assert len(every) == bands
+    drawn = np.concatenate([axes.images[0].get_array().filled(math.nan) for axes in every], axis=1)
+    assert drawn.T[:layers].flatten().tolist() == importance.gates and np.isnan(drawn[:, layers:]).all()
+    wide = drawn.shape[1] // bands
+    for band, axes in enumerate(every):
+        assert [int(label) for label in labels(axes, "x")] == [band * wide + int(tick) for tick in axes.get_xticks()]
+        assert labels(axes, "y") == [*"abcdefg"[:names]]
+        assert axes.images[0].norm is every[0].images[0].norm
+    # in inches, of labels of 8 points
+    assert np.diff(every[0].get_xticks()).min() * 10 / max(wide, 40) >= 0.07 * len(str(layers))
+    assert around(0, 0) <= outlines(figure)[0]
+    assert around((layers - 1) % wide, names - 1) <= outlines(figure)[-1]
+
+
+def test_lightness_grows_with_the_gate():
+    image = axes_of(LayerImportance(["h.0", "h.1"], [0.0, 1.0])).images[0]
+    red, green, blue, _ = image.cmap(np.linspace(0, 1, 256)).T
+    assert (np.diff(0.299 * red + 0.587 * green + 0.114 * blue) > 0).all()  # as pictures are made grey, ITU-R BT.601
+
+
+def test_pictures_are_opaque(tmp_path):
+    from matplotlib.image import imread
+
+    importance = LayerImportance(["h.0", "h.1"], [0.0, 1.0])
+    importance.plot(tmp_path / "heatmap.png", top_k=1)
+    plot_overlaps([("a", importance), ("b", importance)], tmp_path / "overlap.png")
+    for name in ("heatmap.png", "overlap.png"):  # their text is dark, the page that shows them may be, too
+        picture = imread(tmp_path / name)
+        assert (picture[..., 3] == 1).all() and (picture[0] == 1).all()
+
+
+def test_units_outside_every_stack_have_no_layer():
+    axes = axes_of(LayerImportance(["embed", "lm_head"], [0.0, 1.0]))
+    assert labels(axes, "y") == ["embed", "lm_head"] and axes.get_xlabel() == ""
+
+
+def test_overlaps(tmp_path):
+    units = [f"h.{i}" for i in range(4)]
+    rankings = [LayerImportance(units, scores) for scores in ([4, 3, 2, 1], [1, 3, 2, 4], [4, 3, 2, 1])]
+    names = ["$\\frac{", "b\x1b.json", "$\\frac{"]
+    figure = plot_overlaps(list(zip(names, rankings)), tmp_path / "overlap.svg")
+    top_30, top_75, _ = figure.axes
+    assert top_30.get_title() == "top 30 % (by chance 0.18)" and top_75.get_title() == "top 75 % (by chance 0.60)"
+    assert labels(top_30, "y") == ["$\\frac{  1", "b .json  2", "$\\frac{  3"] and labels(top_75, "x") == [
+        "1",
+        "2",
+        "3",
+    ]
+    for axes, share in ((top_30, 0.3), (top_75, 0.75)):
+        expected = [f"{a.overlap(b, share):.2f}" for a in rankings for b in rankings]
+        assert [text.get_text() for text in axes.texts] == expected
+        places = [text.get_position() for text in axes.texts]
+        assert places == [(column, row) for row in range(3) for column in range(3)]
+    assert top_30.texts[1].get_text() == "0.00" and top_75.texts[1].get_text() == "0.50"
+    assert "$\\frac{" in (tmp_path / "overlap.svg").read_text()
+    with pytest.raises(ValueError, match="Only rankings of the same units"):
+        plot_overlaps([("a", rankings[0]), ("b", LayerImportance(["h.9"], [1.0]))])
 
 
 def test_names_that_are_no_names(tmp_path):

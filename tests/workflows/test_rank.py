@@ -30,6 +30,8 @@ def test_both_stages_and_their_files(tmp_path, tokenizer, dialogues, make):
     adapter = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     assert adapter.layer_importance().scores == importance.scores
     assert "## Layer importance" in (tmp_path / "adapter" / "README.md").read_text()
+    for name in ("importance.json", "importance.png"):  # the card has them too
+        assert (tmp_path / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
 
 def test_the_trainers_own_stability_is_taken(tmp_path, tokenizer, dialogues):
