@@ -2,6 +2,8 @@
 
 import os
 import sys
+from itertools import pairwise
+from typing import Any
 
 from .version import __version__
 
@@ -13,18 +15,14 @@ def _is_command_line() -> bool:
     PEFT and torch take seconds to import, and several commands need neither. So there, and only there, this module
     imports nothing: the commands import what they need, and importing `tuner` registers ILA.
     """
-    program = getattr(sys, "argv", None) or [""]
-    by_name = os.path.basename(program[0]) in ("peft-ila", "peft-ila.exe")
-    return by_name or (program[0] == "-m" and "peft_ila.cli" in sys.orig_argv)
+    program = (getattr(sys, "argv", None) or [""])[0]
+    if program == "-m":  # the module that is run is being looked for
+        return ("-m", "peft_ila.cli") in pairwise(sys.orig_argv)
+    return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and os.path.isfile(program)
 
 
 if not _is_command_line():
-    from .export.freezing import FrozenPrefix
-    from .ranking.importance import LayerImportance
-    from .search.gates import learn_gates
-    from .search.stability import EpsilonStability
-    from .tuner.config import ILAConfig
-    from .tuner.model import ILAModel
+    from .api import EpsilonStability, FrozenPrefix, ILAConfig, ILAModel, LayerImportance, learn_gates
     from .tuner.registration import register
 
     register(ILAConfig, ILAModel)  # `tuner` has done it; once more after `importlib.reload`
@@ -38,3 +36,12 @@ __all__ = [
     "__version__",
     "learn_gates",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that the command line has not imported (PEP 562), such as for code that a model brings along."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
+
+    return getattr(api, name)

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -352,3 +353,33 @@ def test_exit_codes_are_documented():
     guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", guide, flags=re.M))
     assert set(rows) == {"0", "1", "2", "130"}
+
+
+def test_other_programs_register_the_method_at_once(tmp_path, monkeypatch):
+    """Also if their arguments or their names look like those of the command line, where it waits."""
+    script, folder = tmp_path / "bin" / "peft-ila", tmp_path / "peft-ila"
+    folder.mkdir()
+    script.parent.mkdir()
+    script.touch()
+    for program, interpreter, waits in (
+        (str(script), ["python", str(script), "compare"], True),
+        ("-m", ["python", "-X", "dev", "-m", "peft_ila.cli", "compare"], True),
+        ("-m", ["python", "-m", "other", "peft_ila.cli"], False),
+        (str(folder), ["python", str(folder)], False),
+        ("train.py", ["python", "train.py", "-m", "peft_ila.cli"], False),
+        ("-c", ["python", "-c", "import peft_ila"], False),
+        ("", ["python"], False),
+    ):
+        monkeypatch.setattr(sys, "argv", [program])
+        monkeypatch.setattr(sys, "orig_argv", interpreter)
+        assert peft_ila._is_command_line() == waits, interpreter
+
+
+def test_public_names_are_there_in_the_command_line():
+    script = (
+        "import sys; sys.argv = [sys.argv[1]]; import peft_ila; assert 'torch' not in sys.modules; "
+        "import peft; config = peft_ila.ILAConfig(); assert 'ILA' in peft.PeftType.__members__; "
+        "from peft_ila import learn_gates, ILAModel"
+    )
+    program = shutil.which("peft-ila") or str(Path(sys.executable).parent / "peft-ila")
+    subprocess.run([sys.executable, "-c", script, program], check=True)

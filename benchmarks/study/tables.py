@@ -78,19 +78,31 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def with_error(values: Iterable[float | None]) -> str:
-    """Mean ± standard error of those that are there."""
-    known = [value for value in values if value is not None]
-    if not known:
+def with_error(value: Callable[[Run], float | None], runs: Iterable[Run]) -> str:
+    """
+    Mean over the data sets, of the means over their seeds, ± its standard error.
+
+    The seeds of a set share their examples, the held-out ones too, so they are no independent runs.
+    """
+    by_set: dict[str, list[float]] = {}
+    for run in runs:
+        if (own := value(run)) is not None:
+            by_set.setdefault(run[0], []).append(own)
+    means = [statistics.mean(own) for own in by_set.values()]
+    if not means:
         return ""
-    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    return f"{statistics.mean(known):.3f} ± {error:.3f}"
+    error = f" ± {statistics.stdev(means) / math.sqrt(len(means)):.3f}" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.3f}{error}"
 
 
 def difference(a: Callable[[Run], float | None], b: Callable[[Run], float | None], runs: Iterable[Run]) -> str:
-    """Mean ± standard error of the paired differences over the runs that have both."""
-    pairs = [(a(run), b(run)) for run in runs]
-    return with_error(x - y for x, y in pairs if x is not None and y is not None)
+    """That of the paired differences, over the runs that have both."""
+
+    def paired(run: Run) -> float | None:
+        x, y = a(run), b(run)
+        return None if x is None or y is None else x - y
+
+    return with_error(paired, runs)
 
 
 def table(columns: list[str], rows: Iterable[list[Any]]) -> None:
@@ -165,17 +177,16 @@ def budgets(figures: Figures) -> None:
                 ]
                 found = found or [row for key, row in figures.tuned.items() if key[0] == group]
                 rate, parameters = found[0]["learning_rate"], statistics.mean(row["parameters"] for row in found)
-                gained = [figures.gained(group, arm, run) for run in runs]
-                number = sum(value is not None for value in gained)
-                less = with_error(value - 1 for value in gained if value is not None)
-                rows.append([group, arm, f"{rate:g}", f"{parameters:,.0f}", number, mean(gained) or "", less])
-    columns = ["group", "ranking", "learning rate", "parameters", "runs", "gained", "less LoRA's on all"]
+                gained = with_error(lambda run, group=group, arm=arm: figures.gained(group, arm, run), runs)  # type: ignore[misc]
+                number = sum(figures.gained(group, arm, run) is not None for run in runs)
+                rows.append([group, arm, f"{rate:g}", f"{parameters:,.0f}", number, gained])
+    columns = ["group", "ranking", "learning rate", "parameters", "runs", "gained"]
     table(columns, rows)
 
 
 def forgetting(figures: Figures) -> None:
     """The loss on plain text."""
-    print("### What is lost: perplexity on plain text\n")
+    print("### Perplexity on plain text\n")
     rows = []
     bases = [row for (data, seed), row in figures.base.items() if data in ALIGNMENT and seed != TUNING_SEED]
     if bases:
@@ -279,12 +290,12 @@ def claims(figures: Figures, units: list[str]) -> None:
         [
             "30 % of the decoder layers come close to all",
             "0.98 of the gain (abstract)",
-            f"{with_error(figures.gained('layers 30', 'full search', run) for run in runs)} of LoRA's gain on all",
+            f"{with_error(lambda run: figures.gained('layers 30', 'full search', run), runs)} of LoRA's gain on all",
         ],
         [
             "30 % of the parameters, by modules",
             "",
-            f"{with_error(figures.gained('modules 30', 'full search', run) for run in runs)}",
+            f"{with_error(lambda run: figures.gained('modules 30', 'full search', run), runs)}",
         ],
     ]
     for group, what in (("layers 30", "layers"), ("modules 30", "modules")):
@@ -296,7 +307,7 @@ def claims(figures: Figures, units: list[str]) -> None:
         rows.append([f"which ones matters: the search's {what} less random ones", "better", ahead])
     for label, found in overlaps(figures, units, by_layer=False).items():
         if label != "two seeds of a set":
-            paper = "0.86" if label.endswith(": reasoning") else "about 0.90"
+            paper = {"two sets: alignment": "about 0.90", "two sets: reasoning": "0.86"}.get(label, "")
             rows.append(
                 [f"the top 75 % of the modules are the same, {label}", paper, f"{statistics.mean(found[0]):.2f}"]
             )
