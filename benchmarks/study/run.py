@@ -1,5 +1,5 @@
 """
-Which search finds what to tune, what does a selection gain, and does a ranking carry over? See `docs/study.md`.
+Which search finds what to tune, what does a selection gain, and does a ranking carry over? See `docs/reproduction.md`.
 
 SmolLM2-135M is tuned on every set by LoRA on all modules, and by each arm: the modules or decoder layers that a search
 finds, at a share of the parameters, at LoRA's rank or a raised one, ranks by importance, EVA, AdaLoRA, random draws,
