@@ -2,13 +2,14 @@
 # make test      lint, then the tests; at most 12 minutes on 2 cores
 # make demo      the whole method on a real model; at most 10 minutes on 2 cores
 # make lint      ruff and mypy
+# make docs      the pages of docs/ in site/, any warning is an error
 
 PYTHON ?= python3
 BIN := .venv/bin
 # the development set-up wants what is installed, nothing from a hub
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install test demo lint
+.PHONY: install test demo lint docs
 
 install: .venv/installed
 
@@ -32,3 +33,10 @@ test: lint
 
 demo: install
 	$(BIN)/peft-ila demo --output_dir demo_output
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@

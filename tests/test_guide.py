@@ -1,16 +1,28 @@
-"""The recipe in the guide runs."""
+"""The recipes in the pages of docs/ run."""
 
+import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama
+from datasets import Dataset
 from peft import get_peft_model
+from trainers import ila, options, plain_trainer
+from transformers import Trainer, TrainingArguments
 
 from peft_ila import ILAConfig
+from peft_ila.cli import _parse
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+GUIDE = (DOCS / "guide.md").read_text(encoding="utf-8")
+
+
+def recipe(page: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.S)
+    return code
 
 
 @pytest.mark.support("Trainers", "plain PyTorch loop")
@@ -30,3 +42,53 @@ def test_a_plain_loop(input_ids):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert len(moved) == 3 and all("lora_gate" in name for name in moved)
     assert model.peft_config["default"].gate_mode == "open"
+
+
+def test_dpo(tmp_path, monkeypatch, tokenizer, dialogues):
+    monkeypatch.chdir(tmp_path)
+    rejected = [{"role": "assistant", "content": "w1 w2 w1 w2"}]
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected} for row in dialogues]
+    names = {"model": ila(), "preferences": Dataset.from_list(rows), "tokenizer": tokenizer}
+    exec(recipe("howto/dpo.md").replace("max_steps=10", "max_steps=10, learning_rate=1e-2"), names)
+    assert len(set(names["importance"].scores)) == 3
+    assert names["importance"].metadata["learn_gates"]["loss_closed"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_full_fine_tuning(tmp_path, monkeypatch, input_ids):
+    monkeypatch.chdir(tmp_path)
+    importance = ila().base_model.layer_importance()
+    importance.scores = [0.0, 2.0, 1.0]
+    (tmp_path / "OUT").mkdir()
+    importance.save(tmp_path / "OUT" / "importance.json")
+    model = tiny_llama()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rows = [{"input_ids": ids, "labels": ids} for ids in input_ids.tolist()]
+    trainer = Trainer(model=model, args=TrainingArguments(**options(tmp_path, max_steps=2)), train_dataset=rows)
+    names = {"model": model, "trainer": trainer}
+    exec(recipe("howto/full.md"), names)
+    still = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert still == set(names["frozen"]) != set()
+    assert all(name.startswith("model.layers.0.") for name in still)
+
+
+def test_4_bit(tmp_path, tokenizer, dialogues):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64).save_pretrained(tmp_path)
+    names = {"name": str(tmp_path)}
+    exec(recipe("quickstart.md"), names)
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=names["model"], max_steps=2)
+    trainer.train()
+    assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+    assert names["model"].base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
+
+
+def test_the_commands_are_known():
+    text = "\n".join(
+        code for page in DOCS.rglob("*.md") for code in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
+    )
+    text = text.replace("\\\n", " ").replace(" ... ", " ")  # what is left out, is
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    commands = [line for line in lines if line[:1] == ["peft-ila"]]
+    assert len(commands) >= 7
+    for command in commands:
+        _parse(command[1], command[2:])

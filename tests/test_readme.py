@@ -54,8 +54,29 @@ def test_every_file_is_on_the_map():
         assert path.name == "__init__.py" or f"`{path.stem}`" in README or f"{path.name}`" in README, path.name
 
 
+def headings(document: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    return re.findall(r"^#+ (.+)$", text, flags=re.M)
+
+
 def test_links_inside_the_repository_resolve():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    for document in documents:
+        for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
-                assert (document.parent / target).exists(), f"{document.name}: {target}"
+                path = document.parent / target if target else document
+                assert path.exists(), f"{document.name}: {target}"
+                # as GitHub and MkDocs make them of headings
+                anchors = (
+                    [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings(path)] if anchor else []
+                )
+                assert not anchor or anchor in anchors or path.parent.name == "reference", f"{document.name}: {anchor}"
+
+
+def test_what_pages_include_exists():
+    marks = [
+        mark for page in (ROOT / "docs").glob("*.md") for mark in re.findall("<!-- include (.+) -->", page.read_text())
+    ]
+    assert len(marks) == 8
+    for file, _, heading in (mark.partition(": ") for mark in marks):
+        assert not heading or heading in headings(ROOT / file), f"{file}: {heading}"

@@ -350,8 +350,8 @@ def test_only_known_lines_are_silenced(caplog):
 
 
 def test_exit_codes_are_documented():
-    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", guide, flags=re.M))
+    page = (Path(__file__).parent.parent / "docs" / "terminal.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", page, flags=re.M))
     assert set(rows) == {"0", "1", "2", "130"}
 
 

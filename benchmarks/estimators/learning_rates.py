@@ -1,5 +1,5 @@
 """
-How much do learning rates matter, and can a short first stage stand for a long one? See `docs/defaults.md`.
+How much do learning rates matter, and can a short first stage stand for a long one? See `docs/appendix/steps.md`.
 
 On the last adapter that `steps.py` has kept: descent on the scores under pressure, by several optimisers and learning
 rates. Then first stages of a tenth of the long one's steps, by several learning rates, ranked as by `learn_gates`. All

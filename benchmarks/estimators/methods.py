@@ -1,5 +1,5 @@
 """
-How do the methods of `learn_gates` differ? On the demo's part a, see `docs/results.md`.
+How do the methods of `learn_gates` differ? On the demo's part a, see `docs/appendix/rankings.md`.
 
 The adapter that `make demo` ranks last, full LoRA's, is ranked anew by "attribution" and by "descent" without and with
 a budget, and a fresh one by "untrained", with one gate for each decoder layer and for each module. Overlap and rank

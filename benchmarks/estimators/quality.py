@@ -1,5 +1,5 @@
 """
-Which estimator of importance finds the modules that matter? The tables of `docs/results.md`.
+Which estimator of importance finds the modules that matter? The tables of `docs/appendix/rankings.md`.
 
 For each data set and seed: fine-tune SmolLM2-135M with LoRA (kept for the next call), then rank its 210 modules by
 several estimators. All see the same training batches and may set the gates γ to any values; their cost is the number

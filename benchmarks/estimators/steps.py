@@ -1,5 +1,5 @@
 """
-How many steps of either stage does a ranking need? What the defaults of `learn_gates` rest on, see `docs/defaults.md`.
+How many steps of either stage does a ranking need? What defaults of `learn_gates` rest on: `docs/appendix/steps.md`.
 
 One long LoRA run is kept at several steps, and the gates of each of these adapters are measured. All rankings are
 compared with that of the last one from batches that no other ranking has seen, and applied to the last adapter as a

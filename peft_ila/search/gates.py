@@ -44,7 +44,7 @@ def learn_gates(
       (α/r)·‖∂L/∂B‖₁ of every unit, what its first step of training would be worth. The score is n·norm / Σ norms − 1.
     - `method="descent"`: what the paper does. All scores start at one value, and Adam descends on the loss of the
       fine-tuned model over the scores alone; the gate is the learned σ(s). At a stable point the loss is flat in
-      every gate, so that without a `budget` this ranks little better than chance (docs/results.md compares).
+      every gate, so that without a `budget` this ranks little better than chance (docs/appendix/rankings.md compares).
 
     Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
     stage 1 was trained in mode "joint", its gates are first folded into B, so that Δθ is what was trained. After an
@@ -56,8 +56,8 @@ def learn_gates(
             adapter.
         steps (`int`, *optional*):
             The greatest number of steps, at least 4. By default 32 for "attribution" (the ranking from 32 batches of
-            8 examples was as good as settled, that from 8 not far behind, docs/defaults.md), 16 for "untrained", and
-            128 for "descent" (the paper's number, recalled).
+            8 examples was as good as settled, that from 8 not far behind, docs/appendix/steps.md), 16 for "untrained",
+            and 128 for "descent" (the paper's number, recalled).
         min_agreement (`float`, *optional*):
             "attribution" and "untrained" stop when the ranking has settled: when the rankings from the first half of
             the steps and from all of them have overlaps of the top 30 % and 75 % and a Spearman correlation of at

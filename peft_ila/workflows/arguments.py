@@ -15,10 +15,9 @@ class RankArguments:
     Args:
         granularity (`str`): See [`ILAConfig`].
         adapter (`str`): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
-        tuned_model (`str`), tuned_rank (`int`): A fully fine-tuned model to rank as it is, see [`extract_lora`].
-        epsilon (`float`), window (`int`), patience (`int`): See [`EpsilonStability`], whose defaults they have.
-        method (`str`), gate_steps (`int`), min_agreement (`float`), initial_score (`float`),
-        gate_learning_rate (`float`), budget (`float`): See [`learn_gates`].
+        tuned_model, tuned_rank: A fully fine-tuned model to rank as it is, see [`extract_lora`].
+        epsilon, window, patience: See [`EpsilonStability`], whose defaults they have.
+        method, gate_steps, min_agreement, initial_score, gate_learning_rate, budget: See [`learn_gates`].
     """
 
     granularity: Granularity = field(
