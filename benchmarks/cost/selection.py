@@ -5,7 +5,7 @@ The selection is the ranking's own, scattered as it is. Gradient checkpointing i
 `FrozenPrefix`; on NF4 (whose products PyTorch's counter does not see) with it. Times are medians of ratios to full
 LoRA's step of the same round, see `step_cost.py`.
 
-    python -m benchmarks.cost.selection --importance demo_output/part_a/importance.json \
+    python -m benchmarks.cost.selection --importance demo_output/learned/importance.json \
         --output benchmarks/results/selection.json
 
 SmolLM2-135M, r = 16, 4×128 tokens; 20 minutes on 2 quiet cores.

@@ -304,7 +304,7 @@ def claims(figures: Figures, units: list[str]) -> None:
             lambda run, group=group: figures.gained(group, "random", run),  # type: ignore[misc]
             runs,
         )
-        rows.append([f"which ones matters: the search's {what} less random ones", "better", ahead])
+        rows.append([f"it matters which: the search's {what} less random ones", "better", ahead])
     for label, found in overlaps(figures, units, by_layer=False).items():
         if label != "two seeds of a set":
             paper = {"two sets: alignment": "about 0.90", "two sets: reasoning": "0.86"}.get(label, "")
