@@ -9,6 +9,7 @@ scripts, so each works as a flag and from YAML (`--config`). What takes long to 
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import math
@@ -100,7 +101,10 @@ def rank(
     script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments, others: argparse.Namespace
 ) -> str | None:
     """
-    Fine-tune until stable, learn the gates, and write OUT/importance.json, OUT/importance.png and OUT/adapter.
+    Rank the layers of a model, and write OUT/importance.json, OUT/importance.png and OUT/adapter.
+
+    By default nothing is trained: a fresh adapter is measured, to choose what to tune. With `--method attribution`, it
+    is fine-tuned until stable first, to see what fine-tuning changes.
 
     With `--push_to_hub`, the adapter is uploaded with a card that holds the ranking.
 
@@ -124,6 +128,7 @@ def rank(
     lines = [
         *_energy(importance.metadata["stage_1"]),
         ranking_table(importance),
+        *([UNTRAINED] if importance.metadata["learn_gates"]["method"] == "untrained" else []),
         f"Wrote {output}/importance.json, importance.png and adapter/.",
         *([url] if url else []),
         f"Next: {shlex.join([*tune, '--output_dir', 'TUNED'])}",
@@ -248,6 +253,10 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False)
 
 
+UNTRAINED = (
+    "Nothing was trained: the ranking is to choose what to tune, and the adapter is fresh. To see what fine-tuning "
+    "changes: --method attribution."
+)
 TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
 _COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
     "rank": (rank, [RankArguments]),
@@ -399,6 +408,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("peft_ila").setLevel(logging.INFO)
     silence_others()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of an encoding that has no bars, such as a pipe's on Windows
     try:
         function, arguments = _parse(command, argv[1:])
         _expand_paths(arguments)

@@ -48,7 +48,7 @@ def _section(ranking: Sequence[tuple[str, float]]) -> str:
     lines = [
         _HEADING,
         "",
-        f"The {len(ranking)} units that were fine-tuned, ranked by one gate each with "
+        f"The {len(ranking)} units of this adapter, ranked by one gate each with "
         "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
         "",
         "![Gates of the layers](importance.png)",

@@ -140,7 +140,8 @@ class LayerImportance:
             raise ValueError(f"`units` must be a list of at least one unit, got {units!r}.")
         if unknown := sorted(set(units) - set(self.units)):
             raise ValueError(f"The ranking has no unit {unknown[0]!r} ({len(unknown)} of {len(units)} are unknown).")
-        return [unit for unit in self.ranking() if unit in units]
+        chosen = set(units)
+        return [unit for unit in self.ranking() if unit in chosen]
 
     def _number(self, top_p: float | None, top_k: int | None) -> int:
         if (top_p is None) == (top_k is None):

@@ -303,9 +303,9 @@ def check_engine(accelerator: Any) -> None:
     else:
         return
     raise ValueError(
-        f"`learn_gates` does not run under {engine}. Save the adapter that stage 1 has trained, "
-        "`trainer.save_model(path)`, and rank it in a new run under DDP or FSDP2, on the command line by "
-        "`peft-ila rank --adapter path`."
+        f"`learn_gates` does not run under {engine}. Rank in a run under DDP or FSDP2; an "
+        "adapter that was trained and saved by `trainer.save_model(path)`, on the command line by `peft-ila rank "
+        "--adapter path`."
     )
 
 

@@ -63,7 +63,7 @@ class RankArguments:
     min_agreement: float = field(
         default=0.8,
         metadata={
-            "help": "Attribution ends when the rankings from half and from all of its steps agree so well; 0: never."
+            "help": "The search ends when the rankings from half and from all of its steps agree so well; 0: never."
         },
     )
     initial_score: float | None = field(default=None, metadata={"help": "Of descent: where all scores start; 4.0."})
@@ -158,7 +158,7 @@ class StepArguments:
     max_length: int = field(default=1024, metadata={"help": "Their number of tokens."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Whether the linear layers are quantised to NF4."})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Whether activations are computed again in the backward pass."}
+        default=True, metadata={"help": "Whether activations are computed again in the backward pass, as by TRL."}
     )
 
     def step(self) -> dict[str, Any]:

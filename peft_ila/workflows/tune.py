@@ -77,6 +77,10 @@ def _fitting(
     """The units that fit into the budget, in the training that is asked for."""
     if training_args.max_length is None:
         raise ValueError("`--memory_budget` needs `--max_length`: without it, an example may be of any length.")
+    if model_args.load_in_8bit:
+        raise ValueError(
+            "`--memory_budget` does not count `--load_in_8bit`; use `--load_in_4bit`, or select by `--top_p`."
+        )
     dtype = config.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(training_args.bf16 or training_args.fp16)):
         return select_within(
