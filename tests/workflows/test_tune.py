@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,19 @@ FAST = ["--learning_rate", "2e-2", "--gradient_checkpointing", "False"]
 LORA = ["--lora_r", "4", "--lora_dropout", "0"]
 RESUME = ["--resume_from_checkpoint", "True"]
 UNITS = [f"model.layers.{index}" for index in range(3)]
+# the command line, killed in its last step
+KILLED = """
+import os, signal, sys
+from peft_ila.cli import main
+from peft_ila.workflows.resuming import ClaimsDirectory
+
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ClaimsDirectory.on_step_begin = kill
+main(sys.argv[1:])
+"""
 MODULES = [f"{unit}.mlp.{name}_proj" for unit in UNITS for name in ("up", "down")]
 
 
@@ -136,7 +149,7 @@ def test_the_backward_pass_ends_at_the_lowest_selected_unit(workspace, tmp_path,
 
 @pytest.mark.parametrize("best", [[], ["--load_best_model_at_end", "True"]], ids=["last", "best"])
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, best):
-    """SIGKILL after the first checkpoint; and after the last one, before the model was written."""
+    """SIGKILL some steps after the first checkpoint; and after the last one, before the model was written."""
     options = ["--full", "--top_k", "1", *FAST, *evaluating(workspace), *best]
     run(workspace, "tune", tmp_path / "whole", *options)
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -146,14 +159,9 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, b
     assert expected == (tmp_path / "whole" / at / "model.safetensors").read_bytes()
 
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "peft_ila.cli", *arguments(workspace, "tune", out, *options)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint-2").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    assert not (out / "config.json").exists()
+    command = [sys.executable, "-c", KILLED, *arguments(workspace, "tune", out, *options)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert (out / "checkpoint-2").exists() and not (out / "config.json").exists()
     run(workspace, "tune", out, *options, *RESUME)
     assert (out / "model.safetensors").read_bytes() == expected
 
@@ -262,6 +270,18 @@ def test_tune_evaluates_on_a_held_out_file(workspace, tmp_path, mode, strategy, 
     trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), args=args, **data)
     # transformers loads an adapter's directory as its model with the adapter
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(evaluated[steps[-1]], abs=1e-5)
+
+
+def test_evaluations_of_a_4_bit_model_change_nothing(workspace, tmp_path, monkeypatch):
+    """On a CPU with AVX512-BF16 bitsandbytes would pack its weights, for a kernel without a backward pass."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    tuned = []
+    for name, evaluation in (("without", []), ("with", evaluating(workspace))):
+        options = ["--load_in_4bit", "--top_k", "1", *FAST, *LORA, *evaluation]
+        run(workspace, "tune", tmp_path / name, *options)
+        tuned.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert tuned[0] == tuned[1]
 
 
 def test_rank_evaluates_stage_1_and_ranks_its_best_model(workspace, tmp_path):
