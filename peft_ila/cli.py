@@ -148,14 +148,19 @@ def _energy(facts: dict[str, Any]) -> list[str]:
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> str | None:
-    """Fine-tune with a plain LoRA on the selected units and write the adapter to TUNED."""
+    """Fine-tune the selected units, by a plain LoRA or in full, and write the adapter or the model to TUNED."""
     from .workflows.tune import tune as tune_selection
 
     trainer = tune_selection(script_args, training_args, model_args, tune_args)
     if not trainer.is_world_process_zero():
         return None
-    trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     output = training_args.output_dir
+    if tune_args.full:
+        trained = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters trained"
+        loading = f"Next, in Python: AutoModelForCausalLM.from_pretrained({output!r})"
+        return f"Wrote a model with {trained} to {output}.\n{loading}"
+    trainable, total = model.get_nb_trainable_parameters()
     return f"Wrote a LoRA adapter with {trainable:,} of {total:,} parameters to {output}.\n{_loading(output)}"
 
 
@@ -325,8 +330,8 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., str | None], tu
         from trl import ModelConfig, ScriptArguments, SFTConfig
 
         parser = _parser(command, [ScriptArguments, SFTConfig, ModelConfig, *dataclasses])
-        # SFTConfig's learning rate is for full tuning (this is TRL's advice for LoRA), its bf16 fails without a GPU.
-        parser.set_defaults(learning_rate=2e-4, bf16=is_torch_bf16_gpu_available())
+        # SFTConfig's bf16 fails without a GPU; its learning rate is set below
+        parser.set_defaults(learning_rate=None, bf16=is_torch_bf16_gpu_available())
     else:
         parser = _parser(command, dataclasses)
     if "--config" in argv:
@@ -345,6 +350,9 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., str | None], tu
         raise ValueError(f"The file of `--config` has unknown settings: {unknown_keys}.")
     if unknown:
         parser.error(f"unrecognized arguments: {unknown}")
+    if command in _TRAINING and arguments[1].learning_rate is None:
+        # SFTConfig's is for full tuning; the other is TRL's advice for LoRA
+        arguments[1].learning_rate = SFTConfig.learning_rate if getattr(arguments[3], "full", False) else 2e-4
     return function, tuple(arguments)
 
 
@@ -357,6 +365,7 @@ _PATHS = (
     "tuned_model",
     "model_name_or_path",
     "dataset_name",
+    "eval_dataset_name",
     "resume_from_checkpoint",
 )
 

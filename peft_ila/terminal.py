@@ -16,13 +16,14 @@ TRL_OPTIONS = {
     "dataset_name": "The data: a `.jsonl` file in one of TRL's formats, or a name on the hub.",
     "output_dir": "Where to write all results.",
     "resume_from_checkpoint": "True: go on with a run that was killed.",
-    "learning_rate": "Of A and B; 2e-4 by default.",
+    "learning_rate": "2e-4 by default, 2e-5 with `tune --full`.",
     "num_train_epochs": "At most so many epochs,",
     "max_steps": "or at most so many steps.",
     "per_device_train_batch_size": "The number of examples of a batch,",
     "gradient_accumulation_steps": "and of batches of a step.",
     "max_length": "The greatest number of tokens of an example.",
     "logging_steps": "Log the loss every so many steps.",
+    "eval_strategy": "Evaluate on held-out data: 'no', 'steps' or 'epoch'.",
     "seed": "Of the first weights and the order of the data.",
     "lora_r": "LoRA's rank.",
     "lora_alpha": "LoRA's alpha.",
@@ -30,7 +31,7 @@ TRL_OPTIONS = {
     "load_in_4bit": "Quantise the model to NF4 (QLoRA).",
     "gradient_checkpointing": "Compute activations again in the backward pass.",
     "report_to": "Where to log to, such as 'wandb', or 'none'.",
-    "push_to_hub": "Upload the adapter.",
+    "push_to_hub": "Upload the result.",
 }
 
 # what libraries log or warn of on each start, or that only their authors can act on

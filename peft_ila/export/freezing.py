@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 class FrozenPrefix(TrainerCallback):
     """
-    Spares the backward pass through the layers below the lowest one that trains, for any trainer of adapters.
+    Spares the backward pass through the layers below the lowest one that trains, for any trainer.
 
     Nothing there needs a gradient. But whenever checkpointing is on, PEFT, transformers and TRL make the output of the
     embeddings require one (`enable_input_require_grads`), since reentrant checkpointing needs it; the other kind, the
@@ -78,17 +78,44 @@ def freeze(model: nn.Module, units: Iterable[str]) -> list[str]:
     Raises:
         ValueError: The model lacks one of the units; nothing is frozen then.
     """
-    units = list(units)
+    _, outside = _split(model, list(units))
+    return _freeze(model, keep=outside)
+
+
+def freeze_all_but(model: nn.Module, units: Iterable[str]) -> list[str]:
+    """
+    Set `requires_grad=False` on all parameters that belong to none of the units: a weight of a unit that is tied to
+    another module stays as it is.
+
+    Returns:
+        The names of the parameters, in the order of the model.
+
+    Raises:
+        ValueError: The model lacks one of the units; nothing is frozen then.
+    """
+    inside, _ = _split(model, list(units))
+    return _freeze(model, keep=inside)
+
+
+def _split(model: nn.Module, units: list[str]) -> tuple[set[int], set[int]]:
+    """The `id`s of the parameters inside and outside of the units; those of a tied weight may be in both."""
     every = list(model.named_parameters(remove_duplicate=False))
     known = {name for name, _ in (*model.named_modules(), *every)}
     if missing := [unit for unit in units if unit not in known]:
         raise ValueError(
-            f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units to freeze are missing). Pass the "
-            "plain model that was ranked, not a `PeftModel` or another architecture."
+            f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units are missing). Pass the plain "
+            "model that was ranked, not a `PeftModel` or another architecture."
         )
-    inside, own = tuple(f"{unit}." for unit in units), set(units)  # modules, and parameters
-    outside = {id(parameter) for name, parameter in every if not name.startswith(inside) and name not in own}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) not in outside]
+    prefixes, own = tuple(f"{unit}." for unit in units), set(units)  # modules, and parameters
+    inside: set[int] = set()
+    outside: set[int] = set()
+    for name, parameter in every:
+        (inside if name.startswith(prefixes) or name in own else outside).add(id(parameter))
+    return inside, outside
+
+
+def _freeze(model: nn.Module, keep: set[int]) -> list[str]:
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in keep]
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return names

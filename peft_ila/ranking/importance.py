@@ -419,13 +419,16 @@ class LayerImportance:
         threshold: float | None = None,
         min_probability: float | None = None,
         units: Sequence[str] | None = None,
+        outside: bool = False,
     ) -> list[str]:
         """
-        Freeze the units that are not selected, for full fine-tuning. What belongs to no unit stays as it is.
+        Freeze the units that are not selected, for full fine-tuning. What belongs to no unit stays as it is, unless
+        `outside` freezes it too.
 
         Args:
             model (`torch.nn.Module`): The plain model that was ranked, without adapters.
             top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
+            outside (`bool`): Whether to freeze what belongs to no unit too, such as embeddings, norms and the head.
 
         Returns:
             `list[str]`: The names of the frozen parameters.
@@ -433,7 +436,9 @@ class LayerImportance:
         Raises:
             ValueError: A bad selection, or a model that lacks a unit.
         """
-        from ..export.freezing import freeze
+        from ..export.freezing import freeze, freeze_all_but
 
         selected = set(self.select(top_p, top_k, threshold, min_probability, units))
+        if outside:
+            return freeze_all_but(model, selected)
         return freeze(model, [unit for unit in self.units if unit not in selected])

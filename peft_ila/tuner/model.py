@@ -106,7 +106,7 @@ class ILAModel(LoraModel):
         self._settle(adapter_name)
 
     def _settle(self, adapter_name: str) -> None:
-        _keep_gradients_of_4bit(self.model)
+        keep_gradients_of_4bit(self.model)
         parameters = {
             path: name for path, name, layer in self._gated_layers(adapter_name) if isinstance(layer, ParamWrapper)
         }
@@ -475,7 +475,7 @@ class ILAModel(LoraModel):
         self.set_gate_mode("open", adapter_name)
 
 
-def _keep_gradients_of_4bit(model: nn.Module) -> None:
+def keep_gradients_of_4bit(model: nn.Module) -> None:
     """
     Keep bitsandbytes from packing 4-bit weights, as it does for good at the first evaluation on a CPU with
     AVX512-BF16: the kernel for them has no backward pass, and PEFT cannot merge them.

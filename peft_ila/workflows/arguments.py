@@ -8,11 +8,25 @@ from ..units import Granularity
 
 
 @dataclass
-class RankArguments:
+class EvaluationArguments:
+    """What `eval_strategy` evaluates on."""
+
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out data for `eval_strategy`: a `.jsonl` file, or a name on the hub. By default "
+            "`dataset_test_split` of the data that are trained on."
+        },
+    )
+
+
+@dataclass
+class RankArguments(EvaluationArguments):
     """
     Arguments of `peft-ila rank`.
 
     Args:
+        eval_dataset_name (`str`): Held-out data, to evaluate on in stage 1.
         granularity (`str`): See [`ILAConfig`].
         adapter (`str`): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
         tuned_model, tuned_rank: A fully fine-tuned model to rank as it is, see [`extract_lora`].
@@ -172,10 +186,14 @@ class StepArguments:
 
 
 @dataclass
-class TuneArguments(BudgetArguments):
+class TuneArguments(EvaluationArguments, BudgetArguments):
     """Arguments of `peft-ila tune`."""
 
     importance: str | None = field(default=None, metadata={"help": "The ranking, as `rank` wrote it."})
+    full: bool = field(
+        default=False,
+        metadata={"help": "Train the selected units' own weights instead of a LoRA; nothing else moves."},
+    )
 
 
 def required(value: str | None, flag: str) -> str:

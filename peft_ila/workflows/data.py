@@ -33,11 +33,11 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
     import datasets
 
     path = Path(name).expanduser()
-    if path.suffix in (".jsonl", ".json") or path.is_file():
+    if _is_file(path):
         if split != "train":
             raise ValueError(
-                f"{name} is a file without a split {split!r}. Train on it by `--dataset_train_split train`, without "
-                "evaluation (`--eval_strategy no`)."
+                f"{name} is a file without a split {split!r}. Train on it by `--dataset_train_split train`, and "
+                "evaluate on held-out data by `--eval_dataset_name FILE`, or not at all (`--eval_strategy no`)."
             )
         rows = _read_jsonl(path)
         try:
@@ -55,6 +55,36 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
     if not any(set(needed) <= set(dataset.column_names) for needed in _FORMATS):
         raise ValueError(f"{name} has the columns {short(sorted(dataset.column_names))}. {_EXPECTED}")
     return dataset
+
+
+def load_held_out(name: str, train: "Dataset", config: str | None, split: str) -> "Dataset":
+    """
+    Load data to evaluate on, in the format of those that are trained on.
+
+    Args:
+        name, config, split: See [`load_dataset`]; of a file all is taken.
+        train: The data that are trained on.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: See [`load_dataset`]; or the format is another, so that the loss would be of other tokens.
+    """
+    held_out = load_dataset(name, config, "train" if _is_file(Path(name).expanduser()) else split)
+    here, there = (_format(dict.fromkeys(data.column_names)) for data in (held_out, train))
+    if here != there:
+        raise ValueError(
+            f"{name} holds {_named(here)}, but the data to train on {_named(there)}: their losses would be of "
+            "different tokens. Bring both into one format."
+        )
+    return held_out
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".json") or path.is_file()
+
+
+def _named(format: tuple[str, ...] | None) -> str:
+    return " and ".join(f"`{key}`" for key in format or ())
 
 
 def _format(row: dict) -> tuple[str, ...] | None:

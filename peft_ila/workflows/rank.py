@@ -109,7 +109,8 @@ def rank_in(
         raise TypeError(f"`metadata` must hold JSON values only: {error}.") from error
     args: Any = trainer.args
     untrained = gate_settings.get("method") == "untrained"
-    facts = {"dataset": metadata.get("dataset"), "adapter": adapter, "untrained": untrained}
+    data = {name: metadata.get(name) for name in ("dataset", "eval_dataset")}
+    facts = {**data, "adapter": adapter, "untrained": untrained}
     resumes = bool(args.resume_from_checkpoint) and adapter is None
     run = Run(trainer, facts, RANKING, resumes, trains=not (adapter or untrained))
     done = run.directory / "adapter"

@@ -11,12 +11,14 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..files import locked, open_safetensors, read_json, whole_file
 from .arguments import short
-from .training import check_finite, load_adapter, train
+from .training import check_finite, load_trained, train
 
 # written with the adapter when stage 1 is done, so that a resumed run need not repeat it
 STAGE_1 = "stage_1.json"
@@ -37,6 +39,8 @@ _DECISIVE = (
     "loss_type",
     "completion_only_loss",
     "assistant_only_loss",
+    "load_best_model_at_end",
+    "metric_for_best_model",
 )
 # of an adapter's configuration, what changes while it is trained and saved
 _CHANGING = ("inference_mode", "gate_mode", "gate_mask", "gated_parameters", "peft_version", "base_model_name_or_path")
@@ -63,14 +67,14 @@ class Run:
     in its place, and a run is resumed with the settings that it was started with.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Its arguments say where. Its model has one active adapter.
+        trainer ([`~transformers.Trainer`]): Its arguments say where. Its model has one active adapter, or none.
         facts: What the run depends on beside the trainer, such as the data set's name; JSON values.
         result: The file that the run writes last.
         resumes: Whether it goes on with the run that is there.
         trains: Whether it writes checkpoints; those of an earlier run are removed then.
 
     Raises:
-        ValueError: The directory holds a run with other settings, which is to be resumed.
+        ValueError: The directory holds a run of another command or with other settings, which is to be resumed.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Run:
             found = [_recorded(self.directory), (self.directory / "adapter" / STAGE_1).exists()]
         recorded, has_adapter = broadcast_object_list(found)
         if resumes and recorded:
+            _check_result(self.directory, recorded, result)
             self._check_settings(recorded["settings"])
         self._claimed = resumes and recorded is not None
         # whether the adapter that is there is this run's
@@ -156,8 +161,8 @@ def check_finished(directory: Path, result: str) -> None:
     """
     recorded = _recorded(directory)
     checkpoints = [checkpoint for _, checkpoint in _checkpoints(directory)]
-    if recorded and recorded.get("result", result) != result:
-        raise ValueError(f"{directory} holds a run of another command; choose another `--output_dir`.")
+    if recorded:
+        _check_result(directory, recorded, result)
     if recorded and recorded["settings"].get("adapter"):  # it ranked one from elsewhere, and trained nothing
         return
     if (directory / result).exists() and (recorded is None or recorded["done"]):
@@ -172,6 +177,11 @@ def check_finished(directory: Path, result: str) -> None:
             f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, "
             "or choose another `--output_dir`."
         )
+
+
+def _check_result(directory: Path, recorded: dict[str, Any], result: str) -> None:
+    if recorded.get("result", result) != result:
+        raise ValueError(f"{directory} holds a run of another command; choose another `--output_dir`.")
 
 
 def _is_ours(directory: Path) -> bool:
@@ -192,12 +202,17 @@ def _recorded(directory: Path) -> dict[str, Any] | None:
 
 def _settings(trainer: Any, facts: dict[str, Any]) -> dict[str, Any]:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    adapter = {k: v for k, v in model.active_peft_config.to_dict().items() if k not in _CHANGING}
+    if isinstance(model, PeftModel):
+        config = model.active_peft_config
+        name = config.base_model_name_or_path
+        adapter = {k: v for k, v in config.to_dict().items() if k not in _CHANGING}
+    else:
+        name, adapter = model.config.name_or_path, {}
     arguments = {name: getattr(trainer.args, name) for name in _DECISIVE if hasattr(trainer.args, name)}
     data = trainer.train_dataset
     settings = {
         **facts,
-        "model": model.active_peft_config.base_model_name_or_path,
+        "model": name,
         "examples": len(data) if hasattr(data, "__len__") else None,
         "total_batch_size": trainer.get_total_train_batch_size(trainer.args),
         **arguments,
@@ -259,12 +274,13 @@ def train_or_resume(trainer: Any) -> bool:
     Train from the start, or from the checkpoint that the trainer's arguments ask for.
 
     Returns:
-        Whether there was anything left to train: of a run that had ended, the adapter and the state are loaded, since
-        the trainer would take a step too many.
+        Whether there was anything left to train: of a run that had ended, the weights and the state are loaded, since
+        the trainer would take a step too many. They are those of the best checkpoint if the arguments ask for it.
     """
     checkpoint = checkpoint_of(trainer.args)
     if checkpoint and (ended := ended_at(checkpoint, trainer.args)):
-        load_adapter(trainer, Path(checkpoint))
+        best = ended.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        load_trained(trainer, Path(best or checkpoint))
         trainer.state = ended
         return False
     train(trainer, checkpoint)
@@ -273,7 +289,8 @@ def train_or_resume(trainer: Any) -> bool:
 
 def ended_at(checkpoint: str, training_args: Any) -> TrainerState | None:
     """The state of a run that ended with this checkpoint, if the arguments do not ask for more steps than it had."""
-    if not (Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME).exists():  # sharded by FSDP2
+    whole = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if not any((Path(checkpoint) / name).exists() for name in whole):  # sharded by FSDP2
         return None
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     control: Any = state.stateful_callbacks.get("TrainerControl", {})

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from ..search.delta import extract_lora
 from ..search.gates import check_settings
 from ..search.stability import EpsilonStability
 from ..tuner.config import ILAConfig
+from ..tuner.model import keep_gradients_of_4bit
 from ..units import Granularity
 from .arguments import RankArguments, required
-from .data import load_dataset
+from .data import load_dataset, load_held_out
 from .models import model_config, model_name
 from .rank import check_output, rank_in
 from .resuming import held
@@ -38,25 +39,46 @@ def lora_config(model_args: Any) -> Any:
     return get_peft_config(model_args)
 
 
+def check_evaluation(training_args: Any, eval_dataset_name: str | None) -> None:
+    """
+    Raises:
+        ValueError: Held-out data were named, but nothing is evaluated.
+    """
+    if eval_dataset_name and training_args.eval_strategy == "no":
+        raise ValueError("`--eval_dataset_name` is of no use without `--eval_strategy steps` or `epoch`.")
+
+
 def sft_trainer(
     script_args: Any,
     training_args: Any,
     model_args: Any,
-    peft_config: PeftConfig,
+    peft_config: PeftConfig | None,
+    eval_dataset_name: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
-    """An [`~trl.SFTTrainer`] as TRL's own script makes it; the arguments are TRL's."""
+    """
+    An [`~trl.SFTTrainer`] as TRL's own script makes it; the arguments are TRL's, but for the held-out data's name.
+
+    Raises:
+        FileNotFoundError: There is no such model or data file.
+        ValueError: The model cannot be trained on the data, or the arguments contradict each other.
+    """
     set_seed(training_args.seed)  # the trainer makes LoRA's first weights before it sets its seed
     name = model_name(model_args.model_name_or_path)
     dataset = required(script_args.dataset_name, "dataset_name")
     train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
+    held_out = eval_dataset_name or dataset
     eval_dataset = None
     if training_args.gradient_accumulation_steps < 1:
         raise ValueError(
             f"`--gradient_accumulation_steps` must be at least 1, got {training_args.gradient_accumulation_steps}."
         )
     if training_args.eval_strategy != "no":
-        eval_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_test_split)
+        split = (script_args.dataset_config, script_args.dataset_test_split)
+        if eval_dataset_name:
+            eval_dataset = load_held_out(eval_dataset_name, train_dataset, *split)
+        else:
+            eval_dataset = load_dataset(dataset, *split)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -78,17 +100,18 @@ def sft_trainer(
         raise
     except Exception as error:  # a chat template that refuses the data, impossible sizes, …
         raise ValueError(f"{name} cannot be trained on {dataset}: {type(error).__name__}: {error}") from error
-    _check_examples(trainer, dataset)
+    _check_examples(trainer, trainer.train_dataset, dataset, "train")
+    _check_examples(trainer, trainer.eval_dataset, held_out, "evaluate")
+    keep_gradients_of_4bit(trainer.accelerator.unwrap_model(trainer.model))  # which an evaluation would spoil
     return trainer
 
 
-def _check_examples(trainer: Any, name: str) -> None:
-    if not isinstance(trainer.train_dataset, Sized):
+def _check_examples(trainer: Any, data: Any, name: str, purpose: str) -> None:
+    if not hasattr(data, "__len__"):  # none, or a stream
         return
-    data: Any = trainer.train_dataset
     if not len(data):
         raise ValueError(
-            f"No example of {name} is left to train on: with `--max_length {trainer.args.max_length}`, nothing is "
+            f"No example of {name} is left to {purpose} on: with `--max_length {trainer.args.max_length}`, nothing is "
             "left of any answer."
         )
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
@@ -124,6 +147,7 @@ def rank_by_sft(
     """
     settings = rank_args.gate_settings()
     check_settings(**settings)
+    check_evaluation(training_args, rank_args.eval_dataset_name)
     if rank_args.adapter and rank_args.tuned_model:
         raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
     if rank_args.tuned_rank is not None and not rank_args.tuned_model:
@@ -139,13 +163,15 @@ def rank_by_sft(
     with held(output_dir):
         check_output(training_args, rank_args.adapter or rank_args.tuned_model)
         adapter, metadata = rank_args.adapter, {"dataset": script_args.dataset_name}
+        if rank_args.eval_dataset_name:
+            metadata["eval_dataset"] = rank_args.eval_dataset_name
         if rank_args.tuned_model:
             adapter, metadata["stage_1"] = _extract_delta(model_args, lora, rank_args, training_args)
         if adapter:
             config = _gated_config(adapter, rank_args.granularity)
         else:
             config = ILAConfig.from_lora(lora, granularity=rank_args.granularity, gate_mode="open")
-        trainer = sft_trainer(script_args, training_args, model_args, config)
+        trainer = sft_trainer(script_args, training_args, model_args, config, rank_args.eval_dataset_name)
         importance = rank_in(trainer, stability, adapter, metadata, **settings)
     url = None
     if push and trainer.is_world_process_zero():

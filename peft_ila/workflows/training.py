@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -56,6 +57,19 @@ def load_adapter(trainer: Any, directory: Path) -> None:
     except RuntimeError as error:  # of tensors of other sizes
         base = trainer.model.active_peft_config.base_model_name_or_path
         raise ValueError(f"The adapter {directory} does not fit {base}: {error}") from error
+
+
+def load_trained(trainer: Any, directory: Path) -> None:
+    """
+    Load the weights of a checkpoint: a saved adapter into the active one, or those of a whole model.
+
+    Raises:
+        OSError, ValueError: There are none, or see [`load_adapter`].
+    """
+    if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
+        load_adapter(trainer, directory)
+    else:
+        trainer._load_from_checkpoint(str(directory))  # the trainer's own, in one file or sharded
 
 
 def check_finite(model: nn.Module, step: int) -> None:

@@ -1,12 +1,15 @@
-"""Tuning a selection by name, with TRL's trainer: what `peft-ila tune` does."""
+"""Tuning a selection by name, by LoRA or in full, with TRL's trainer: what `peft-ila tune` does."""
 
 import os
+import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers.utils import CONFIG_NAME
 from trl import SFTTrainer
 
 from ..export.freezing import FrozenPrefix
@@ -17,18 +20,22 @@ from .arguments import TuneArguments, required
 from .budget import select_within
 from .models import model_config, model_name
 from .resuming import ClaimsDirectory, Run, check_finished, held, train_or_resume
-from .sft import lora_config, sft_trainer
+from .sft import check_evaluation, lora_config, sft_trainer
+
+# of a model in full, in one file or in several: what an earlier run has left would be read beside or before it
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> SFTTrainer:
     """
-    Fine-tune with a plain LoRA on the selected units and write the adapter to the output directory.
+    Fine-tune the selected units and write the result to the output directory: a plain LoRA adapter, or with `full`
+    the model, of which nothing but the parameters of these units has moved.
 
     Args:
         script_args ([`~trl.ScriptArguments`]): The data set.
         training_args ([`~trl.SFTConfig`]): The training; `resume_from_checkpoint=True` goes on with a killed run.
         model_args ([`~trl.ModelConfig`]): The model, its quantisation, LoRA's options except its targets.
-        tune_args ([`TuneArguments`]): The ranking and what to select of it.
+        tune_args ([`TuneArguments`]): The ranking, what to select of it and how it is tuned; the held-out data.
 
     Returns:
         The trainer, at the end of training.
@@ -36,10 +43,75 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     Raises:
         OSError: There is no such model, data file or ranking, another run holds the output directory, or a file
             cannot be written.
-        ValueError: A bad selection or ranking, targets were passed, the output directory holds a run that was not
-            finished, or training took no step or has diverged; nothing is written then.
+        ValueError: A bad selection or ranking, targets were passed, options of LoRA or quantisation beside `full`, the
+            output directory holds a run that was not finished, or training took no step or has diverged; nothing is
+            written then.
     """
     importance = LayerImportance.load(required(tune_args.importance, "importance"))
+    check_evaluation(training_args, tune_args.eval_dataset_name)
+    data = {"dataset": script_args.dataset_name, "eval_dataset": tune_args.eval_dataset_name}
+    directory, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
+    if tune_args.full:
+        _check_full(model_args, tune_args, directory)
+        units = importance.select(**tune_args.selection())
+        config, result, facts = None, CONFIG_NAME, {**data, "units": units}
+    else:
+        config = _lora_of_selection(importance, training_args, model_args, tune_args)
+        result, facts = ADAPTER_CONFIG_NAME, data
+    with held(directory):
+        if not resumes:
+            check_finished(directory, result)
+        held_out, callbacks = tune_args.eval_dataset_name, [FrozenPrefix()]
+        trainer = sft_trainer(script_args, training_args, model_args, config, held_out, callbacks)
+        if tune_args.full:
+            _freeze(trainer, importance, units)
+        run = Run(trainer, facts, result, resumes)
+        trainer.add_callback(ClaimsDirectory(run))
+        train_or_resume(trainer)
+        run.claim()
+        _save(trainer, directory, result)
+        if trainer.is_world_process_zero():
+            run.record(done=True)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save")
+    return trainer
+
+
+def _check_full(model_args: Any, tune_args: TuneArguments, directory: Path) -> None:
+    """What is of no use in full fine-tuning, or would be lost by it."""
+    if tune_args.memory_budget is not None:
+        raise ValueError(
+            "`--memory_budget` is of tuning by LoRA, full fine-tuning is not counted: beside `--full`, select by "
+            "`--top_p`, `--top_k` or `--threshold`."
+        )
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise ValueError(
+                f"`--full` trains the weights themselves, which quantised ones do not allow: leave out `--{name}`, or "
+                "tune by LoRA, without `--full`."
+            )
+    lora = [field for field in fields(model_args) if re.match("lora_|use_(peft|rslora|dora)$", field.name)]
+    if unused := [f"`--{field.name}`" for field in lora if getattr(model_args, field.name) != field.default]:
+        raise ValueError(f"`--full` trains no LoRA: leave out {' and '.join(unused)}.")
+    if Path(str(model_args.model_name_or_path)).resolve() == directory.resolve():
+        raise ValueError(f"The model {directory} would be replaced by the tuned one; choose another `--output_dir`.")
+    if (directory / ADAPTER_CONFIG_NAME).exists():
+        raise ValueError(
+            f"{directory} holds an adapter, which would be loaded with the model; choose another `--output_dir`."
+        )
+
+
+def _freeze(trainer: Any, importance: LayerImportance, units: list[str]) -> None:
+    importance.freeze_unselected(trainer.model, units=units, outside=True)
+    if trainer.args.gradient_checkpointing:
+        # as TRL does for adapters: reentrant checkpointing needs it below what trains, `FrozenPrefix` spares the other
+        trainer.model.enable_input_require_grads()
+
+
+def _lora_of_selection(
+    importance: LayerImportance, training_args: Any, model_args: Any, tune_args: TuneArguments
+) -> Any:
+    """The [`~peft.LoraConfig`] of the selection, checked on the architecture."""
     if model_args.lora_target_modules:
         raise ValueError("`--lora_target_modules` follows from `--importance` and cannot be passed.")
     options = lora_config(model_args).to_dict()
@@ -53,22 +125,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     selection = tune_args.selection()
     if tune_args.memory_budget is not None:
         selection["units"] = _fitting(ranked, importance, tune_args.memory_budget, training_args, model_args, options)
-    config = importance.to_lora_config(**selection, model=ranked, **options)
-    directory, resumes = Path(training_args.output_dir), bool(training_args.resume_from_checkpoint)
-    with held(directory):
-        if not resumes:
-            check_finished(directory, CONFIG_NAME)
-        trainer = sft_trainer(script_args, training_args, model_args, config, [FrozenPrefix()])
-        run = Run(trainer, {"dataset": script_args.dataset_name}, CONFIG_NAME, resumes)
-        trainer.add_callback(ClaimsDirectory(run))
-        train_or_resume(trainer)
-        run.claim()
-        _save(trainer, directory)
-        if trainer.is_world_process_zero():
-            run.record(done=True)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save")
-    return trainer
+    return importance.to_lora_config(**selection, model=ranked, **options)
 
 
 def _fitting(
@@ -96,8 +153,8 @@ def _fitting(
         )
 
 
-def _save(trainer: SFTTrainer, directory: Path) -> None:
-    """What `save_model` writes into the directory, file by file, the adapter's configuration last."""
+def _save(trainer: SFTTrainer, directory: Path, result: str) -> None:
+    """What `save_model` writes into the directory, file by file, the adapter's or model's configuration last."""
     partial = directory / f".model{PARTIAL}"
     if trainer.is_world_process_zero() and (directory / "README.md").exists():
         partial.mkdir()
@@ -106,7 +163,12 @@ def _save(trainer: SFTTrainer, directory: Path) -> None:
     trainer.save_model(str(partial), _internal_call=True)  # which leaves the upload for later
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        written = {path.name for path in partial.iterdir()}
+        if result == CONFIG_NAME:
+            for path in directory.iterdir():
+                if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+                    path.unlink()
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == result):
             if path.is_dir():  # further chat templates
                 shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
             else:

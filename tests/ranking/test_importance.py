@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 from random import Random
 
 import numpy
@@ -304,10 +305,29 @@ def test_freeze_unselected_modules():
     assert ranked.freeze_unselected(model, top_k=1) == ["model.layers.0.self_attn.q_proj.weight"]
 
 
-def test_freezing_another_model_freezes_nothing():
+@pytest.mark.parametrize(
+    "units, left",
+    [
+        (["model.layers.0", "model.layers.1"], ["model.layers.0."]),
+        (["model.layers.0.mlp", "lm_head"], ["model.layers.0.mlp."]),
+        (["lm_head", "model.layers.0"], ["model.embed_tokens.weight"]),  # the same weight
+        (["model.layers.0.mlp.up_proj.weight", "lm_head"], ["model.layers.0.mlp.up_proj.weight"]),
+    ],
+)
+def test_freezing_all_that_is_not_selected(units, left):
+    model = tiny_llama(tie_word_embeddings=True)
+    frozen = LayerImportance(units, [1.0, 0.0]).freeze_unselected(model, top_k=1, outside=True)
+    names = [name for name, _ in model.named_parameters()]
+    assert frozen == [name for name in names if not name.startswith(tuple(left))] and len(frozen) < len(names)
+    assert frozen == [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+@pytest.mark.parametrize("outside, missing", [(False, "(2 of 3"), (True, "(1 of 1")])
+def test_freezing_another_model_freezes_nothing(outside, missing):
     model = tiny_llama(layers=2)
-    with pytest.raises(ValueError, match=r"The model has no 'model\.layers\.2' \(2 of 3"):
-        importance([3.0, 0.0, 0.0, 0.0]).freeze_unselected(model, top_k=1)
+    scores = [0.0, 0.0, 3.0, 0.0] if outside else [3.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=re.escape(f"The model has no 'model.layers.2' {missing}")):
+        importance(scores).freeze_unselected(model, top_k=1, outside=outside)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
