@@ -81,3 +81,13 @@ def test_without_a_module_the_exported_adapter_computes_the_same(tmp_path, input
     assert not torch.allclose(logits[0], whole, atol=1e-3)
     model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight").data.zero_()
     torch.testing.assert_close(logits[0], model(input_ids).logits)
+
+
+def test_tokens_that_are_trained_have_weights(tmp_path):
+    """Without them PEFT cannot load the adapter."""
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: t for key, t in tensors.items() if "token" not in key}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="lacks the weights of the tokens that `trainable_token_indices` names"):
+        read_adapter(tmp_path)
