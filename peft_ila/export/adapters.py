@@ -167,7 +167,7 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
             layers.setdefault(path, {})[part.removesuffix(".weight")] = tensor
     if not layers:
         raise ValueError("it holds no LoRA weights.")
-    if config.trainable_token_indices and not any("trainable_tokens_delta" in key for key in tensors):
+    if config.trainable_token_indices is not None and not any("trainable_tokens_delta" in key for key in tensors):
         raise ValueError("it lacks the weights of the tokens that `trainable_token_indices` names.")
 
     parameters = getattr(config, "gated_parameters", None) or {}

@@ -83,9 +83,10 @@ def test_without_a_module_the_exported_adapter_computes_the_same(tmp_path, input
     torch.testing.assert_close(logits[0], model(input_ids).logits)
 
 
-def test_tokens_that_are_trained_have_weights(tmp_path):
+@pytest.mark.parametrize("indices", [[1, 2], []])
+def test_tokens_that_are_trained_have_weights(tmp_path, indices):
     """Without them PEFT cannot load the adapter."""
-    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=indices))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({key: t for key, t in tensors.items() if "token" not in key}, tmp_path / "adapter_model.safetensors")
