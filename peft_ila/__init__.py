@@ -18,7 +18,7 @@ def _is_command_line() -> bool:
     program = (getattr(sys, "argv", None) or [""])[0]
     if program == "-m":  # the module that is run is being looked for
         return ("-m", "peft_ila.cli") in pairwise(sys.orig_argv)
-    return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and os.path.isfile(program)
+    return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and not os.path.isdir(program)
 
 
 if not _is_command_line():

@@ -18,6 +18,7 @@ ORDER = [
     "ranking",
     "tuner",
     "search",
+    "api",
     "workflows",
     "terminal",
     "cli",

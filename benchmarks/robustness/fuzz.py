@@ -83,6 +83,10 @@ class Fuzz:
         model.save_pretrained(self.good / "soft")
         model.apply_mask(["model.layers.0", "model.layers.2"])
         model.save_pretrained(self.good / "hard")
+        for name in ("soft", "hard"):  # PEFT writes a set, in another order in each process
+            path = self.good / name / "adapter_config.json"
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps({**content, "target_modules": sorted(content["target_modules"])}))
         importance = model.layer_importance()
         importance.metadata["model"] = str(self.good / "model")
         importance.spread = [0.1] * 3
@@ -165,6 +169,12 @@ class Fuzz:
 
     def _export(self, source: Path, work: Path) -> bool:
         export_adapter(source, work / "out")
+        try:
+            return self._check_export(source, work)
+        except REFUSALS as error:
+            raise Wrong(f"exported, but then PEFT: {error}") from error
+
+    def _check_export(self, source: Path, work: Path) -> bool:
         config = LoraConfig.from_pretrained(str(work / "out"))
         before, after = (load_file(directory / SAFETENSORS_WEIGHTS_NAME) for directory in (source, work / "out"))
         model = get_peft_model(self._model(), config)
@@ -192,7 +202,11 @@ class Fuzz:
         return LlamaForCausalLM(LlamaConfig.from_pretrained(self.good / "model"))
 
     def _computed(self, directory: Path) -> torch.Tensor | None:
-        """The logits of the model with an adapter that PEFT loads; None if its shapes are not the model's."""
+        """
+        The logits of the model with an adapter that PEFT loads; None if its shapes are not the model's.
+
+        In float64, where no weight of float32 overflows, in whichever order they are multiplied.
+        """
         try:
             model = PeftModel.from_pretrained(self._model(), directory)
         except RuntimeError as error:
@@ -200,7 +214,7 @@ class Fuzz:
                 raise
             return None
         with torch.no_grad():
-            return model.eval()(torch.arange(8)[None]).logits
+            return model.eval().double()(torch.arange(8)[None]).logits
 
     def _data(self, chance: random.Random, work: Path) -> bool:
         path = work / "data.jsonl"
