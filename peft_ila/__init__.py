@@ -1,31 +1,29 @@
 """peft-ila: which layers does fine-tuning change? Importing it registers the method ILA with PEFT."""
 
+import importlib
 import os
 import sys
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .export.freezing import FrozenPrefix
+    from .ranking.importance import LayerImportance
+    from .search.gates import learn_gates
+    from .search.stability import EpsilonStability
+    from .tuner.config import ILAConfig
+    from .tuner.model import ILAModel
 
-def _is_command_line() -> bool:
-    """
-    Whether this process is `peft-ila` or `python -m peft_ila.cli`.
-
-    PEFT and torch take seconds to import, and several commands need neither. So there, and only there, this module
-    imports nothing: the commands import what they need, and importing `tuner` registers ILA.
-    """
-    program = (getattr(sys, "argv", None) or [""])[0]
-    if program == "-m":  # the module that is run is being looked for
-        return ("-m", "peft_ila.cli") in pairwise(sys.orig_argv)
-    return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and not os.path.isdir(program)
-
-
-if not _is_command_line():
-    from .api import EpsilonStability, FrozenPrefix, ILAConfig, ILAModel, LayerImportance, learn_gates
-    from .tuner.registration import register
-
-    register(ILAConfig, ILAModel)  # `tuner` has done it; once more after `importlib.reload`
+_HOMES = {
+    "EpsilonStability": "search.stability",
+    "FrozenPrefix": "export.freezing",
+    "ILAConfig": "tuner.config",
+    "ILAModel": "tuner.model",
+    "LayerImportance": "ranking.importance",
+    "learn_gates": "search.gates",
+}
 
 __all__ = [
     "EpsilonStability",
@@ -39,9 +37,26 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name that the command line has not imported (PEP 562), such as for code that a model brings along."""
-    if name not in __all__:
+    """A public name, imported when it is asked for (PEP 562)."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import api
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
-    return getattr(api, name)
+
+def _is_command_line() -> bool:
+    """
+    Whether this process is `peft-ila` or `python -m peft_ila.cli`.
+
+    PEFT and torch take seconds to import, and several commands need neither. So there, and only there, the method is
+    not registered at once, but by whatever imports `tuner`.
+    """
+    program = (getattr(sys, "argv", None) or [""])[0]
+    if program == "-m":  # the module that is run is being looked for
+        return ("-m", "peft_ila.cli") in pairwise(sys.orig_argv)
+    return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and not os.path.isdir(program)
+
+
+if not _is_command_line():
+    from . import tuner
+
+    tuner.registration.register(tuner.config.ILAConfig, tuner.model.ILAModel)  # once more after `importlib.reload`

@@ -18,7 +18,6 @@ ORDER = [
     "ranking",
     "tuner",
     "search",
-    "api",
     "workflows",
     "terminal",
     "cli",

@@ -306,7 +306,7 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
     importance = LayerImportance.load(ranked / "importance.json")
     config = tiny_llama().config
     whole = plan(config, importance, shares=(1.0,), **STEP_OF_BUDGET)["100%"].total
-    step = ["--per_device_train_batch_size", "8", "--max_length", "32", "--lora_r", "4"]
+    step = "--per_device_train_batch_size 8 --max_length 32 --lora_r 4 --gradient_checkpointing False".split()
     arguments = ["convert", str(ranked / "importance.json"), "--output_dir", str(tmp_path / "lora"), *step]
     for budget in (whole, whole - 1):
         main([*arguments, "--memory_budget", str(budget)])

@@ -63,7 +63,7 @@ def workspace(tmp_path_factory, tokenizer, dialogues):
 
 def arguments(workspace: Path, name: str, output: Path, *extra: str) -> list[str]:
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
-    selection = ["--importance", str(workspace / "layers.json")] if name == "tune" else []
+    selection = ["--importance", str(workspace / "layers.json")] if name == "tune" else ["--method", "attribution"]
     return [name, *data, *selection, "--output_dir", str(output), *STEPS, *extra]
 
 
