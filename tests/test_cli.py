@@ -80,6 +80,7 @@ def test_rank_trains_nothing_unless_asked(workspace, ranked, tmp_path, capsys):
     assert not any(value.any() for name, value in weights.items() if "lora_B" in name)
     error = error_of([*command, "--window", "3"], capsys)
     assert "`--window` ends stage 1, which `--method untrained` does not have" in error
+    assert "`--eval_strategy` evaluates stage 1" in error_of([*command, "--eval_strategy", "epoch"], capsys)
     main([*command, "--adapter", str(ranked / "adapter"), "--output_dir", str(tmp_path / "of an adapter")])
     importance = LayerImportance.load(tmp_path / "of an adapter" / "importance.json")
     assert importance.metadata["learn_gates"]["method"] == "attribution"

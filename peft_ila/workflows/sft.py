@@ -154,6 +154,11 @@ def rank_by_sft(
         raise ValueError("`--tuned_rank` is of no use without `--tuned_model`.")
     if rank_args.method == "untrained" and (rank_args.adapter or rank_args.tuned_model):
         raise ValueError("`--method untrained` ranks by a fresh adapter: leave out `--adapter` and `--tuned_model`.")
+    if settings["method"] == "untrained" and training_args.eval_strategy != "no":
+        raise ValueError(
+            "`--eval_strategy` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
+            "`--method attribution`."
+        )
     stability = EpsilonStability(**rank_args.stability_settings())
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora = lora_config(model_args)
