@@ -28,9 +28,9 @@ from peft.helpers import KappaTuneSelector
 
 from benchmarks.problem import Problem, base_model, top
 from benchmarks.record import save
+from benchmarks.study.arms import by_layer
 from peft_ila import LayerImportance
 from peft_ila.search.descent import Descent
-from peft_ila.units import unit_of
 
 SHARES = (0.1, 0.3, 0.5, 0.75)
 BATCHES = 32
@@ -268,11 +268,11 @@ def print_tables(runs: dict[str, Any]) -> None:
             row(estimator, len(kept), *map(statistics.mean, zip(*kept)))
 
     table("estimator", ["pairs of rankings", "n", "overlap@75", "overlap@30", "Spearman"])
-    for estimator, by_layer in itertools.product(ESTIMATORS, (False, True)):
+    for estimator, layers in itertools.product(ESTIMATORS, (False, True)):
         rankings = {
-            name: ranking(run, estimator, by_layer) for name, run in runs.items() if estimator in run["estimators"]
+            name: ranking(run, estimator, layers) for name, run in runs.items() if estimator in run["estimators"]
         }
-        units = "layers" if by_layer else "modules"
+        units = "layers" if layers else "modules"
         for label, figures in agreements(rankings).items():
             row(f"{estimator} ({units})", label, len(figures), *map(statistics.mean, zip(*figures)))
 
@@ -286,13 +286,10 @@ def print_tables(runs: dict[str, Any]) -> None:
             row(f"{i} {a}", *(f"{figures[2]:.2f} / {figures[1]:.2f}" for figures in pairs))
 
 
-def ranking(run: dict[str, Any], estimator: str, by_layer: bool = False) -> LayerImportance:
+def ranking(run: dict[str, Any], estimator: str, layers: bool = False) -> LayerImportance:
     scores = dict(zip(run["units"], run["estimators"][estimator]["scores"]))
-    if by_layer:
-        modules, scores = scores, {}
-        for unit, score in modules.items():
-            layer = unit_of(unit, "layer")
-            scores[layer] = scores.get(layer, 0.0) + score
+    if layers:
+        scores = by_layer(scores)
     return LayerImportance(list(scores), list(scores.values()))
 
 

@@ -3,9 +3,9 @@
 import itertools
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.study.problem import RANK
 from peft_ila.units import unit_of
@@ -21,6 +21,7 @@ FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of full fine-tuning
 RANDOM = 5
 
 Sizes = dict[str, int]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ class Study:
 
     def ranking(self, data: str, seed: int, name: str) -> list[float] | None:
         """The scores by a search, by none ("random 0", "first", …) or by those of other sets."""
-        own = self.scores.get((data, seed, "full search"))
         if name.startswith("random"):
             draw = random.Random(f"{data} {seed} {name}")
             return [draw.random() for _ in self.units]
@@ -99,7 +99,8 @@ class Study:
         if name == "last":
             return [float(i) for i in range(len(self.units))]
         if name == "bottom":
-            return own and [-score for score in own]
+            scores = self.ranking(data, seed, "full search")
+            return scores and [-score for score in scores]
         if name.startswith("of "):
             return self.scores.get((name[3:], seed, "full search"))
         if name == "mean of other sets":
@@ -224,12 +225,17 @@ def modules_within(budget: float, scores: dict[str, float], sizes: Sizes) -> lis
 
 def layers_within(budget: float, scores: dict[str, float], sizes: Sizes) -> list[str]:
     """The modules of whole decoder layers, in the order of the sums of their scores, as long as they fit."""
-    modules: dict[str, list[str]] = {}
-    for unit in scores:
-        modules.setdefault(unit_of(unit, "layer"), []).append(unit)
-    worth = {layer: sum(scores[unit] for unit in own) for layer, own in modules.items()}
-    counts = {layer: sum(sizes[unit] for unit in own) for layer, own in modules.items()}
-    return [unit for layer in modules_within(budget, worth, counts) for unit in modules[layer]]
+    layers = modules_within(budget, by_layer(scores), by_layer(sizes))
+    return [unit for layer in layers for unit in scores if unit_of(unit, "layer") == layer]
+
+
+def by_layer(values: Mapping[str, Number]) -> dict[str, Number]:
+    """The values of modules, summed over each decoder layer."""
+    sums: dict[str, Number] = {}
+    for unit, value in values.items():
+        layer = unit_of(unit, "layer")
+        sums[layer] = sums[layer] + value if layer in sums else value
+    return sums
 
 
 def ranks_by_importance(

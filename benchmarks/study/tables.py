@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.arms import ALIGNMENT, CHANCE, SEEDS, SETS, TUNING_SEED, TUNING_SETS
+from benchmarks.study.arms import ALIGNMENT, CHANCE, SEEDS, SETS, TUNING_SEED, TUNING_SETS, by_layer
 from benchmarks.study.run import TEXTS, read
 from peft_ila import LayerImportance
 from peft_ila.files import whole_file
-from peft_ila.units import unit_of
 
 INTRODUCTION = """SmolLM2-135M-Instruct, {steps} steps of 8 examples of at most 192 tokens, {device} ({versions}).
 "Gained" is the gain in held-out loss as a share of that of LoRA on all modules (r = 8); ± is the standard error of the
@@ -204,10 +203,10 @@ def forgetting(figures: Figures) -> None:
     table(["tuned", "ranking", "runs", *(NAMES[text] for text in TEXTS), "gained"], rows)
 
 
-def overlaps(figures: Figures, units: list[str], by_layer: bool) -> dict[str, tuple[list[float], ...]]:
+def overlaps(figures: Figures, units: list[str], layers: bool) -> dict[str, tuple[list[float], ...]]:
     """Of pairs of rankings by the full search: their overlaps at 75 and 30 %, and their correlations."""
     rankings = {
-        (data, seed): ranking(units, figures.scores[data, seed, "full search"], by_layer)
+        (data, seed): ranking(units, figures.scores[data, seed, "full search"], layers)
         for data, seed in itertools.product(SETS, SEEDS)
         if (data, seed, "full search") in figures.scores
     }
@@ -225,25 +224,21 @@ def overlaps(figures: Figures, units: list[str], by_layer: bool) -> dict[str, tu
 def agreement(figures: Figures, units: list[str]) -> None:
     """How much rankings by the full search have in common."""
     print("### Are the important units the same?\n")
-    for by_layer in (False, True):
+    for layers in (False, True):
         rows = [
-            [label, len(own[0]), *map(statistics.mean, own)]
-            for label, own in overlaps(figures, units, by_layer).items()
+            [label, len(own[0]), *map(statistics.mean, own)] for label, own in overlaps(figures, units, layers).items()
         ]
-        print("Decoder layers, by the sums of their modules' scores:\n" if by_layer else "Modules:\n")
+        print("Decoder layers, by the sums of their modules' scores:\n" if layers else "Modules:\n")
         table(["pairs of rankings", "n", "overlap@75", "overlap@30", "Spearman"], rows)
     print("By chance, the overlap (of the intersection and the union) is 0.60 and 0.18.\n")
 
 
-def ranking(units: list[str], scores: list[float], by_layer: bool) -> LayerImportance:
+def ranking(units: list[str], scores: list[float], layers: bool) -> LayerImportance:
     """The scores of modules, or of decoder layers."""
-    if not by_layer:
-        return LayerImportance(units, scores)
-    sums: dict[str, float] = {}
-    for unit, score in zip(units, scores):
-        layer = unit_of(unit, "layer")
-        sums[layer] = sums.get(layer, 0.0) + score
-    return LayerImportance(list(sums), list(sums.values()))
+    found = dict(zip(units, scores))
+    if layers:
+        found = by_layer(found)
+    return LayerImportance(list(found), list(found.values()))
 
 
 def rates(figures: Figures) -> None:
@@ -305,7 +300,7 @@ def claims(figures: Figures, units: list[str]) -> None:
             runs,
         )
         rows.append([f"it matters which: the search's {what} less random ones", "better", ahead])
-    for label, found in overlaps(figures, units, by_layer=False).items():
+    for label, found in overlaps(figures, units, layers=False).items():
         if label != "two seeds of a set":
             paper = {"two sets: alignment": "about 0.90", "two sets: reasoning": "0.86"}.get(label, "")
             rows.append(
