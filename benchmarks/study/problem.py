@@ -67,21 +67,26 @@ class Problem:
     A data set and a seed, on a base model that every run leaves as it was.
 
     The seed decides the order of the data and the draw of A. Padding is on the right, where it cannot reach a token
-    of a causal model, so that no mask is needed.
+    of a causal model, so that no mask is needed. A GPU takes the examples of a step at once; on a CPU, where padding
+    costs more than calls, they are taken one by one, and their gradients add up.
     """
 
     def __init__(self, base: Any, examples: list[Example], seed: int) -> None:
         self.base, self.seed = base, seed
         self.train, self.held_out = examples[:-HELD_OUT], examples[-HELD_OUT:]
+        self.at_once = 1 if base.device.type == "cpu" else 2 * BATCH
 
     def batches(self, number: int, size: int = BATCH) -> Iterator[Batch]:
         """Batches in the order of the seed."""
+        return map(self.collate, self._draws(number, size))
+
+    def _draws(self, number: int, size: int) -> Iterator[list[Example]]:
         order = random.Random(self.seed)
         queue: list[Example] = []
         for _ in range(number):
             while len(queue) < size:
                 queue += order.sample(self.train, len(self.train))
-            yield self.collate(queue[:size])
+            yield queue[:size]
             del queue[:size]
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -172,8 +177,9 @@ class Problem:
         decaying = get_linear_schedule_with_warmup(optimizer, warmup, steps)
         schedule = decaying if decay else get_constant_schedule(optimizer)
         allocate = getattr(model.base_model, "update_and_allocate", None) if isinstance(model, PeftModel) else None
-        for step, batch in enumerate(self.batches(steps), 1):
-            model(**batch, use_cache=False).loss.backward()
+        for step, examples in enumerate(self._draws(steps, BATCH), 1):
+            for loss, share in self._losses(model, examples):
+                (loss * share).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -186,16 +192,18 @@ class Problem:
     def loss(self, model: Any, examples: list[Example] | None = None) -> float:
         """The mean over the answers' tokens of the held-out examples, or of others."""
         model.eval()  # there is no dropout here, but AdaLoRA adds a regulariser in training
-        total, tokens = 0.0, 0
         examples = self.held_out if examples is None else examples
-        loss = model.get_base_model() if isinstance(model, PeftModel) else model
-        for i in range(0, len(examples), 16):
-            batch = self.collate(examples[i : i + 16])
-            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(loss(**batch, use_cache=False).loss) * counted
-            tokens += counted
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        total = sum(float(loss) * share for loss, share in self._losses(base, examples))
         model.train()
-        return total / tokens
+        return total
+
+    def _losses(self, model: Any, examples: list[Example]) -> Iterator[tuple[torch.Tensor, float]]:
+        """The mean losses of some examples at a time, each with its share of all the answers' tokens."""
+        parts = [examples[i : i + self.at_once] for i in range(0, len(examples), self.at_once)]
+        answers = [sum(len(example.tokens) - example.prompt for example in part) for part in parts]
+        for part, tokens in zip(parts, answers):
+            yield model(**self.collate(part), use_cache=False).loss, tokens / sum(answers)
 
 
 @contextlib.contextmanager

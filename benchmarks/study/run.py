@@ -9,7 +9,7 @@ and full fine-tuning of a part. The learning rate of each group of arms is chose
     python -m benchmarks.study.tables benchmarks/results/study --into docs/reproduction.md
 
 About 1,100 jobs of 100 steps each: an hour of one H200 with 13 processes under CUDA's MPS, where products are in TF32;
-about 100 hours on two cores. It goes on where it stopped, in the order of `arms.ARMS`, and ends by `--time_limit`.
+about 200 hours on two cores. It goes on where it stopped, in the order of `arms.ARMS`, and ends by `--time_limit`.
 """
 
 import argparse
@@ -112,11 +112,14 @@ def main() -> None:
     examples = {data: read_examples(args.data / f"{data}.jsonl") for data in SETS}
     examples |= {text: read_text(args.data / f"{text}.jsonl") for text in TEXTS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     sizes = adapted_modules(load_base("cpu"))
-    with whole_file(args.output_dir / "made_by.json") as temporary:
-        name = torch.cuda.get_device_name() if device == "cuda" else "two CPU cores"
-        temporary.write_text(json.dumps({**made_by(), "device": name, "steps": args.steps, "units": list(sizes)}))
+    header = args.output_dir / "made_by.json"
+    devices = json.loads(header.read_text())["devices"] if header.exists() else {}
+    with whole_file(header) as temporary:
+        devices[name] = made_by()
+        temporary.write_text(json.dumps({"steps": args.steps, "units": list(sizes), "devices": devices}))
     file = args.output_dir / "figures.jsonl"
     rows = read(file)
     study = Study(rows, sizes)
@@ -143,7 +146,7 @@ def main() -> None:
                 if error := future.exception():
                     print(key, repr(error), flush=True)  # the other jobs go on; this one is tried by the next call
                     continue
-                row = future.result()
+                row = {**future.result(), "device": name}
                 study.add(row)
                 output.write(json.dumps(row, ensure_ascii=False) + "\n")
                 output.flush()

@@ -5,6 +5,7 @@ The tables of the study's figures, as Markdown, between the marks in `docs/repro
 """
 
 import argparse
+import collections
 import contextlib
 import io
 import itertools
@@ -20,7 +21,7 @@ from benchmarks.study.run import TEXTS, read
 from peft_ila import LayerImportance
 from peft_ila.files import whole_file
 
-INTRODUCTION = """SmolLM2-135M-Instruct, {steps} steps of 8 examples of at most 192 tokens, {device} ({versions}).
+INTRODUCTION = """SmolLM2-135M-Instruct, {steps} steps of 8 examples of at most 192 tokens. {devices}.
 "Gained" is the gain in held-out loss as a share of that of LoRA on all modules (r = 8); ± is the standard error of the
 mean, of paired differences where two are compared. A run is a data set and a seed.
 """
@@ -315,14 +316,23 @@ def claims(figures: Figures, units: list[str]) -> None:
     table(["claim", "the paper", "here"], rows)
 
 
+def machines(rows: list[dict[str, Any]], devices: dict[str, Any]) -> str:
+    """How many jobs ran where, and with what."""
+    jobs = collections.Counter(row["device"] for row in rows)
+    return "; ".join(
+        f"{jobs[device]} jobs on {device} ({', '.join(map(' '.join, made['versions'].items()))})"
+        for device, made in devices.items()
+    )
+
+
 def report(results: Path) -> str:
     """All tables."""
     made_by = json.loads((results / "made_by.json").read_text())
-    figures = Figures(read(results / "figures.jsonl"))
+    rows = read(results / "figures.jsonl")
+    figures = Figures(rows)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        versions = ", ".join(f"{package} {version}" for package, version in made_by["versions"].items())
-        print(INTRODUCTION.format(**{**made_by, "versions": versions}))
+        print(INTRODUCTION.format(steps=made_by["steps"], devices=machines(rows, made_by["devices"])))
         claims(figures, made_by["units"])
         curves(figures)
         searches(figures, "modules 30", "Which search? Modules with 30 % of the parameters")
