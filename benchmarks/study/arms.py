@@ -30,7 +30,8 @@ class Job:
     One piece of work for one process.
 
     Args:
-        kind: "tune", or "rank" (searches that train nothing) or "short" (those with a short stage 1).
+        kind: "tune", or "rank" (searches that train nothing), "short" (those with a short stage 1), "aletheia" (that
+            package's), or "base" (what is known of the base model without a data set).
         data, seed: The run.
         arm: The name of what is tuned; with `learning_rate` it is a job's name.
         group: Arms that share a learning rate.
@@ -101,6 +102,8 @@ class Study:
         if name == "bottom":
             scores = self.ranking(data, seed, "full search")
             return scores and [-score for score in scores]
+        if name == "KappaTune":
+            return self.scores.get(("", 0, name))
         if name.startswith("of "):
             return self.scores.get((name[3:], seed, "full search"))
         if name == "mean of other sets":
@@ -113,6 +116,7 @@ class Study:
 
     def jobs(self) -> Iterator[Job]:
         """All jobs whose needs are met, the most urgent first."""
+        yield Job("base", "", 0)
         yield from self._sweep("all", "modules 30")
         for data, seed in itertools.product(SETS, SEEDS):
             yield Job("rank", data, seed)
@@ -121,6 +125,7 @@ class Study:
                 yield self._tune(data, seed, "all", "full search", dict.fromkeys(self.units, RANK), rate, ranked=True)
             for seed, data in itertools.product(SEEDS, ALIGNMENT):
                 yield Job("short", data, seed, learning_rate=rate)
+                yield Job("aletheia", data, seed)
         for group, sets, arms in ARMS:
             yield from self._sweep(group)
             rate = self.learning_rate(group)
@@ -174,45 +179,43 @@ class Study:
 
 TUNED = "untrained, 16 batches"  # the ranking by which learning rates are chosen: it costs no training
 CHANCE = tuple(f"random {draw}" for draw in range(RANDOM))
+BOTH = ("full search", "untrained, 8 batches")
 SEARCHES = (
-    "full search", "untrained, 8 batches", *CHANCE, "untrained, 16 batches", "12 steps at 4 ×", "gradient norm",
-    "mean of other sets", "untrained, 4 batches", "untrained, 1 batches", "Fisher", "12 steps at 1 ×",
-    "12 steps at 2 ×", "8 steps at 4 ×", "4 steps at 4 ×", "untrained, r = 32", "untrained, A drawn again",
-    "untrained, norm of the mean gradient", "untrained, L2", "untrained, second moments", "norm of ΔW",
-    "full search per parameter", "untrained, 8 batches per parameter", "full search, half way", "first", "last",
+    *BOTH, *CHANCE, "untrained, 16 batches", "12 steps at 4 ×", "gradient norm", "mean of other sets",
+    "untrained, 4 batches", "untrained, 1 batches", "Fisher", "12 steps at 1 ×", "12 steps at 2 ×", "8 steps at 4 ×",
+    "4 steps at 4 ×", "untrained, r = 32", "untrained, A drawn again", "untrained, norm of the mean gradient",
+    "untrained, L2", "untrained, second moments", "full search per parameter",
+    "untrained, 8 batches per parameter", "full search, half way",
 )  # fmt: skip
-SOME = (
-    "full search", "untrained, 8 batches", *CHANCE, "untrained, 16 batches", "12 steps at 4 ×", "gradient norm",
-    "mean of other sets", "norm of ΔW",
-)  # fmt: skip
+RIVALS = ("gradient norm", "norm of ΔW", "KappaTune", "first", "last")
 # group, data sets, arms: in the order in which they are run
 ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("modules 30", ("reason_gsm8k",), ("full search", "mean of other sets", "random 0")),
     ("modules 30", ("sft_dolly",), ("mean of other sets",)),
     ("modules 30", ("reason_math",), ("full search", "mean of other sets", "random 0")),
     ("modules 30", ALIGNMENT, SEARCHES[:8]),
-    ("layers 30", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
-    ("modules 30", ALIGNMENT, ("mean of other sets",)),
-    ("layers 30", ALIGNMENT, ("random 1", "random 2")),
-    ("modules 30", ALIGNMENT, SEARCHES[:11]),
-    ("uniform 2", ALIGNMENT, ("uniform",)),
-    ("layers 30", ALIGNMENT, SOME[:11]),
-    ("modules 30", SETS, (*(f"of {data}" for data in SETS), "mean of other sets", *CHANCE[:3], "full search")),
-    ("modules 10", ALIGNMENT, SOME[:10]),
-    ("uniform 1", ALIGNMENT, ("uniform",)),
-    ("raised 30", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
-    ("ranks 1 0 32", ALIGNMENT, ("full search", "untrained, 8 batches")),
-    ("ranks 0.5 1 32", ALIGNMENT, ("full search", "untrained, 8 batches")),
-    ("modules 30", ALIGNMENT, SEARCHES),
+    ("layers 30", ALIGNMENT, (*BOTH, "random 0")),
+    ("all", ALIGNMENT, ("again",)),
     ("modules 75", ALIGNMENT, ("full search", "random 0", "bottom")),
-    ("EVA", ALIGNMENT, ("EVA",)),
-    ("AdaLoRA", ALIGNMENT, ("AdaLoRA",)),
-    ("modules 20", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
-    ("raised 10", ALIGNMENT, ("full search", "untrained, 8 batches", "random 0")),
-    ("layers 30", ALIGNMENT, SOME),
-    ("modules 10", ALIGNMENT, SOME),
     ("weights 100", ALIGNMENT, ("full search",)),
     ("weights 75", ALIGNMENT, ("full search", "random 0", "bottom")),
+    ("raised 30", ALIGNMENT, (*BOTH, "random 0")),
+    ("ranks 1 0 32", ALIGNMENT, BOTH),
+    ("ranks 0.5 1 32", ALIGNMENT, BOTH),
+    ("EVA", ALIGNMENT, ("EVA",)),
+    ("AdaLoRA", ALIGNMENT, ("AdaLoRA",)),
+    ("uniform 2", ALIGNMENT, ("uniform",)),
+    ("modules 10", ALIGNMENT, (*BOTH, *CHANCE[:3])),
+    ("modules 20", ALIGNMENT, (*BOTH, "random 0")),
+    ("layers 30", ALIGNMENT, CHANCE[1:3]),
+    ("modules 30", ALIGNMENT, ("mean of other sets", *RIVALS, "12 steps at 4 ×")),
+    ("layers 30", ALIGNMENT, ("aletheia-lora", *RIVALS)),
+    ("modules 30", SETS, (*(f"of {data}" for data in SETS), "mean of other sets", *CHANCE[:3], "full search")),
+    ("raised 10", ALIGNMENT, (*BOTH, "random 0")),
+    ("uniform 1", ALIGNMENT, ("uniform",)),
+    ("modules 30", ALIGNMENT, SEARCHES),
+    ("layers 30", ALIGNMENT, SEARCHES[:11]),
+    ("modules 10", ALIGNMENT, (*SEARCHES[:11], "norm of ΔW")),
 )
 
 

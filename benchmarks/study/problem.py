@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from peft_ila.embedded import smollm2
 HELD_OUT = 128
 MAX_LENGTH, PROMPT = 192, 112  # tokens; answers are cut, examples with longer prompts are left out
 BATCH, WARMUP = 8, 0.05
+MULTIPLE = 64  # tokens: a GPU pads to few lengths, so that steps can be recorded
 RANK, SCALE = 8, 2  # alpha = SCALE·r for every rank, so that one learning rate serves them all
 IGNORED = -100
 
 Batch = dict[str, torch.Tensor]
+Parts = Iterator[tuple[Batch, float]]
 
 
 @dataclass
@@ -74,7 +76,8 @@ class Problem:
     def __init__(self, base: Any, examples: list[Example], seed: int) -> None:
         self.base, self.seed = base, seed
         self.train, self.held_out = examples[:-HELD_OUT], examples[-HELD_OUT:]
-        self.at_once = 1 if base.device.type == "cpu" else 2 * BATCH
+        self.on_gpu = base.device.type == "cuda"
+        self.at_once = 2 * BATCH if self.on_gpu else 1
 
     def batches(self, number: int, size: int = BATCH) -> Iterator[Batch]:
         """Batches in the order of the seed."""
@@ -92,6 +95,8 @@ class Problem:
     def collate(self, examples: list[Example]) -> Batch:
         """Pad on the right; `labels` are those of the answers."""
         length = max(len(example.tokens) for example in examples)
+        if self.on_gpu:
+            length = math.ceil(length / MULTIPLE) * MULTIPLE
         ids = torch.zeros(len(examples), length, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         for row, example in enumerate(examples):
@@ -172,21 +177,28 @@ class Problem:
         The learning rate decays to 0 after a warm-up, or is constant from the first step on.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True)
+        rate = torch.tensor(learning_rate, device="cuda") if self.on_gpu else learning_rate  # recorded steps read it
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True, capturable=self.on_gpu)
         warmup = math.ceil(WARMUP * steps)
         decaying = get_linear_schedule_with_warmup(optimizer, warmup, steps)
         schedule = decaying if decay else get_constant_schedule(optimizer)
         allocate = getattr(model.base_model, "update_and_allocate", None) if isinstance(model, PeftModel) else None
-        for step, examples in enumerate(self._draws(steps, BATCH), 1):
-            for loss, share in self._losses(model, examples):
-                (loss * share).backward()
+
+        def update(parts: Parts) -> None:
+            for batch, share in parts:
+                (model(**batch, use_cache=False).loss * share).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+
+        take_step = Recorded(update) if self.on_gpu and not allocate else update
+        for step, examples in enumerate(self._draws(steps, BATCH), 1):
+            take_step(self._parts(examples))
             schedule.step()
             if allocate:
                 allocate(step)
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             yield step
+        optimizer.zero_grad()
 
     @torch.no_grad()
     def loss(self, model: Any, examples: list[Example] | None = None) -> float:
@@ -194,16 +206,48 @@ class Problem:
         model.eval()  # there is no dropout here, but AdaLoRA adds a regulariser in training
         examples = self.held_out if examples is None else examples
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        total = sum(float(loss) * share for loss, share in self._losses(base, examples))
+        total = sum(float(base(**batch, use_cache=False).loss) * share for batch, share in self._parts(examples))
         model.train()
         return total
 
-    def _losses(self, model: Any, examples: list[Example]) -> Iterator[tuple[torch.Tensor, float]]:
-        """The mean losses of some examples at a time, each with its share of all the answers' tokens."""
+    def _parts(self, examples: list[Example]) -> Parts:
+        """Some examples at a time, each part with its share of all the answers' tokens."""
         parts = [examples[i : i + self.at_once] for i in range(0, len(examples), self.at_once)]
         answers = [sum(len(example.tokens) - example.prompt for example in part) for part in parts]
-        for part, tokens in zip(parts, answers):
-            yield model(**self.collate(part), use_cache=False).loss, tokens / sum(answers)
+        return ((self.collate(part), tokens / sum(answers)) for part, tokens in zip(parts, answers))
+
+
+class Recorded:
+    """
+    A step on a GPU whose kernels are recorded, and from then on launched at once (a CUDA graph).
+
+    A GPU does the several thousand small kernels of a step faster than Python asks for them. The first step of each
+    shape is taken as it is: it warms up, and makes the gradients and what the optimiser keeps. Recording takes place
+    on the current stream, which must not be the default one.
+    """
+
+    def __init__(self, update: Callable[[Parts], None]) -> None:
+        self.update = update
+        self.seen: set[torch.Size] = set()
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Batch]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, parts: Parts) -> None:
+        ((batch, share),) = parts
+        shape = batch["input_ids"].shape
+        if shape not in self.seen:
+            self.seen.add(shape)
+            self.update(iter([(batch, share)]))
+            return
+        if shape not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
+                self.update(iter([(batch, share)]))
+            self.graphs[shape] = graph, batch
+        graph, own = self.graphs[shape]
+        for name, values in batch.items():
+            own[name].copy_(values)
+        graph.replay()
 
 
 @contextlib.contextmanager

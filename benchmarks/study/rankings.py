@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.helpers import KappaTuneSelector
 
 from benchmarks.study.problem import RANK, SCALE, Batch, Problem
+from peft_ila.units import unit_of
 
 Scores = dict[str, list[float]]
 ATTRIBUTION = 16  # batches of the full search's second stage
@@ -61,6 +63,24 @@ def base_gradients(problem: Problem, sizes: dict[str, int]) -> Scores:
             gradients = torch.autograd.grad(model(**example, use_cache=False).loss, weights)
             fisher += torch.stack([gradient.square().sum() for gradient in gradients])
     return _listed({"gradient norm": torch.stack([own.norm() for own in total]), "Fisher": fisher})
+
+
+def kappa_tune(base: Any, sizes: dict[str, int]) -> Scores:
+    """PEFT's KappaTune, which looks at no data: the smaller the condition number of W, the better a target."""
+    order = KappaTuneSelector(base, show_progress=False).get_best_targets()
+    return {"KappaTune": [-float(order.index(unit)) for unit in sizes]}
+
+
+def aletheia(problem: Problem, sizes: dict[str, int]) -> Scores:
+    """aletheia-lora's probe of the base model, with its defaults: each layer's score, shared out among its modules."""
+    from aletheia_lora import gradient_probe  # for this arm only: pip install --no-deps aletheia-lora
+
+    rows = [torch.tensor(example.tokens) for example in problem.train]
+    data: Any = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} for tokens in rows]
+    layers = list(dict.fromkeys(unit_of(unit, "layer") for unit in sizes))
+    norms = gradient_probe(problem.base, data, len(layers), compute_dtype=torch.float32, seed=problem.seed)
+    modules = len(sizes) / len(layers)
+    return {"aletheia-lora": [float(f"{norms[layers.index(unit_of(u, 'layer'))] / modules:.5g}") for u in sizes]}
 
 
 def short(problem: Problem, sizes: dict[str, int], learning_rate: float) -> Scores:

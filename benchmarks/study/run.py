@@ -25,7 +25,16 @@ import torch
 from benchmarks.record import made_by
 from benchmarks.study.arms import SETS, Job, Study
 from benchmarks.study.problem import Example, Problem, adapted_modules, load_base, read_examples, read_text
-from benchmarks.study.rankings import ATTRIBUTION, attribution, base_gradients, delta_norms, short, untrained
+from benchmarks.study.rankings import (
+    ATTRIBUTION,
+    aletheia,
+    attribution,
+    base_gradients,
+    delta_norms,
+    kappa_tune,
+    short,
+    untrained,
+)
 from peft_ila.files import whole_file
 
 TEXTS = ("text_wikitext2", "text_c4")
@@ -36,6 +45,8 @@ def start(examples: dict[str, list[Example]], device: str, steps: int) -> None:
     """Make a process ready for jobs."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
+    if device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be recorded
     base = load_base(device)
     _worker.update(base=base, examples=examples, steps=steps, sizes=adapted_modules(base))
 
@@ -43,21 +54,30 @@ def start(examples: dict[str, list[Example]], device: str, steps: int) -> None:
 def work(job: Job) -> dict[str, Any]:
     """Do a job: what it has found, to be written as one line."""
     began = time.perf_counter()
-    problem = Problem(_worker["base"], _worker["examples"][job.data], job.seed)
-    sizes = _worker["sizes"]
-    if job.kind == "rank":
-        found: dict[str, Any] = {"scores": untrained(problem, sizes) | base_gradients(problem, sizes)}
-        found["loss"] = problem.loss(problem.base)
-        found["perplexities"] = perplexities(problem, problem.base)
-    elif job.kind == "short":
-        found = {"scores": short(problem, sizes, job.learning_rate)}
-    else:
-        found = tune(problem, job)
+    found = tune(job) if job.kind == "tune" else rank(job)
     return {"key": job.key, **job.described(), **found, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def tune(problem: Problem, job: Job) -> dict[str, Any]:
+def rank(job: Job) -> dict[str, Any]:
+    """The rankings by what needs no tuned adapter."""
+    base, sizes = _worker["base"], _worker["sizes"]
+    if job.kind == "base":
+        return {"scores": kappa_tune(base, sizes)}
+    problem = Problem(base, _worker["examples"][job.data], job.seed)
+    if job.kind == "aletheia":
+        return {"scores": aletheia(problem, sizes)}
+    if job.kind == "short":
+        return {"scores": short(problem, sizes, job.learning_rate)}
+    return {
+        "scores": untrained(problem, sizes) | base_gradients(problem, sizes),
+        "loss": problem.loss(base),
+        "perplexities": perplexities(problem, base),
+    }
+
+
+def tune(job: Job) -> dict[str, Any]:
     """The held-out loss after tuning, at a few points of it; for the arm on all modules, its rankings too."""
+    problem = Problem(_worker["base"], _worker["examples"][job.data], job.seed)
     steps, units = _worker["steps"], list(job.ranks)
     curve, scores = {}, {}
     methods = {
