@@ -69,6 +69,9 @@ class CompareArguments:
     """Arguments of `peft-ila compare`."""
 
     output: str | None = field(default=None, metadata={"help": "A picture of the overlaps to write."})
+    mean: str | None = field(
+        default=None, metadata={"help": "A file to write: one ranking, by the means of the standardised scores."}
+    )
 
 
 @dataclass
@@ -209,18 +212,25 @@ def export(args: ExportArguments, others: argparse.Namespace) -> str:
 
 
 def compare(args: CompareArguments, others: argparse.Namespace) -> str:
-    """Print overlap and rank correlation of each pair of rankings, with `--output` draw the overlaps too."""
+    """
+    Print overlap and rank correlation of each pair of rankings.
+
+    With `--output` draw the overlaps too; with `--mean` write one ranking of them all.
+    """
     if len(others.importance) < 2:
         raise ValueError("`compare` needs at least two rankings.")
     rankings = [(path, LayerImportance.load(path)) for path in others.importance]
+    rows = comparison_rows(rankings)
+    if args.mean:
+        LayerImportance.mean([importance for _, importance in rankings]).save(args.mean)
     if args.output:
         plot_overlaps(rankings, args.output)
+    written = [path for path in (args.output, args.mean) if path]
     if not others.json:
-        return comparison_table(rankings) + (f"\nWrote {args.output}." if args.output else "")
-    rows = comparison_rows(rankings)
+        return "\n".join([comparison_table(rankings), *(f"Wrote {path}." for path in written)])
     for row in rows:
         row["spearman"] = None if math.isnan(row["spearman"]) else row["spearman"]
-    return _as_json({**({"written": [args.output]} if args.output else {}), "pairs": rows})
+    return _as_json({**({"written": written} if written else {}), "pairs": rows})
 
 
 def plot(args: PlotArguments, others: argparse.Namespace) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -482,6 +483,22 @@ def test_compare(ranked, capsys):
     path = str(ranked / "importance.json")
     main(["compare", path, path])
     assert "1.00         1.00      1.00" in capsys.readouterr().out
+
+
+def test_compare_writes_the_mean(ranked, tmp_path, capsys):
+    paths, mean = [str(ranked / "importance.json"), str(tmp_path / "other.json")], str(tmp_path / "mean.json")
+    one = LayerImportance.load(paths[0])
+    other = dataclasses.replace(one, scores=one.scores[::-1])
+    other.save(paths[1])
+    main(["compare", *paths, "--mean", mean])
+    assert capsys.readouterr().out.endswith(f"Wrote {mean}.\n")
+    assert LayerImportance.load(mean) == LayerImportance.mean([one, other])
+
+
+def test_compare_takes_published_rankings(capsys):
+    name = "smollm2-135m-instruct"
+    main(["compare", name, name])
+    assert f"{name}  {name}         1.00" in capsys.readouterr().out
 
 
 def test_plot(ranked, tmp_path):

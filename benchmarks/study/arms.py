@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from benchmarks.study.problem import RANK
+from peft_ila.ranking.comparison import standardised
 from peft_ila.units import unit_of
 
 SEEDS = (0, 1, 2)
@@ -108,7 +109,7 @@ class Study:
             return self.scores.get((name[3:], seed, "full search"))
         if name == "mean of other sets":
             others = [self.scores.get((other, seed, "full search")) for other in ALIGNMENT if other != data]
-            return [statistics.mean(z) for z in zip(*map(_standardised, others))] if all(others) else None
+            return [statistics.mean(z) for z in zip(*map(standardised, filter(None, others)))] if all(others) else None
         if name.endswith(" per parameter"):
             scores = self.ranking(data, seed, name.removesuffix(" per parameter"))
             return scores and [score / self.sizes[unit] for score, unit in zip(scores, self.units)]
@@ -269,9 +270,3 @@ def ranks_by_importance(
             ranks[unit] += 1
             left -= sizes[unit]
     return {unit: rank for unit, rank in ranks.items() if rank}
-
-
-def _standardised(scores: list[float] | None) -> list[float]:
-    scores = scores or []
-    mean, deviation = statistics.mean(scores), statistics.pstdev(scores)
-    return [(score - mean) / deviation for score in scores]

@@ -1,6 +1,7 @@
 """How two rankings agree, and how sure one is of a selection. Plain numbers in, plain numbers out."""
 
 import math
+import statistics
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -27,6 +28,17 @@ def _ranks(values: Sequence[float]) -> list[float]:
     first = {value: position for position, value in reversed(list(enumerate(order)))}
     last = {value: position for position, value in enumerate(order)}
     return [(first[value] + last[value]) / 2 for value in values]
+
+
+def standardised(scores: Sequence[float]) -> list[float]:
+    """The scores less their mean, in standard deviations; 0 where all are equal."""
+    mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
+    return [(score - mean) / deviation if deviation else 0.0 for score in scores]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of at least two values and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def top(scores: Sequence[float], number: int) -> list[int]:

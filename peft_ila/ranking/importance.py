@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..choices import RecipeFormat
 from ..files import read_json, whole_file
-from .comparison import is_coin_toss, jaccard, membership, spearman, top
+from .comparison import is_coin_toss, jaccard, mean_and_error, membership, spearman, standardised, top
+from .published import find
 from .validation import check_metadata, check_ranking
 
 if TYPE_CHECKING:
@@ -213,6 +214,46 @@ class LayerImportance:
         theirs = dict(zip(other.units, other.scores))
         return spearman(self.scores, [theirs[unit] for unit in self.units])
 
+    @classmethod
+    def mean(cls, rankings: "Sequence[LayerImportance]") -> "LayerImportance":
+        """
+        One ranking of several, such as of one model on different data: the means of their standardised scores.
+
+        Args:
+            rankings (`list[LayerImportance]`): At least two rankings of the same units, with the same modules.
+
+        Returns:
+            [`LayerImportance`]: Its `spread` is the standard error of each mean. Its metadata are those that all
+                rankings share, and in `mean_of` what each has of its own.
+
+        Raises:
+            ValueError: Fewer than two rankings, or rankings of different units or modules.
+        """
+        if len(rankings) < 2:
+            raise ValueError(f"A mean needs at least two rankings, got {len(rankings)}.")
+        first, *others = rankings
+        for other in others:
+            first._check_same_units(other)
+            if (other.modules, other.parameters) != (first.modules, first.parameters):
+                raise ValueError("A mean is of rankings that adapt the same modules, but these adapt different ones.")
+        scores = [dict(zip(ranking.units, standardised(ranking.scores))) for ranking in rankings]
+        means, spread = zip(*(mean_and_error([own[unit] for own in scores]) for unit in first.units))
+        shared = {
+            key: value
+            for key, value in first.metadata.items()
+            if key != "mean_of" and all(key in o.metadata and o.metadata[key] == value for o in others)
+        }
+        own = [{k: v for k, v in ranking.metadata.items() if k not in shared} for ranking in rankings]
+        return cls(
+            units=first.units,
+            scores=list(means),
+            metadata={**shared, "mean_of": own},
+            modules=first.modules,
+            lookalikes=sorted({name for ranking in rankings for name in ranking.lookalikes}),
+            spread=list(spread),
+            parameters=first.parameters,
+        )
+
     def _check_same_units(self, other: "LayerImportance") -> None:
         if difference := sorted(set(self.units) ^ set(other.units)):
             raise ValueError(
@@ -242,10 +283,14 @@ class LayerImportance:
         """
         Read a ranking that [`save`] wrote.
 
+        Args:
+            path (`str`): A file, or the name of a ranking that comes with the package, see docs/howto/published.md.
+
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: There is no such file and no such name.
             ValueError: The file is not a ranking, or was written by a newer version.
         """
+        path = find(path)
         try:
             content = read_json(path)
         except ValueError as error:

@@ -27,6 +27,7 @@ from .data import load_dataset
 from .sft import rank_by_sft
 from .tune import tune
 
+_PUBLISHED = "smollm2-135m-instruct-layers"
 _SHARE = 0.3
 _HELD_OUT = 64
 _STEPS = 40
@@ -65,8 +66,8 @@ def demo(output_dir: Path) -> None:
     importance = importances[0][1]
     ranked = time.perf_counter() - start
 
-    _headline("Do both parts of the data find the same layers?")
-    print(comparison_table(importances))
+    _headline("Do both parts of the data find the same layers, and does the published ranking?")
+    print(comparison_table([*importances, ("published", LayerImportance.load(_PUBLISHED))]))
 
     _headline(f"Convert the top {_SHARE:.0%} to a LoraConfig")
     file, _ = convert(importance, output_dir / "lora", selection={"top_p": _SHARE}, r=8, lora_alpha=16)

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import re
+from pathlib import Path
 from random import Random
 
 import numpy
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
+import peft_ila
 from peft_ila import LayerImportance
 
 UNITS = [f"model.layers.{i}" for i in range(10)]
@@ -358,3 +360,48 @@ def test_comparisons_are_symmetric_and_bounded(scores):
         assert a.spearman(b) == pytest.approx(b.spearman(a))
         assert -1.000001 <= a.spearman(b) <= 1.000001
         assert a.spearman(a) == pytest.approx(1.0)
+
+
+def test_mean_is_that_of_standardised_scores():
+    a = importance([1.0, 2.0, 6.0], metadata={"model": "m", "data": "a", "seed": 0}, lookalikes=["x"])
+    b = importance([-10.0, 0.0, 10.0], metadata={"model": "m", "data": "b", "seed": 0}, spread=[1.0, 1.0, 1.0])
+    mean = LayerImportance.mean([a, LayerImportance(b.units[::-1], b.scores[::-1], b.metadata, spread=b.spread)])
+    own = numpy.array([a.scores, b.scores])
+    own = (own - own.mean(1, keepdims=True)) / own.std(1, keepdims=True)
+    assert mean.units == a.units and mean.modules == a.modules and mean.lookalikes == ["x"]
+    assert mean.scores == pytest.approx(own.mean(0))
+    assert mean.spread == pytest.approx(own.std(0, ddof=1) / math.sqrt(2))
+    assert mean.metadata == {"model": "m", "seed": 0, "mean_of": [{"data": "a"}, {"data": "b"}]}
+    twice = LayerImportance.mean([mean, mean])
+    assert twice.metadata["mean_of"] == [{"mean_of": mean.metadata["mean_of"]}] * 2
+    assert twice.ranking() == mean.ranking() and twice.spread == [0.0] * 3
+
+
+def test_a_ranking_of_equals_does_not_move_a_mean():
+    mean = LayerImportance.mean([importance([1.0, 1.0, 1.0]), importance([1.0, 2.0, 0.0])])
+    assert mean.ranking() == importance([1.0, 2.0, 0.0]).ranking()
+
+
+def test_what_has_no_mean():
+    a = importance([1.0, 2.0])
+    with pytest.raises(ValueError, match="at least two rankings, got 1"):
+        LayerImportance.mean([a])
+    with pytest.raises(ValueError, match="same units"):
+        LayerImportance.mean([a, importance([1.0, 2.0, 3.0])])
+    with pytest.raises(ValueError, match="adapt the same modules"):
+        LayerImportance.mean([a, importance([1.0, 2.0], modules={u: [f"{u}.q"] for u in a.units})])
+
+
+def test_published_rankings_load_by_name(tmp_path, monkeypatch):
+    files = sorted((Path(peft_ila.__file__).parent / "published").glob("*.json"))
+    assert files
+    for file in files:
+        ranking = LayerImportance.load(file.stem)
+        assert ranking == LayerImportance.load(file) and ranking.spread and ranking.metadata["mean_of"]
+        config = ranking.to_lora_config(top_p=0.3)
+        assert config.base_model_name_or_path == ranking.metadata["model"]
+    with pytest.raises(FileNotFoundError, match="No such file: 'nothing'.* those are .*smollm2-135m-instruct"):
+        LayerImportance.load("nothing")
+    monkeypatch.chdir(tmp_path)
+    importance([1.0, 2.0]).save(files[0].stem)  # a file of the user's own comes first
+    assert LayerImportance.load(files[0].stem).scores == [1.0, 2.0]
