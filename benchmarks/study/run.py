@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from benchmarks.record import made_by
-from benchmarks.study.arms import SETS, Job, Study
+from benchmarks.study.arms import SETS, TUNING_SEED, Job, Study
 from benchmarks.study.problem import Example, Problem, adapted_modules, load_base, read_examples, read_text
 from benchmarks.study.rankings import (
     ATTRIBUTION,
@@ -35,20 +36,22 @@ from benchmarks.study.rankings import (
     short,
     untrained,
 )
+from benchmarks.study.tasks import accuracies
 from peft_ila.files import whole_file
 
 TEXTS = ("text_wikitext2", "text_c4")
+QUESTIONS = 1000  # of each task of lm-eval
 _worker: dict[str, Any] = {}
 
 
-def start(examples: dict[str, list[Example]], device: str, steps: int) -> None:
-    """Make a process ready for jobs."""
+def start(examples: dict[str, list[Example]], device: str, steps: int, data: Path | None) -> None:
+    """Make a process ready for jobs; `data` is where the tasks of lm-eval are, if they are wanted."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
     if device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be recorded
     base = load_base(device)
-    _worker.update(base=base, examples=examples, steps=steps, sizes=adapted_modules(base))
+    _worker.update(base=base, examples=examples, steps=steps, sizes=adapted_modules(base), data=data)
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def rank(job: Job) -> dict[str, Any]:
     """The rankings by what needs no tuned adapter."""
     base, sizes = _worker["base"], _worker["sizes"]
     if job.kind == "base":
-        return {"scores": kappa_tune(base, sizes)}
+        return {"scores": kappa_tune(base, sizes), **tasks(base)}
     problem = Problem(base, _worker["examples"][job.data], job.seed)
     if job.kind == "aletheia":
         return {"scores": aletheia(problem, sizes)}
@@ -96,6 +99,8 @@ def tune(job: Job) -> dict[str, Any]:
         found = {"loss": problem.loss(model), "parameters": sum(p.numel() for p in trained), "modules": len(units)}
         if job.group.startswith(("all", "modules 75", "weights")) or job.arm == "full search":
             found["perplexities"] = perplexities(problem, model)
+        if job.group.startswith(("all", "modules 75", "weights")) and job.seed != TUNING_SEED:
+            found |= tasks(model.get_base_model() if isinstance(model, PeftModel) else model)
         if job.ranked:
             scores["full search"] = attribution(model, problem, ATTRIBUTION).tolist()
             scores["norm of ΔW"] = delta_norms(model).tolist()
@@ -107,6 +112,12 @@ def tune(job: Job) -> dict[str, Any]:
 def perplexities(problem: Problem, model: Any) -> dict[str, float]:
     """The loss on plain text, which tuning on dialogues may raise."""
     return {name: problem.loss(model, _worker["examples"][name]) for name in TEXTS}
+
+
+def tasks(model: Any) -> dict[str, Any]:
+    """The accuracies that lm-eval finds, where they are wanted."""
+    data = _worker["data"]
+    return {"accuracies": accuracies(model, data, QUESTIONS)} if data else {}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -121,6 +132,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
+    parser.add_argument("--tasks", action="store_true", help="HellaSwag, ARC-easy and PIQA too: pip install lm-eval")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
@@ -145,9 +157,10 @@ def main() -> None:
     study = Study(rows, sizes)
     done = {row["key"] for row in rows}
     running: dict[Future[dict[str, Any]], str] = {}
+    initial = (examples, device, args.steps, args.data if args.tasks else None)
     context = torch.multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(args.processes, context, start, (examples, device, args.steps)) as pool,
+        ProcessPoolExecutor(args.processes, context, start, initial) as pool,
         file.open("a", encoding="utf-8") as output,
     ):
         started = 0
