@@ -192,7 +192,7 @@ RIVALS = ("gradient norm", "norm of ΔW", "KappaTune", "first", "last")
 # group, data sets, arms: in the order in which they are run
 ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("modules 30", ("reason_gsm8k",), ("full search", "mean of other sets", "random 0")),
-    ("modules 30", ("sft_dolly",), ("mean of other sets",)),
+    ("modules 30", ALIGNMENT, ("mean of other sets",)),
     ("modules 30", ("reason_math",), ("full search", "mean of other sets", "random 0")),
     ("modules 30", ALIGNMENT, SEARCHES[:8]),
     ("layers 30", ALIGNMENT, (*BOTH, "random 0")),
