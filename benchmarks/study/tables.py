@@ -7,6 +7,7 @@ The tables of the study's figures, as Markdown, between the marks in `docs/repro
 import argparse
 import collections
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.arms import ALIGNMENT, CHANCE, SEEDS, SETS, TUNING_SEED, TUNING_SETS, by_layer
+from benchmarks.study.arms import ALIGNMENT, BOTH, CHANCE, SEEDS, SETS, TUNING_SEED, TUNING_SETS, by_layer
 from benchmarks.study.run import TEXTS, read
 from peft_ila import LayerImportance
 from peft_ila.files import whole_file
@@ -36,6 +37,7 @@ NAMES = {
     "text_wikitext2": "WikiText-2",
     "text_c4": "C4",
 }
+TASKS = (("HellaSwag, norm.", "hellaswag acc_norm"), ("ARC-easy", "arc_easy acc"), ("PIQA", "piqa acc"))
 
 
 class Figures:
@@ -49,6 +51,7 @@ class Figures:
         }
         self.swept = [row for row in rows if row["kind"] == "tune" and row["seed"] == TUNING_SEED]
         self.base = {(row["data"], row["seed"]): row for row in rows if row["kind"] == "rank"}
+        self.untuned: dict[str, Any] = next((row for row in rows if row["kind"] == "base"), {})
         self.scores = {
             (row["data"], row["seed"], name): scores for row in rows for name, scores in row.get("scores", {}).items()
         }
@@ -171,37 +174,49 @@ def budgets(figures: Figures) -> None:
     rows = []
     for group in dict.fromkeys(key[0] for key in figures.tuned):
         for arm in figures.arms(group):
-            if arm in ("full search", "untrained, 8 batches", "random", "bottom", "uniform", "EVA", "AdaLoRA"):
+            if arm in ("again", *BOTH, "random", "bottom", "uniform", "EVA", "AdaLoRA"):
                 found = [
                     row for key, row in figures.tuned.items() if key[:2] == (group, arm) and row["data"] in ALIGNMENT
                 ]
                 found = found or [row for key, row in figures.tuned.items() if key[0] == group]
                 rate, parameters = found[0]["learning_rate"], statistics.mean(row["parameters"] for row in found)
-                gained = with_error(lambda run, group=group, arm=arm: figures.gained(group, arm, run), runs)  # type: ignore[misc]
-                number = sum(figures.gained(group, arm, run) is not None for run in runs)
-                rows.append([group, arm, f"{rate:g}", f"{parameters:,.0f}", number, gained])
-    columns = ["group", "ranking", "learning rate", "parameters", "runs", "gained"]
+                gained = functools.partial(figures.gained, group, arm)
+                number = sum(gained(run) is not None for run in runs)
+                less = difference(gained, functools.partial(figures.gained, "all", "full search"), runs)
+                rows.append([group, arm, f"{rate:g}", f"{parameters:,.0f}", number, with_error(gained, runs), less])
+    columns = ["group", "ranking", "learning rate", "parameters", "runs", "gained", "less LoRA on all"]
     table(columns, rows)
 
 
 def forgetting(figures: Figures) -> None:
-    """The loss on plain text."""
-    print("### Perplexity on plain text\n")
-    rows = []
-    bases = [row for (data, seed), row in figures.base.items() if data in ALIGNMENT and seed != TUNING_SEED]
-    if bases:
-        rows.append(
-            ["before tuning", "", len(bases), *(f"{math.exp(bases[0]['perplexities'][t]):.2f}" for t in TEXTS), ""]
-        )
+    """A part frozen, against LoRA on all: the gain, the perplexity of plain text, and the tasks of lm-eval."""
+    print("### A part frozen: what is gained, and what must not be lost\n")
+    print("Accuracies are lm-eval's on 1,000 questions each, their standard error of one model is 0.015.\n")
+    runs = list(itertools.product(ALIGNMENT, SEEDS))
+    untuned = next(row for row in figures.base.values() if row["data"] in ALIGNMENT)
+    rows = [["before tuning", "", "", "", "", *_kept([untuned]), *_accuracies([figures.untuned])]]
     for group, arm in dict.fromkeys(key[:2] for key in figures.tuned):
-        own = [
-            r for k, r in figures.tuned.items() if k[:2] == (group, arm) and "perplexities" in r and k[2] in ALIGNMENT
-        ]
-        if own:
-            texts = [f"{statistics.mean(math.exp(row['perplexities'][text]) for row in own):.2f}" for text in TEXTS]
-            gained = mean(figures.gained(group, arm, (row["data"], row["seed"])) for row in own)
-            rows.append([group, arm, len(own), *texts, gained or ""])
-    table(["tuned", "ranking", "runs", *(NAMES[text] for text in TEXTS), "gained"], rows)
+        own = [figures.tuned.get((group, arm, *run), {}) for run in runs]
+        if not any("perplexities" in row for row in own):
+            continue
+        gained, full = (functools.partial(figures.gained, *names) for names in ((group, arm), ("all", "full search")))
+        number = sum(gained(run) is not None for run in runs)
+        less = difference(gained, full, runs)
+        rows.append([group, arm, number, with_error(gained, runs), less, *_kept(own), *_accuracies(own)])
+    columns = ["tuned", "ranking", "runs", "gained", "less LoRA on all", *(NAMES[text] for text in TEXTS)]
+    table([*columns, *(name for name, _ in TASKS)], rows)
+
+
+def _kept(rows: list[dict[str, Any]]) -> list[str]:
+    """Mean perplexities."""
+    known = [row["perplexities"] for row in rows if "perplexities" in row]
+    return [f"{statistics.mean(math.exp(own[text]) for own in known):.2f}" for text in TEXTS]
+
+
+def _accuracies(rows: list[dict[str, Any]]) -> list[str]:
+    """Mean accuracies, where they were measured."""
+    known = [row["accuracies"] for row in rows if "accuracies" in row]
+    return [f"{statistics.mean(own[name] for own in known):.3f}" if known else "" for _, name in TASKS]
 
 
 def overlaps(figures: Figures, units: list[str], layers: bool) -> dict[str, tuple[list[float], ...]]:
@@ -232,6 +247,27 @@ def agreement(figures: Figures, units: list[str]) -> None:
         print("Decoder layers, by the sums of their modules' scores:\n" if layers else "Modules:\n")
         table(["pairs of rankings", "n", "overlap@75", "overlap@30", "Spearman"], rows)
     print("By chance, the overlap (of the intersection and the union) is 0.60 and 0.18.\n")
+
+
+def nearness(figures: Figures, units: list[str]) -> None:
+    """How near the other searches come to the full search of the same run."""
+    print("### How near do other searches come to the full search's ranking?\n")
+    names = dict.fromkeys(name for _, _, name in figures.scores if name != "full search")
+    rows = []
+    for name in names:
+        found: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
+        for data, seed in itertools.product(SETS, SEEDS):
+            own = figures.scores.get((data, seed, name)) or figures.scores.get(("", 0, name))
+            full = figures.scores.get((data, seed, "full search"))
+            for layers in (False, True) if own and full else ():
+                one, other = (ranking(units, scores, layers) for scores in (own, full))
+                found[layers].append((one.overlap(other, 0.75), one.overlap(other, 0.3), one.spearman(other)))
+        modules, whole = (list(map(statistics.mean, zip(*found[layers]))) for layers in (False, True))
+        # all modules of a layer have the same score by aletheia-lora
+        rows.append([name, len(found[True]), *([""] * 3 if name == "aletheia-lora" else modules), *whole])
+    rows.sort(key=lambda row: -row[-1])
+    numbers = ("overlap@75", "overlap@30", "Spearman")
+    table(["search", "runs", *(f"{what}: {n}" for what in ("modules", "layers") for n in numbers)], rows)
 
 
 def ranking(units: list[str], scores: list[float], layers: bool) -> LayerImportance:
@@ -301,6 +337,13 @@ def claims(figures: Figures, units: list[str]) -> None:
             runs,
         )
         rows.append([f"it matters which: the search's {what} less random ones", "better", ahead])
+    for other, what in (("all", "LoRA on all"), ("modules 75", "a random quarter frozen")):
+        less = difference(
+            functools.partial(figures.gained, "modules 75", "full search"),
+            functools.partial(figures.gained, other, "random" if other == "modules 75" else "full search"),
+            runs,
+        )
+        rows.append([f"the unimportant quarter of the parameters frozen, less {what}", "better", less])
     for label, found in overlaps(figures, units, layers=False).items():
         if label != "two seeds of a set":
             paper = {"two sets: alignment": "about 0.90", "two sets: reasoning": "0.86"}.get(label, "")
@@ -340,6 +383,7 @@ def report(results: Path) -> str:
         searches(figures, "modules 10", "Which search? Modules with 10 % of the parameters")
         carried(figures)
         agreement(figures, made_by["units"])
+        nearness(figures, made_by["units"])
         budgets(figures)
         forgetting(figures)
         rates(figures)
