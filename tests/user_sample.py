@@ -1,0 +1,40 @@
+"""What a user of peft-ila writes, for a type checker (`make lint`). It is not run."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from typing_extensions import assert_type
+
+from peft_ila import EpsilonStability, FrozenPrefix, ILAConfig, ILAModel, LayerImportance, learn_gates
+from peft_ila.workflows.rank import rank
+
+base = AutoModelForCausalLM.from_pretrained("model")
+config = ILAConfig(r=8, lora_alpha=16, target_modules="all-linear", granularity="layer", gate_mode="open")
+lora: LoraConfig = config
+model = get_peft_model(base, config)
+trainer = Trainer(model=model, args=TrainingArguments("out"), callbacks=[EpsilonStability(epsilon=0.02)])
+trainer.train()
+importance = learn_gates(trainer, steps=16, method="attribution", min_agreement=None)
+assert_type(importance, LayerImportance)
+assert_type(rank(trainer, method="untrained"), LayerImportance)
+
+assert_type(importance.select(top_p=0.3), list[str])
+assert_type(importance.gates, list[float])
+assert_type(importance.probability(top_k=5), dict[str, float])
+other = LayerImportance.load("other.json")
+assert_type(importance.overlap(other, top_p=0.75), float)
+assert_type(LayerImportance.mean([importance, other]), LayerImportance)
+assert_type(importance.to_recipe("axolotl", top_p=0.3), dict[str, Any])
+assert_type(importance.freeze_unselected(base, top_p=0.75), list[str])
+importance.save("importance.json")
+assert_type(importance.plot("importance.png", top_p=0.3), Figure)
+plain: LoraConfig = importance.to_lora_config(top_p=0.3, r=16, lora_alpha=32, model=base)
+
+gated = ILAModel.from_lora(PeftModel.from_pretrained(base, "adapter"))
+assert_type(gated, PeftModel)
+gated.set_gate_mode("hard")
+gated.apply_mask(importance.select(top_k=5))
+gated.to_lora("plain")
+trainer.add_callback(FrozenPrefix())
