@@ -8,9 +8,9 @@ and full fine-tuning of a part. The learning rate of each group of arms is chose
     python -m benchmarks.study.run --data ../shared/data --output_dir benchmarks/results/study
     python -m benchmarks.study.tables benchmarks/results/study --into docs/reproduction.md
 
-About 1,250 jobs of 100 steps each. On an H200 (products in TF32), a step takes 31 ms in one process, 19 ms with 14 of them
-under CUDA's MPS: some 80 minutes with the tasks of lm-eval; about 200 hours on two cores. It goes on where it stopped, in
-the order of `arms.ARMS`, and ends by `--time_limit`.
+About 1,250 jobs of 100 steps each. On an H200 (products in TF32), a step takes 31 ms in one process, 19 ms with 14 of
+them under CUDA's MPS: some 80 minutes with the tasks of lm-eval; about 200 hours on two cores. It goes on where it
+stopped, in the order of `arms.ARMS`, and ends by `--time_limit`.
 """
 
 import argparse
