@@ -27,7 +27,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --strict --config-file= tests/user_sample.py
+	$(BIN)/mypy --strict --config-file= --cache-dir .mypy_cache/user tests/user_sample.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --support-table=docs/support.md
