@@ -402,14 +402,10 @@ def _top_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, help="`peft-ila COMMAND --help` lists its options")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of peft-ila and its libraries")
+    parser.add_argument(
+        "--version", action="version", version=versions(), help="show the versions of peft-ila and its libraries"
+    )
     return parser
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        print(versions())
-        raise SystemExit(0)
 
 
 def _one_line(error: BaseException) -> str:
