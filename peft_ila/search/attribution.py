@@ -34,11 +34,12 @@ class Attribution:
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
         """What [`step`] takes, and the loss."""
-        return measurement.gradient(step)
+        gradient, loss = measurement.gradient(step)
+        return -gradient, loss
 
-    def step(self, gradient: torch.Tensor) -> None:
-        """Take one sample: ∂L/∂γ on one step's batches, of shape (units,)."""
-        self._samples = torch.cat([self._samples, -gradient[None]])
+    def step(self, sample: torch.Tensor) -> None:
+        """Take what one step's batches say that each unit is worth, of shape (units,)."""
+        self._samples = torch.cat([self._samples, sample[None]])
 
     @property
     def taken(self) -> int:

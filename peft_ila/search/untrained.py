@@ -21,10 +21,6 @@ class Untrained(Attribution):
         """What [`step`] takes, and the loss."""
         return measurement.promise(step)
 
-    def step(self, norms: torch.Tensor) -> None:
-        """Take one sample: (α/r)·‖∂L/∂B‖₁ on one step's batches, of shape (units,)."""
-        self._samples = torch.cat([self._samples, norms[None]])
-
     def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
         """
         Scores, their standard errors (none of fewer than 8 samples), and what the metadata say.
