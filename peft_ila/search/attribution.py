@@ -17,8 +17,7 @@ class Attribution:
     −∂L/∂γ of each gate at the base model, γ = 0: the first-order term of the loss gain of its weight delta.
 
     This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), not at the fine-tuned
-    model, where training has made the loss flat in every gate, but where the deltas set out from. The score is
-    n·attribution / Σ attributions − 1 for n units.
+    model, where training has made the loss flat in every gate, but where the deltas set out from.
 
     Args:
         units (`int`): The number of gates.

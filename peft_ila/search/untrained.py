@@ -14,7 +14,7 @@ class Untrained(Attribution):
 
     It is what [`Attribution`] would find after the first step of stage 1: from B = 0, Adam moves each entry of B by
     its learning rate against the sign of its gradient, and the first-order worth of that delta at the base model is
-    rate·(α/r)·‖∂L/∂B‖₁. The score is n·norm / Σ norms − 1 for n units.
+    rate·(α/r)·‖∂L/∂B‖₁.
     """
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
