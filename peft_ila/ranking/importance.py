@@ -481,9 +481,9 @@ class LayerImportance:
         Raises:
             ValueError: A bad selection, or a model that lacks a unit.
         """
-        from ..export.freezing import freeze, freeze_all_but
+        from ..export.freezing import freeze
 
         selected = set(self.select(top_p, top_k, threshold, min_probability, units))
         if outside:
-            return freeze_all_but(model, selected)
+            return freeze(model, selected, all_but=True)
         return freeze(model, [unit for unit in self.units if unit not in selected])

@@ -17,8 +17,7 @@ class Attribution:
     −∂L/∂γ of each gate at the base model, γ = 0: the first-order term of the loss gain of its weight delta.
 
     This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), not at the fine-tuned
-    model, where training has made the loss flat in every gate, but where the deltas set out from. The score is
-    n·attribution / Σ attributions − 1 for n units.
+    model, where training has made the loss flat in every gate, but where the deltas set out from.
 
     Args:
         units (`int`): The number of gates.
@@ -34,11 +33,12 @@ class Attribution:
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
         """What [`step`] takes, and the loss."""
-        return measurement.gradient(step)
+        gradient, loss = measurement.gradient(step)
+        return -gradient, loss
 
-    def step(self, gradient: torch.Tensor) -> None:
-        """Take one sample: ∂L/∂γ on one step's batches, of shape (units,)."""
-        self._samples = torch.cat([self._samples, -gradient[None]])
+    def step(self, sample: torch.Tensor) -> None:
+        """Take what one step's batches say that each unit is worth, of shape (units,)."""
+        self._samples = torch.cat([self._samples, sample[None]])
 
     @property
     def taken(self) -> int:

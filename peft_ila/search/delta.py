@@ -77,7 +77,7 @@ def extract_lora(
     kept: dict[str, float] = {}
     outside = 0.0
     for name in tqdm(names, desc="Reading weight deltas"):
-        delta = _delta(base, tuned, name, base_model, tuned_model)
+        delta = _delta(base, tuned, name)
         module, norm = name.removesuffix(".weight"), float(delta.square().sum(dtype=torch.float64))
         if module in targets:
             # the weight of Conv1D is transposed
@@ -102,11 +102,11 @@ def extract_lora(
     }
 
 
-def _delta(base: "_Checkpoint", tuned: "_Checkpoint", name: str, base_model: str, tuned_model: str) -> torch.Tensor:
+def _delta(base: "_Checkpoint", tuned: "_Checkpoint", name: str) -> torch.Tensor:
     before, after = base.read(name), tuned.read(name)
     if before.shape != after.shape:
         raise ValueError(
-            f"{name!r} has the shape {tuple(before.shape)} in {base_model}, but {tuple(after.shape)} in {tuned_model}."
+            f"{name!r} has the shape {tuple(before.shape)} in {base.name}, but {tuple(after.shape)} in {tuned.name}."
         )
     delta = after.float().sub_(before.float())
     if not torch.isfinite(delta).all():
@@ -169,6 +169,7 @@ class _Checkpoint:
         if not directory.is_dir():
             files_wanted = ["*.safetensors", "*.safetensors.index.json"]
             directory = Path(snapshot_download(name, revision=revision, allow_patterns=files_wanted))
+        self.name = name
         self._prefix = prefix
         self._where: dict[str, Path] = {}
         for path in _weight_files(directory):

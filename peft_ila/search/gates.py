@@ -139,13 +139,18 @@ def _run(
             if len(losses) == loss_batches:
                 _means(losses, search)  # before more work is done in vain
         search.step(sample)
-        bar.update()
-        every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
-        if args.logging_strategy == "steps" and search.taken % every == 0 and args.process_index == 0:
-            bar.write(str({"step": search.taken, "loss": round(loss, 4)}))
+        _report(bar, args, search.taken, loss)
         if search.finished:
             break
     return _means(losses, search)
+
+
+def _report(bar: tqdm, args: TrainingArguments, taken: int, loss: float) -> None:
+    """Move the bar on, and log where the trainer would."""
+    bar.update()
+    every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
+    if args.logging_strategy == "steps" and taken % every == 0 and args.process_index == 0:
+        bar.write(str({"step": taken, "loss": round(loss, 4)}))
 
 
 def _means(losses: list[tuple[float, float]], search: Attribution | Descent) -> tuple[float, float]:

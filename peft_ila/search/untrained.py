@@ -14,16 +14,12 @@ class Untrained(Attribution):
 
     It is what [`Attribution`] would find after the first step of stage 1: from B = 0, Adam moves each entry of B by
     its learning rate against the sign of its gradient, and the first-order worth of that delta at the base model is
-    rate·(α/r)·‖∂L/∂B‖₁. The score is n·norm / Σ norms − 1 for n units.
+    rate·(α/r)·‖∂L/∂B‖₁.
     """
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
         """What [`step`] takes, and the loss."""
         return measurement.promise(step)
-
-    def step(self, norms: torch.Tensor) -> None:
-        """Take one sample: (α/r)·‖∂L/∂B‖₁ on one step's batches, of shape (units,)."""
-        self._samples = torch.cat([self._samples, norms[None]])
 
     def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
         """

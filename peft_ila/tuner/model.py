@@ -447,7 +447,7 @@ class ILAModel(LoraModel):
             adapter_name=adapter_name,
             save_embedding_layers="auto" if _has_embeddings(self.model) else False,
         )
-        state_dict = {f"base_model.model.{key}": tensor.detach().cpu() for key, tensor in saved.items()}
+        state_dict = {f"{SAVED_PREFIX}{key}": tensor.detach().cpu() for key, tensor in saved.items()}
         importance = self.layer_importance(adapter_name)
         tensors, config = to_plain_lora(
             state_dict, self.peft_config[adapter_name], importance.lookalikes, importance.metadata["model_type"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def load_held_out(name: str, train: "Dataset", config: str | None, split: str) -
         ValueError: See [`load_dataset`]; or the format is another, so that the loss would be of other tokens.
     """
     held_out = load_dataset(name, config, "train" if _is_file(Path(name).expanduser()) else split)
-    here, there = (_format(dict.fromkeys(data.column_names)) for data in (held_out, train))
+    here, there = (_format(data.column_names) for data in (held_out, train))
     if here != there:
         raise ValueError(
             f"{name} holds {_named(here)}, but the data to train on {_named(there)}: their losses would be of "
@@ -87,8 +88,8 @@ def _named(format: tuple[str, ...] | None) -> str:
     return " and ".join(f"`{key}`" for key in format or ())
 
 
-def _format(row: dict) -> tuple[str, ...] | None:
-    return next((keys for keys in _FORMATS if keys[0] in row), None)
+def _format(columns: Collection[str]) -> tuple[str, ...] | None:
+    return next((keys for keys in _FORMATS if keys[0] in columns), None)
 
 
 def _problem(row: dict, format: tuple[str, ...] | None, kinds: dict[str, str]) -> str | None:

@@ -67,12 +67,11 @@ def sft_trainer(
     name = model_name(model_args.model_name_or_path)
     dataset = required(script_args.dataset_name, "dataset_name")
     train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
-    held_out = eval_dataset_name or dataset
-    eval_dataset = None
     if training_args.gradient_accumulation_steps < 1:
         raise ValueError(
             f"`--gradient_accumulation_steps` must be at least 1, got {training_args.gradient_accumulation_steps}."
         )
+    eval_dataset = None
     if training_args.eval_strategy != "no":
         split = (script_args.dataset_config, script_args.dataset_test_split)
         if eval_dataset_name:
@@ -101,7 +100,7 @@ def sft_trainer(
     except Exception as error:  # a chat template that refuses the data, impossible sizes, …
         raise ValueError(f"{name} cannot be trained on {dataset}: {type(error).__name__}: {error}") from error
     _check_examples(trainer, trainer.train_dataset, dataset, "train")
-    _check_examples(trainer, trainer.eval_dataset, held_out, "evaluate")
+    _check_examples(trainer, trainer.eval_dataset, eval_dataset_name or dataset, "evaluate")
     keep_gradients_of_4bit(trainer.accelerator.unwrap_model(trainer.model))  # which an evaluation would spoil
     return trainer
 
