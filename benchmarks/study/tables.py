@@ -219,12 +219,12 @@ def _accuracies(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{statistics.mean(own[name] for own in known):.3f}" if known else "" for _, name in TASKS]
 
 
-def overlaps(figures: Figures, units: list[str], layers: bool) -> dict[str, tuple[list[float], ...]]:
-    """Of pairs of rankings by the full search: their overlaps at 75 and 30 %, and their correlations."""
+def overlaps(figures: Figures, units: list[str], layers: bool, search: str) -> dict[str, tuple[list[float], ...]]:
+    """Of pairs of rankings by a search: their overlaps at 75 and 30 %, and their correlations."""
     rankings = {
-        (data, seed): ranking(units, figures.scores[data, seed, "full search"], layers)
+        (data, seed): ranking(units, figures.scores[data, seed, search], layers)
         for data, seed in itertools.product(SETS, SEEDS)
-        if (data, seed, "full search") in figures.scores
+        if (data, seed, search) in figures.scores
     }
     found: dict[str, list[tuple[float, float, float]]] = {}
     for ((a, s), one), ((b, t), other) in itertools.combinations(rankings.items(), 2):
@@ -238,14 +238,15 @@ def overlaps(figures: Figures, units: list[str], layers: bool) -> dict[str, tupl
 
 
 def agreement(figures: Figures, units: list[str]) -> None:
-    """How much rankings by the full search have in common."""
+    """How much rankings of different data have in common."""
     print("### Are the important units the same?\n")
-    for layers in (False, True):
-        rows = [
-            [label, len(own[0]), *map(statistics.mean, own)] for label, own in overlaps(figures, units, layers).items()
-        ]
-        print("Decoder layers, by the sums of their modules' scores:\n" if layers else "Modules:\n")
-        table(["pairs of rankings", "n", "overlap@75", "overlap@30", "Spearman"], rows)
+    print("Of decoder layers by the sums of their modules' scores; two sets are of one seed, and of one draw of A.\n")
+    rows = [
+        [search, "layers" if layers else "modules", label, len(own[0]), *map(statistics.mean, own)]
+        for search, layers in itertools.product(BOTH, (False, True))
+        for label, own in overlaps(figures, units, layers, search).items()
+    ]
+    table(["search", "units", "pairs of rankings", "n", "overlap@75", "overlap@30", "Spearman"], rows)
     print("By chance, the overlap (of the intersection and the union) is 0.60 and 0.18.\n")
 
 
@@ -344,7 +345,7 @@ def claims(figures: Figures, units: list[str]) -> None:
             runs,
         )
         rows.append([f"the unimportant quarter of the parameters frozen, less {what}", "better", less])
-    for label, found in overlaps(figures, units, layers=False).items():
+    for label, found in overlaps(figures, units, False, "full search").items():
         if label != "two seeds of a set":
             paper = {"two sets: alignment": "about 0.90", "two sets: reasoning": "0.86"}.get(label, "")
             rows.append(
