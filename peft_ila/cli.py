@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,21 @@ class ConvertArguments(StepArguments, BudgetArguments):
     lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
+
+    def step(self) -> dict[str, Any]:
+        """
+        As [`select_within`] takes it.
+
+        Raises:
+            ValueError: There is no memory budget to say it for.
+        """
+        given = [f"`--{one.name}`" for one in fields(StepArguments) if getattr(self, one.name) != one.default]
+        if given and self.memory_budget is None:
+            raise ValueError(
+                f"{' and '.join(given)} say what a training step is, which only `--memory_budget` asks for: pass "
+                "that, or leave them out."
+            )
+        return super().step()
 
 
 @dataclass
@@ -126,8 +141,7 @@ def rank(
         facts = {"stage_1": importance.metadata["stage_1"], "learn_gates": importance.metadata["learn_gates"]}
         return _as_json({"written": written, "url": url, **facts, "units": ranking_rows(importance)})
     ranking = ["--importance", written[0], "--top_p", "0.3"]
-    model = ["--model_name_or_path", model_args.model_name_or_path, "--dataset_name", script_args.dataset_name]
-    tune = ["peft-ila", "tune", *ranking, *model, *(["--load_in_4bit"] if model_args.load_in_4bit else [])]
+    tune = ["peft-ila", "tune", *ranking, *_passed_on(model_args, script_args, training_args)]
     lines = [
         *_energy(importance.metadata["stage_1"]),
         ranking_table(importance),
@@ -138,6 +152,26 @@ def rank(
         f"  or: {shlex.join(['peft-ila', 'convert', written[0], '--top_p', '0.3', '--output_dir', 'LORA'])}",
     ]
     return "\n".join(lines)
+
+
+# what makes `tune` load what `rank` loaded, and take steps of the same size
+_PASSED_ON = (
+    *("model_name_or_path", "model_revision", "trust_remote_code", "dtype", "attn_implementation"),
+    *("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+    *("dataset_name", "dataset_config", "dataset_train_split"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "gradient_checkpointing"),
+)
+
+
+def _passed_on(*groups: Any) -> list[str]:
+    """The same settings as flags for `tune`, but for defaults."""
+    given = [(one.name, getattr(group, one.name), one.default) for group in groups for one in fields(group)]
+    flags = [
+        (f"--{name}", str(value))
+        for name, value, default in given
+        if name in _PASSED_ON and value not in (None, default)
+    ]
+    return [text for flag in flags for text in flag]
 
 
 def _energy(facts: dict[str, Any]) -> list[str]:
@@ -172,17 +206,22 @@ def _loading(adapter: str | None) -> str:
 
 
 def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
-    """Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program."""
+    """
+    Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program.
+
+    Batch size, length, 4 bits and checkpointing say what a training step is, for `--memory_budget` alone.
+    """
+    importance = LayerImportance.load(others.importance)
+    output_dir = Path(required(args.output_dir, "output_dir"))
+    selection, step = args.selection(), args.step()
     from .workflows.convert import convert as write_conversion
     from .workflows.models import model_name
 
-    importance = LayerImportance.load(others.importance)
-    output_dir = Path(required(args.output_dir, "output_dir"))
     lora: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     model = model_name(args.model_name_or_path) if args.model_name_or_path else None
     with locked(output_dir):
         path, units = write_conversion(
-            importance, output_dir, args.format, args.selection(), model, args.memory_budget, args.step(), **lora
+            importance, output_dir, args.format, selection, model, args.memory_budget, step, **lora
         )
     if others.json:
         return _as_json({"written": [str(path)], "format": args.format, "units": units})

@@ -83,6 +83,8 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
         OSError: Another process holds the directory, or it is none.
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise NotADirectoryError(f"{directory} is a file; choose another output directory.")
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / _LOCK

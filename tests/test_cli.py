@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -323,6 +324,8 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
         (["--memory_budget", "24GB", "--format", "axolotl-full"], "full fine-tuning is not counted"),
     ):
         assert re.search(message, error_of([*arguments, *extra], capsys))
+    without = re.escape("`--max_length` and `--gradient_checkpointing` say what a training step is, which")
+    assert re.search(without, error_of([*arguments, "--top_p", "0.3"], capsys))
     content = json.loads((ranked / "importance.json").read_text())
     content["metadata"]["model"] = "/gone"
     (tmp_path / "moved.json").write_text(json.dumps(content))
@@ -506,6 +509,9 @@ def test_plot(ranked, tmp_path):
     assert "<svg" in (tmp_path / "heatmap.svg").read_text()
 
 
+TESTS = str(Path(__file__).parent)
+
+
 def error_of(arguments, capsys) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -521,6 +527,12 @@ def error_of(arguments, capsys) -> str:
         (["compare", "missing.json", "missing.json"], "No such file.*missing.json"),
         (["rank", "--model_name_or_path", "./nowhere", "--dataset_name", "d.jsonl"], "no model directory ./nowhere"),
         (["rank", "--dataset_name", "d.jsonl"], "`--model_name_or_path` is required"),
+        (
+            ["plan", "--model_name_or_path", "nowhere"],
+            "no model directory nowhere, and none of that name on the hub: ",
+        ),
+        (["convert", TESTS, "--top_p", "0.3", "--output_dir", "x"], "is a directory.*such as .*tests/importance.json"),
+        (["export", "A", "--output_dir", __file__], "test_cli.py is a file; choose another output directory"),
         (["demo"], "`--output_dir` is required"),
         (["tune", "--model_name_or_path", "m"], "`--importance` is required"),
         (["rank", "--config"], "`--config` needs the path of a YAML file"),
@@ -538,7 +550,18 @@ def test_errors_are_one_line(arguments, message, capsys):
         ("", "holds no examples"),
         ("\n\n", "holds no examples"),
         ('{"text": "a"}\nnot json\n', "line 2 is not JSON"),
-        ("[1, 2]\n", "line 1 is not a JSON object but list"),
+        (
+            "[1, 2]\n",
+            "line 1 is not a JSON object but list. Expected one JSON object a line; `datasets.Dataset.from_csv",
+        ),
+        (
+            "prompt,completion\na,b\n",
+            "line 1 is not JSON: .*Expected one JSON object a line; `datasets.Dataset.from_csv",
+        ),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+            r"line 1: the example has the keys \['chosen', 'prompt',",
+        ),
         ('{"question": "a", "answer": "b"}\n', r"line 1: the example has the keys \['answer', 'question'\]. Expected"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2: `completion` is None"),
         ('{"messages": [{"role": "user"}]}\n', r"line 1: `messages` holds \{'role': 'user'\}, which is not a message"),

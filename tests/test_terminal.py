@@ -285,6 +285,22 @@ def test_rank_shows_progress_and_what_to_type_next(workspace, tmp_path, capsys, 
     get_peft_model(tiny_llama(), config)
 
 
+def test_tune_is_told_what_rank_was(workspace, tmp_path, capsys, monkeypatch):
+    importance = LayerImportance(UNITS, [4, 3, 2, 1], metadata={"stage_1": {}, "learn_gates": {"method": "descent"}})
+    monkeypatch.setattr("peft_ila.workflows.sft.rank_by_sft", lambda *arguments: (importance, None))
+    data = "--model_name_or_path M --dataset_name D --dataset_config C --max_length 32 --gradient_checkpointing False"
+    load = "--trust_remote_code True --dtype bfloat16 --load_in_4bit True --bnb_4bit_quant_type fp4"
+    main(["rank", *data.split(), *load.split(), "--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-3"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
+    program, command, *flags = shlex.split(line.removeprefix("Next: "))
+    assert (program, command) == ("peft-ila", "tune")
+    passed = dict(zip(flags[::2], flags[1::2]))
+    assert passed.pop("--importance") == f"{tmp_path}/out/importance.json"
+    assert passed.pop("--top_p") == "0.3" and passed.pop("--output_dir") == "TUNED"
+    given = [*data.split(), *load.split()]
+    assert passed == dict(zip(given[::2], given[1::2]))
+
+
 @pytest.mark.parametrize(
     "program, next_",
     [

@@ -45,7 +45,9 @@ def adapter_directory(name: str | os.PathLike[str]) -> Path:
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(f"There is no adapter {name}, here or on the hub: {error}") from error
     if not (directory / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"There is no adapter in {name}: it lacks {CONFIG_NAME}.")
+        inside = directory / "adapter"  # of a directory of `rank`
+        hint = f" There is one in {inside}." if (inside / CONFIG_NAME).is_file() else ""
+        raise FileNotFoundError(f"There is no adapter in {name}: it lacks {CONFIG_NAME}.{hint}")
     return directory
 
 

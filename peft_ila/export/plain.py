@@ -118,7 +118,9 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
     directory = adapter_directory(adapter_dir)
     kind = read_config(directory).peft_type
     if kind != "ILA":
-        raise ValueError(f"{adapter_dir} holds an adapter of type {kind.value}, not ILA.")
+        raise ValueError(
+            f"{adapter_dir} holds an adapter of type {kind.value}, not ILA: it has no gates, and loads as it is."
+        )
     config, saved = read_adapter(directory)
     tensors, lora = to_plain_lora(saved, config)
     save_adapter(tensors, lora, output_dir)

@@ -12,7 +12,12 @@ def find(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: There is neither.
+        ValueError: It is a directory.
     """
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a directory, not a ranking: pass the file, such as {Path(path) / 'importance.json'}."
+        )
     if Path(path).exists():
         return Path(path)
     published = {file.stem: file for file in sorted(_DIRECTORY.glob("*.json"))}

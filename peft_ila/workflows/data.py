@@ -15,6 +15,10 @@ _FORMATS = (("messages",), ("prompt", "completion"), ("text",))
 _EXPECTED = (
     "Expected `messages`, `prompt` and `completion`, or `text`: https://huggingface.co/docs/trl/dataset_formats"
 )
+_LINES = (
+    "Expected one JSON object a line; `datasets.Dataset.from_csv(FILE).to_json('data.jsonl')`, or `from_json`, makes "
+    "such a file."
+)
 
 
 def load_dataset(name: str, config: str | None = None, split: str = "train") -> "Dataset":
@@ -53,7 +57,7 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
         raise
     except Exception as error:  # whatever is in a file makes a builder raise
         raise ValueError(f"{name} cannot be read as a data set: {error}") from error
-    if not any(set(needed) <= set(dataset.column_names) for needed in _FORMATS):
+    if _format(dataset.column_names) is None:
         raise ValueError(f"{name} has the columns {short(sorted(dataset.column_names))}. {_EXPECTED}")
     return dataset
 
@@ -89,7 +93,7 @@ def _named(format: tuple[str, ...] | None) -> str:
 
 
 def _format(columns: Collection[str]) -> tuple[str, ...] | None:
-    return next((keys for keys in _FORMATS if keys[0] in columns), None)
+    return next((keys for keys in _FORMATS if set(keys) <= set(columns)), None)
 
 
 def _problem(row: dict, format: tuple[str, ...] | None, kinds: dict[str, str]) -> str | None:
@@ -140,9 +144,9 @@ def _read_jsonl(path: Path) -> list[dict]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where} is not UTF-8 ({error}); convert the file.") from error
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not JSON: {error}.") from error
+                raise ValueError(f"{where} is not JSON: {error}. {_LINES}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where} is not a JSON object but {type(row).__name__}.")
+                raise ValueError(f"{where} is not a JSON object but {type(row).__name__}. {_LINES}")
             format = format or _format(row)
             if problem := _problem(row, format, kinds):
                 raise ValueError(f"{where}: {problem}. {_EXPECTED}")
