@@ -224,8 +224,8 @@ def rankable(trainer: Trainer) -> ILAModel:
     ila = getattr(model, "base_model", None)
     if not isinstance(ila, ILAModel):
         raise TypeError(
-            "`learn_gates` needs a trainer whose model was made by `get_peft_model(model, ILAConfig(...))`, got "
-            f"{type(model).__name__}."
+            "`learn_gates` needs a trainer whose model was made by `get_peft_model(model, ILAConfig(...))`, or from a "
+            f"LoRA by `ILAModel.from_lora(model)`, got {type(model).__name__}."
         )
     if len(ila.active_adapters) != 1:
         raise ValueError(f"Exactly one adapter must be active, got {ila.active_adapters}.")
