@@ -344,14 +344,17 @@ _COMMANDS = {
 }
 
 
-def _parser(command: str, dataclasses: list[Any]) -> Any:
+def _trl() -> Any:
     try:
-        from trl import TrlParser
+        import trl
     except ImportError as error:
         raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
+    return trl
 
+
+def _parser(command: str, dataclasses: list[Any]) -> Any:
     run, _, trains, usage = _COMMANDS[command]
-    parser = TrlParser(
+    parser = _trl().TrlParser(
         dataclasses,
         prog=f"peft-ila {command}",
         usage=usage and f"peft-ila {command} {usage}",
@@ -386,9 +389,9 @@ def _help(command: str) -> str:
 
 def _training_parser(command: str) -> Any:
     from transformers.utils import is_torch_bf16_gpu_available
-    from trl import ModelConfig, ScriptArguments, SFTConfig
 
-    parser = _parser(command, [ScriptArguments, SFTConfig, ModelConfig, _COMMANDS[command].arguments])
+    trl, own = _trl(), _COMMANDS[command].arguments
+    parser = _parser(command, [trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig, own])
     # SFTConfig's bf16 fails without a GPU; its learning rate is set after parsing
     parser.set_defaults(learning_rate=None, bf16=is_torch_bf16_gpu_available())
     return parser

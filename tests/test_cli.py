@@ -544,6 +544,13 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert error.startswith(f"peft-ila {arguments[0]}: error: ") and "\n" not in error
 
 
+@pytest.mark.parametrize("missing, extra", [("trl", "trl"), ("matplotlib", "plot")])
+def test_what_is_not_installed(tmp_path, monkeypatch, missing, extra, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    data = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", str(tmp_path / "out")]
+    assert f"pip install 'peft-ila[{extra}]'" in error_of(["rank", *data], capsys)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

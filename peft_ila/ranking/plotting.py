@@ -127,11 +127,20 @@ def overlap_matrix(
     return figure
 
 
-def _figure(path: str | os.PathLike[str] | None) -> "Figure":
+def check_matplotlib() -> None:
+    """
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'peft-ila[plot]'") from error
+
+
+def _figure(path: str | os.PathLike[str] | None) -> "Figure":
+    check_matplotlib()
+    from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
     formats = figure.canvas.get_supported_filetypes()

@@ -12,6 +12,7 @@ from transformers import Trainer
 from ..export.adapters import adapter_directory
 from ..files import read_json, whole_directory, whole_file
 from ..ranking.importance import LayerImportance
+from ..ranking.plotting import check_matplotlib
 from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
 from .resuming import STAGE_1, ClaimsDirectory, Run, check_finished, held, is_true, train_or_resume
@@ -84,7 +85,7 @@ def check_output(args: Any, adapter: str | None = None) -> None:
         ImportError: matplotlib is missing.
         ValueError: The directory holds a run that was not finished, the adapter itself, or what is in the way.
     """
-    import matplotlib  # noqa: F401
+    check_matplotlib()
 
     directory = Path(args.output_dir)
     _check_targets(directory, adapter)
