@@ -145,7 +145,11 @@ def rank_by_sft(
         ValueError: See [`rank`]; or arguments contradict each other, or the model and the data do not fit.
     """
     settings = rank_args.gate_settings()
-    check_settings(**settings)
+    try:
+        check_settings(**settings)
+    except ValueError as error:  # beside the trainer's settings, two have names of their own
+        text = str(error).replace("learning_rate", "gate_learning_rate").replace("`steps`", "`gate_steps`")
+        raise ValueError(text) from error
     check_evaluation(training_args, rank_args.eval_dataset_name)
     if rank_args.adapter and rank_args.tuned_model:
         raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
