@@ -437,6 +437,7 @@ def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
 _PATHS = (
     "output_dir",
     "output",
+    "mean",
     "importance",
     "adapter",
     "tuned_model",

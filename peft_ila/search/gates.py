@@ -85,7 +85,7 @@ def learn_gates(
             all), a gradient is not finite, the data end too soon, or the trainer runs under DeepSpeed, FSDP1, or
             FSDP2 with an adapter in half precision.
     """
-    check_settings(method, steps, min_agreement, loss_batches, initial_score, learning_rate, budget)
+    check_settings(steps, min_agreement, loss_batches, seed, method, initial_score, learning_rate, budget)
     ila = rankable(trainer)
     steps = STEPS[method] if steps is None else steps
     units = len(ila.gates())
@@ -167,10 +167,11 @@ def _means(losses: list[tuple[float, float]], search: Attribution | Descent) -> 
 
 
 def check_settings(
-    method: str = "attribution",
     steps: int | None = None,
     min_agreement: float | None = None,
     loss_batches: int = 1,
+    seed: int | None = None,
+    method: str = "attribution",
     initial_score: float | None = None,
     learning_rate: float | None = None,
     budget: float | None = None,
@@ -188,6 +189,8 @@ def check_settings(
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
     if min_agreement is not None and not 0 < min_agreement <= 1:
         raise ValueError(f"`min_agreement` must be in (0, 1], got {min_agreement}.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):  # what NumPy takes
+        raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1, got {seed}.")
     settings = {"initial_score": initial_score, "learning_rate": learning_rate, "budget": budget}
     own: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     if method == "descent":

@@ -257,8 +257,8 @@ def test_the_home_directory(workspace, tmp_path, monkeypatch):
     main(["convert", "~/ranked/importance.json", "--top_k", "1", "--output_dir=~/lora"])
     main(["export", "~/ranked/adapter", "--output_dir", "~/plain"])
     main(["plot", "~/ranked/importance.json", "--output", "~/picture.png"])
-    main(["compare", "~/ranked/importance.json", "~/ranked/importance.json"])
-    assert {path.name for path in tmp_path.iterdir()} == {"ranked", "lora", "plain", "picture.png"}
+    main(["compare", "~/ranked/importance.json", "~/ranked/importance.json", "--mean", "~/mean.json"])
+    assert {path.name for path in tmp_path.iterdir()} == {"ranked", "lora", "plain", "picture.png", "mean.json"}
 
 
 def test_a_masked_adapter_that_has_nothing_else_wrong_is_read(workspace, tmp_path):

@@ -80,6 +80,15 @@ def test_an_adapter_is_ranked_as_it_is_and_by_descent(tmp_path, tokenizer, dialo
     assert LayerImportance.load(tmp_path / "second" / "importance.json") == descent
 
 
+def test_the_seed_of_the_search(tmp_path, tokenizer, dialogues):
+    rankings = [
+        rank(sft_trainer(tmp_path / str(n), tokenizer, dialogues), method="untrained", steps=4, seed=seed)
+        for n, seed in enumerate((7, 7, 8))
+    ]
+    assert [ranking.metadata["learn_gates"]["seed"] for ranking in rankings] == [7, 7, 8]
+    assert rankings[0].scores == rankings[1].scores != rankings[2].scores
+
+
 def test_metadata_that_cannot_be_written(tmp_path, tokenizer, dialogues):
     trainer = sft_trainer(tmp_path, tokenizer, dialogues)
     with pytest.raises(TypeError, match="`metadata` must hold JSON values only: .*PosixPath"):
