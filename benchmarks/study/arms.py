@@ -130,7 +130,7 @@ class Study:
         for group, sets, arms in ARMS:
             yield from self._sweep(group)
             rate = self.learning_rate(group)
-            for arm, data, seed in itertools.product(arms, sets, SEEDS) if rate else ():
+            for arm, seed, data in itertools.product(arms, SEEDS, sets) if rate else ():
                 ranks = self._ranks(data, seed, group, arm)
                 if ranks:
                     yield self._tune(data, seed, group, arm, ranks, rate or 0)
@@ -188,7 +188,7 @@ SEARCHES = (
     "untrained, L2", "untrained, second moments", "full search per parameter",
     "untrained, 8 batches per parameter", "full search, half way",
 )  # fmt: skip
-RIVALS = ("gradient norm", "norm of ΔW", "KappaTune", "first", "last")
+RIVALS = ("KappaTune", "norm of ΔW", "gradient norm", "first", "last")
 # group, data sets, arms: in the order in which they are run
 ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("modules 30", ("reason_gsm8k",), ("full search", "mean of other sets", "random 0")),
@@ -198,6 +198,7 @@ ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("layers 30", ALIGNMENT, (*BOTH, "random 0")),
     ("all", ALIGNMENT, ("again",)),
     ("modules 75", ALIGNMENT, ("full search", "random 0", "bottom")),
+    ("modules 30", ALIGNMENT, RIVALS),
     ("weights 100", ALIGNMENT, ("full search",)),
     ("weights 75", ALIGNMENT, ("full search", "random 0", "bottom")),
     ("raised 30", ALIGNMENT, (*BOTH, "random 0")),
@@ -209,7 +210,7 @@ ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("modules 10", ALIGNMENT, (*BOTH, *CHANCE[:3])),
     ("modules 20", ALIGNMENT, (*BOTH, "random 0")),
     ("layers 30", ALIGNMENT, CHANCE[1:3]),
-    ("modules 30", ALIGNMENT, ("mean of other sets", *RIVALS, "12 steps at 4 ×")),
+    ("modules 30", ALIGNMENT, ("12 steps at 4 ×",)),
     ("layers 30", ALIGNMENT, ("aletheia-lora", *RIVALS)),
     ("modules 30", SETS, (*(f"of {data}" for data in SETS), "mean of other sets", *CHANCE[:3], "full search")),
     ("raised 10", ALIGNMENT, (*BOTH, "random 0")),
