@@ -528,6 +528,7 @@ def error_of(arguments, capsys) -> str:
         (["compare", "missing.json", "missing.json"], "No such file.*missing.json"),
         (["rank", "--model_name_or_path", "./nowhere", "--dataset_name", "d.jsonl"], "no model directory ./nowhere"),
         (["rank", "--dataset_name", "d.jsonl"], "`--model_name_or_path` is required"),
+        (["rank", "--dataset_name", "big", "--dataset_streaming"], "`--dataset_streaming` is not supported"),
         (
             ["plan", "--model_name_or_path", "nowhere"],
             "no model directory nowhere, and none of that name on the hub: ",

@@ -1,4 +1,4 @@
-"""The pictures of rankings: the heatmap, and how rankings overlap. Changes with how they look."""
+"""The pictures of rankings: the heatmap, how rankings overlap, what they keep. Changes with how they look."""
 
 import itertools
 import math
@@ -123,6 +123,46 @@ def overlap_matrix(
         axes.set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=_FONT)
         axes.set_yticks(range(len(names)), labels, fontsize=_FONT, parse_math=False)
     _bar(image, every, "overlap |A ∩ B| / |A ∪ B|", side)
+    _write(figure, path)
+    return figure
+
+
+def kept_curve(
+    shares: Sequence[float],
+    kept: Mapping[str, Sequence[Sequence[float]]],
+    path: str | os.PathLike[str] | None = None,
+) -> "Figure":
+    """
+    Draw what selections keep of the gain of all units, against how many units they are.
+
+    Args:
+        shares: Of the units, in (0, 1], ascending.
+        kept: For each kind of ranking a row, or several that are drawn as their mean and their range: the part that is
+            kept of the gain at each share.
+        path: The picture to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: The path has no suffix that names a format.
+    """
+    figure = _figure(path)
+    from matplotlib.ticker import PercentFormatter
+
+    figure.set_size_inches(6, 3.4)
+    axes = figure.subplots()
+    for (name, rows), marker in zip(kept.items(), itertools.cycle("osD^v")):
+        values = np.array(rows)
+        (line,) = axes.plot(shares, values.mean(0), marker=marker, ms=4, label=_short(name))
+        if len(rows) > 1:
+            axes.fill_between(shares, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xlabel("units that are left on, most important first", fontsize=_FONT)
+    axes.set_ylabel("kept of the loss gain of all", fontsize=_FONT)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    axes.tick_params(labelsize=_FONT)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=_FONT, frameon=False, loc="lower right")
     _write(figure, path)
     return figure
 

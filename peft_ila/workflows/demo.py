@@ -20,6 +20,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 from ..embedded import dialogues, smollm2, write_jsonl
 from ..measure import saved_tensor_bytes
 from ..ranking.importance import LayerImportance
+from ..ranking.plotting import kept_curve
 from ..ranking.table import comparison_table, ranking_table
 from .arguments import RankArguments, TuneArguments
 from .convert import convert
@@ -29,6 +30,8 @@ from .tune import tune
 
 _PUBLISHED = "smollm2-135m-instruct-layers"
 _SHARE = 0.3
+_SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
+_DRAWS = 3  # of random rankings
 _HELD_OUT = 64
 _STEPS = 40
 _TIMED_STEPS = 5
@@ -88,7 +91,11 @@ def demo(output_dir: Path) -> None:
     learned, _ = rank_by_sft(*arguments, RankArguments(adapter=str(tuned["full LoRA"])))
     print(ranking_table(learned))
     print(comparison_table([("before training", importance), ("of what was learned", learned)]))
-    _print_kept(model, output_dir / "learned", parts["held_out"])
+    _headline("What do the deltas of the top layers keep of the loss gain, when all others are switched off?")
+    trainer = measuring_trainer(_load(model, output_dir / "learned" / "adapter"), model, parts["held_out"])
+    draws = [_random_ranking(importance, seed) for seed in range(_DRAWS)]
+    rankings = {"of what was learned": [learned], "before training": [importance], f"random ({_DRAWS})": draws}
+    _draw_kept(_kept(trainer, rankings), output_dir / "kept.png")
     print(
         f"\nHeatmap: {output_dir / 'learned' / 'importance.png'}. Both rankings before training took {ranked:.0f} s, "
         f"all {time.perf_counter() - start:.0f} s."
@@ -150,17 +157,35 @@ def _load(directory: str, adapter: Path) -> Any:
     return PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
 
-def _print_kept(directory: str, ranked: Path, held_out: Path) -> None:
-    model = _load(directory, ranked / "adapter")
-    importance = LayerImportance.load(ranked / "importance.json")
-    trainer = measuring_trainer(model, directory, held_out)
-    tuned = trainer.evaluate()["eval_loss"]
-    with model.disable_adapter():
-        base = trainer.evaluate()["eval_loss"]
-    model.apply_mask(importance.select(top_p=_SHARE))
-    masked = trainer.evaluate()["eval_loss"]
-    print(f"held-out loss: base model {base:.3f}, all layers {tuned:.3f}, top {_SHARE:.0%} alone {masked:.3f}")
-    print(f"The top {_SHARE:.0%} keep {(base - masked) / (base - tuned):.0%} of the loss gain.")
+def _random_ranking(importance: LayerImportance, seed: int) -> LayerImportance:
+    draw = random.Random(seed)
+    return LayerImportance(importance.units, [draw.random() for _ in importance.units])
+
+
+def _kept(trainer: Any, rankings: dict[str, list[LayerImportance]]) -> dict[str, list[list[float]]]:
+    """The part of the adapter's gain in loss that the top units alone keep, for each of `_SHARES` and for all."""
+
+    def loss() -> float:
+        return trainer.evaluate()["eval_loss"]
+
+    def kept(importance: LayerImportance, share: float) -> float:
+        trainer.model.apply_mask(importance.select(top_p=share))
+        return (base - loss()) / (base - tuned)
+
+    tuned = loss()
+    with trainer.model.disable_adapter():
+        base = loss()
+    print(f"held-out loss: base model {base:.3f}, all layers {tuned:.3f}")
+    return {name: [[*(kept(one, p) for p in _SHARES), 1.0] for one in own] for name, own in rankings.items()}
+
+
+def _draw_kept(kept: dict[str, list[list[float]]], path: Path) -> None:
+    shares = (*_SHARES, 1.0)
+    print(f"{'layers that are on':<22}" + "".join(f"{share:>7.0%}" for share in shares))
+    for name, rows in kept.items():
+        print(f"{name:<22}" + "".join(f"{statistics.mean(column):>7.0%}" for column in zip(*rows)))
+    kept_curve(shares, kept, path)
+    print(f"As curves: {path}")
 
 
 def _print_comparison(directory: str, adapters: dict[str, Path], held_out: Path) -> None:

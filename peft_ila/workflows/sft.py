@@ -63,6 +63,11 @@ def sft_trainer(
         FileNotFoundError: There is no such model or data file.
         ValueError: The model cannot be trained on the data, or the arguments contradict each other.
     """
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "`--dataset_streaming` is not supported: leave it out, and take a part of a large data set by a split such "
+            'as `--dataset_train_split "train[:2000]"`.'
+        )
     set_seed(training_args.seed)  # the trainer makes LoRA's first weights before it sets its seed
     name = model_name(model_args.model_name_or_path)
     dataset = required(script_args.dataset_name, "dataset_name")
