@@ -2,6 +2,7 @@
 # make test      lint, then the tests; at most 12 minutes on 2 cores
 # make demo      the whole method on a real model; at most 10 minutes on 2 cores
 # make lint      ruff and mypy
+# make test-matrix   a part of the tests on each Python of this machine, with the oldest and the newest packages
 # make docs      the pages of docs/ in site/, any warning is an error
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # the development set-up wants what is installed, nothing from a hub
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install test demo lint docs
+.PHONY: install test test-matrix demo lint docs
 
 install: .venv/installed
 
@@ -31,6 +32,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --support-table=docs/support.md
+
+test-matrix:
+	$(PYTHON) tests/matrix.py
 
 demo: install
 	$(BIN)/peft-ila demo --output_dir demo_output

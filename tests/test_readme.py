@@ -49,6 +49,16 @@ def test_make_targets_exist():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_pythons_that_the_package_names_were_seen():
+    project = (ROOT / "pyproject.toml").read_text()
+    page = (ROOT / "docs" / "versions.md").read_text()
+    rows = re.findall(r"^\| (3\.\d+)\.\d+ \|.* \| (\d+) \| \d+ \|$", page, flags=re.M)
+    assert {failed for _, failed in rows} == {"0"}
+    named = re.findall(r"Python :: (3\.\d+)", project)
+    assert named == list(dict.fromkeys(version for version, _ in rows))
+    assert f'requires-python = ">={named[0]}"' in project
+
+
 def test_every_file_is_on_the_map():
     for path in (ROOT / "peft_ila").rglob("*.py"):
         assert path.name == "__init__.py" or f"`{path.stem}`" in README or f"{path.name}`" in README, path.name

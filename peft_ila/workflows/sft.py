@@ -65,7 +65,7 @@ def sft_trainer(
     """
     if script_args.dataset_streaming:
         raise ValueError(
-            "`--dataset_streaming` is not supported: leave it out, and take a part of a large data set by a split such "
+            "`--dataset_streaming` is not supported: leave it out; a part of a large data set is a split such "
             'as `--dataset_train_split "train[:2000]"`.'
         )
     set_seed(training_args.seed)  # the trainer makes LoRA's first weights before it sets its seed
