@@ -66,10 +66,28 @@ class ConvertArguments(StepArguments, BudgetArguments):
         given = [f"`--{one.name}`" for one in fields(StepArguments) if getattr(self, one.name) != one.default]
         if given and self.memory_budget is None:
             raise ValueError(
-                f"{' and '.join(given)} say what a training step is, which only `--memory_budget` asks for: pass "
-                "that, or leave them out."
+                f"Only `--memory_budget` asks what a training step is: pass it, or leave out {' and '.join(given)}."
             )
         return super().step()
+
+    def lora(self) -> dict[str, Any]:
+        """
+        As [`LayerImportance.to_lora_config`] takes it.
+
+        Raises:
+            ValueError: There is no LoRA, or none of such a rank or dropout.
+        """
+        options = ("lora_r", "lora_alpha", "lora_dropout")
+        given = [
+            f"`--{one.name}`" for one in fields(self) if one.name in options and getattr(self, one.name) != one.default
+        ]
+        if given and self.format == "axolotl-full":
+            raise ValueError(f"`--format axolotl-full` trains no LoRA: leave out {' and '.join(given)}.")
+        if self.lora_r < 1:
+            raise ValueError(f"`--lora_r` must be at least 1, got {self.lora_r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`--lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        return {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
 
 
 @dataclass
@@ -154,24 +172,26 @@ def rank(
     return "\n".join(lines)
 
 
-# what makes `tune` load what `rank` loaded, and take steps of the same size
-_PASSED_ON = (
-    *("model_name_or_path", "model_revision", "trust_remote_code", "dtype", "attn_implementation"),
-    *("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-    *("dataset_name", "dataset_config", "dataset_train_split"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "gradient_checkpointing"),
+# what makes `tune` load what `rank` loaded, see the same tokens, and take steps of the same size
+_PASSED_ON = frozenset(
+    """
+    model_name_or_path model_revision trust_remote_code dtype attn_implementation
+    load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage lora_r lora_alpha
+    dataset_name dataset_config dataset_train_split chat_template_path packing completion_only_loss
+    assistant_only_loss per_device_train_batch_size gradient_accumulation_steps max_length gradient_checkpointing
+    """.split()
 )
 
 
 def _passed_on(*groups: Any) -> list[str]:
-    """The same settings as flags for `tune`, but for defaults."""
-    given = [(one.name, getattr(group, one.name), one.default) for group in groups for one in fields(group)]
-    flags = [
-        (f"--{name}", str(value))
-        for name, value, default in given
-        if name in _PASSED_ON and value not in (None, default)
-    ]
-    return [text for flag in flags for text in flag]
+    """The same settings as flags for `tune`, but for defaults, and for what only YAML can say (`max_length: null`)."""
+    flags = []
+    for group in groups:
+        for option in fields(group):
+            value = getattr(group, option.name)
+            if option.name in _PASSED_ON and value not in (None, option.default):
+                flags += [f"--{option.name}", str(value)]
+    return flags
 
 
 def _energy(facts: dict[str, Any]) -> list[str]:
@@ -213,11 +233,10 @@ def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
     """
     importance = LayerImportance.load(others.importance)
     output_dir = Path(required(args.output_dir, "output_dir"))
-    selection, step = args.selection(), args.step()
+    selection, step, lora = args.selection(), args.step(), args.lora()
     from .workflows.convert import convert as write_conversion
     from .workflows.models import model_name
 
-    lora: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     model = model_name(args.model_name_or_path) if args.model_name_or_path else None
     with locked(output_dir):
         path, units = write_conversion(
@@ -260,10 +279,17 @@ def compare(args: CompareArguments, others: argparse.Namespace) -> str:
         raise ValueError("`compare` needs at least two rankings.")
     rankings = [(path, LayerImportance.load(path)) for path in others.importance]
     rows = comparison_rows(rankings)
-    if args.mean:
-        LayerImportance.mean([importance for _, importance in rankings]).save(args.mean)
+    mean = None
+    if args.mean is not None:
+        if os.path.abspath(required(args.mean, "mean")) in map(
+            os.path.abspath, [*others.importance, args.output or ""]
+        ):
+            raise ValueError(f"`--mean {args.mean}` would replace what is compared or drawn; name another file.")
+        mean = LayerImportance.mean(importance for _, importance in rankings)
     if args.output:
         plot_overlaps(rankings, args.output)
+    if args.mean and mean:
+        mean.save(args.mean)
     written = [path for path in (args.output, args.mean) if path]
     if not others.json:
         return "\n".join([comparison_table(rankings), *(f"Wrote {path}." for path in written)])
@@ -363,11 +389,13 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
         formatter_class=HelpFormatter,
     )
     if command in ("convert", "plot"):
-        parser.add_argument("importance", help="A ranking, as `rank` wrote it.")
+        parser.add_argument("importance", help="A ranking, as `rank` wrote it, or the name of a published one.")
     if command == "export":
         parser.add_argument("adapter", help="The directory of an ILA adapter, such as OUT/adapter.")
     if command == "compare":
-        parser.add_argument("importance", nargs="+", help="Rankings, as `rank` wrote them.")
+        parser.add_argument(
+            "importance", nargs="+", help="Rankings, as `rank` wrote them, or names of published ones."
+        )
     if command in ("rank", "convert", "compare"):
         # no dataclass has it: of a dataclass it would take the path behind it for its value
         parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout.")

@@ -43,8 +43,13 @@ def convert_gguf(file: Path, directory: Path) -> None:
     """
     Write the causal language model and the tokenizer of a GGUF file as `from_pretrained` takes them, in float32.
 
+    Args:
+        file: The GGUF file.
+        directory: Where to write them; what is there is replaced as a whole.
+
     Raises:
         ImportError: The package `gguf` is missing.
+        OSError: There is no such file, or the directory cannot be written.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

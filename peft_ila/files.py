@@ -22,8 +22,15 @@ _LOCK = "_peft_ila.lock"  # trainers do not upload names that begin so
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`, with the same name, that replaces `path` if the block succeeds."""
+    """
+    Give a temporary path beside `path`, with the same name, that replaces `path` if the block succeeds.
+
+    Raises:
+        OSError: The path is a directory, or cannot be written.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file.")
     with _partial(path) as directory:
         temporary = directory / path.name
         yield temporary

@@ -322,9 +322,12 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
         (["--memory_budget", "much"], "must be a size such as '24GB', '24GiB' or a number of bytes, got 'much'"),
         (["--memory_budget", "24GB", "--top_p", "0.3"], "`--memory_budget` decides .*: leave out `--top_p`"),
         (["--memory_budget", "24GB", "--format", "axolotl-full"], "full fine-tuning is not counted"),
+        (["--top_p", "0.3", "--format", "axolotl-full", "--lora_r", "64"], "trains no LoRA: leave out `--lora_r`"),
+        (["--top_p", "0.3", "--lora_r", "0"], "`--lora_r` must be at least 1, got 0"),
+        (["--top_p", "0.3", "--lora_dropout", "7"], r"`--lora_dropout` must be in \[0, 1\), got 7.0"),
     ):
         assert re.search(message, error_of([*arguments, *extra], capsys))
-    without = re.escape("`--max_length` and `--gradient_checkpointing` say what a training step is, which")
+    without = re.escape("pass it, or leave out `--max_length` and `--gradient_checkpointing`.")
     assert re.search(without, error_of([*arguments, "--top_p", "0.3"], capsys))
     content = json.loads((ranked / "importance.json").read_text())
     content["metadata"]["model"] = "/gone"
@@ -499,6 +502,19 @@ def test_compare_writes_the_mean(ranked, tmp_path, capsys):
     assert LayerImportance.load(mean) == LayerImportance.mean([one, other])
 
 
+@pytest.mark.parametrize("mean", ["", "a.json", "./a.json", "picture.png", "."])
+def test_compare_loses_nothing_by_the_mean(ranked, tmp_path, monkeypatch, mean, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json"):
+        shutil.copyfile(ranked / "importance.json", name)
+    before = Path("a.json").read_bytes()
+    error = error_of(["compare", "a.json", "b.json", "--mean", mean, "--output", "picture.png"], capsys)
+    assert re.search("would replace what is|is required|is a directory; name a file", error)
+    assert Path("a.json").read_bytes() == before
+    assert re.search("suffix", error_of(["compare", "a.json", "b.json", "--mean", "m", "--output", "p.zzz"], capsys))
+    assert not Path("m").exists()
+
+
 def test_compare_takes_published_rankings(capsys):
     name = "smollm2-135m-instruct"
     main(["compare", name, name])
@@ -531,7 +547,7 @@ def error_of(arguments, capsys) -> str:
         (["rank", "--dataset_name", "big", "--dataset_streaming"], "`--dataset_streaming` is not supported"),
         (
             ["plan", "--model_name_or_path", "nowhere"],
-            "no model directory nowhere, and none of that name on the hub: ",
+            "no model directory nowhere, and the hub gives none of that name: ",
         ),
         (["convert", TESTS, "--top_p", "0.3", "--output_dir", "x"], "is a directory.*such as .*tests/importance.json"),
         (["export", "A", "--output_dir", __file__], "test_cli.py is a file; choose another output directory"),

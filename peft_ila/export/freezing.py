@@ -81,8 +81,11 @@ def freeze(model: nn.Module, units: Iterable[str], all_but: bool = False) -> lis
         The names of the frozen parameters, in the order of the model.
 
     Raises:
+        TypeError: The units are one string.
         ValueError: The model lacks one of the units; nothing is frozen then.
     """
+    if isinstance(units, str):
+        raise TypeError(f"`units` must be a list of names, got the string {units!r}.")
     inside, outside = _split(model, list(units))
     keep = inside if all_but else outside
     names = [name for name, parameter in model.named_parameters() if id(parameter) not in keep]

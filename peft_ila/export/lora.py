@@ -80,11 +80,7 @@ def to_lora_config(
     # all names, not only the selected ones, tell a model from its decoder alone
     skeleton = None if model is None else meta_skeleton(model, targets.of(targets.modules))
     names = _Names.of_ranking(targets) if skeleton is None else _Names.of_model(skeleton)
-    if missing := sorted(expected - names.modules - names.parameters):
-        raise ValueError(
-            f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
-            "missing): the ranking was made on another architecture."
-        )
+    _check_ranked(targets, expected, names)
     for candidate in _target_candidates(targets, selected, expected - parameters):
         if parameters:
             candidate["target_parameters"] = sorted(parameters)
@@ -101,6 +97,26 @@ def to_lora_config(
     if skeleton is not None:
         check_injection(config, skeleton, expected)
     return config
+
+
+def _check_ranked(targets: Targets, expected: set[str], names: "_Names") -> None:
+    """Find what tells a model from the ranked one."""
+    if missing := sorted(expected - names.modules - names.parameters):
+        raise ValueError(
+            f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
+            "missing): the ranking was made on another architecture."
+        )
+    types = (targets.model_type, names.config.model_type)
+    if None not in types and types[0] != types[1]:
+        raise ValueError(f"The model is of the type {types[1]!r}, but the ranking was made on a {types[0]!r}.")
+    ranked = targets.of(targets.modules)
+    endings = {name.rpartition(".")[2] for name in ranked - targets.parameters.keys()}
+    alike = {name for name in names.modules if name.rpartition(".")[2] in endings}
+    if unknown := sorted(alike - ranked - set(targets.lookalikes)):
+        raise ValueError(
+            f"The ranked model had no modules {unknown[:3]} ({len(unknown)} in all), which this one has: the ranking "
+            "was made on another architecture."
+        )
 
 
 class _Names:

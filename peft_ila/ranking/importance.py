@@ -4,7 +4,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "peft_ila.LayerImportance"
 _VERSION = 1
+_SURE = 8  # rankings, as steps of a search: the standard error of fewer does not say how sure a mean is
 
 
 @dataclass
@@ -160,8 +161,8 @@ class LayerImportance:
         The probability of each unit to belong to the selection that ever more batches would settle on.
 
         From 1,000 draws of all scores, each from a normal distribution with the score as mean and its `spread` as
-        standard deviation. The noise of fine-tuning (another seed, other data) is not in it. Scores that are measured
-        once more have noise of their own: their selection differs more often than this says.
+        standard deviation. The noise of fine-tuning (another seed, other data) is in it only if the ranking is a mean
+        of such. Scores that are measured once more have noise of their own: their selection differs more often.
 
         Args:
             top_p, top_k: The share or the number of units to select, see [`select`].
@@ -215,27 +216,34 @@ class LayerImportance:
         return spearman(self.scores, [theirs[unit] for unit in self.units])
 
     @classmethod
-    def mean(cls, rankings: "Sequence[LayerImportance]") -> "LayerImportance":
+    def mean(cls, rankings: "Iterable[LayerImportance]") -> "LayerImportance":
         """
         One ranking of several, such as of one model on different data: the means of their standardised scores.
 
         Args:
-            rankings (`list[LayerImportance]`): At least two rankings of the same units, with the same modules.
+            rankings (`list[LayerImportance]`):
+                At least two rankings of one type of model, of the same units with the same modules.
 
         Returns:
-            [`LayerImportance`]: Its `spread` is the standard error of each mean. Its metadata are those that all
-                rankings share, and in `mean_of` what each has of its own.
+            [`LayerImportance`]: Its `spread` is the standard error of each mean, none of fewer than 8 rankings. Its
+                metadata are those that all rankings share, and in `mean_of` what each has of its own.
 
         Raises:
-            ValueError: Fewer than two rankings, or rankings of different units or modules.
+            ValueError: Fewer than two rankings, or rankings of different units, modules or types of models.
         """
+        rankings = list(rankings)
         if len(rankings) < 2:
             raise ValueError(f"A mean needs at least two rankings, got {len(rankings)}.")
         first, *others = rankings
         for other in others:
             first._check_same_units(other)
-            if (other.modules, other.parameters) != (first.modules, first.parameters):
+            if any(set(other.modules[unit]) != set(first.modules[unit]) for unit in first.units) or (
+                other.parameters != first.parameters
+            ):
                 raise ValueError("A mean is of rankings that adapt the same modules, but these adapt different ones.")
+            types = [ranking.metadata.get("model_type") for ranking in (first, other)]
+            if None not in types and types[0] != types[1]:
+                raise ValueError(f"A mean is of rankings of one model, but these are of the types {types}.")
         scores = [dict(zip(ranking.units, standardised(ranking.scores))) for ranking in rankings]
         means, spread = zip(*(mean_and_error([own[unit] for own in scores]) for unit in first.units))
         shared = {
@@ -250,7 +258,7 @@ class LayerImportance:
             metadata={**shared, "mean_of": own},
             modules=first.modules,
             lookalikes=sorted({name for ranking in rankings for name in ranking.lookalikes}),
-            spread=list(spread),
+            spread=list(spread) if len(rankings) >= _SURE else [],
             parameters=first.parameters,
         )
 

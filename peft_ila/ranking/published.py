@@ -14,15 +14,14 @@ def find(path: str | os.PathLike[str]) -> Path:
         FileNotFoundError: There is neither.
         ValueError: It is a directory.
     """
-    if Path(path).is_dir():
-        raise ValueError(
-            f"{path} is a directory, not a ranking: pass the file, such as {Path(path) / 'importance.json'}."
-        )
-    if Path(path).exists():
-        return Path(path)
+    name = os.fspath(path)
     published = {file.stem: file for file in sorted(_DIRECTORY.glob("*.json"))}
-    if str(path) not in published:
+    if name in published and not Path(name).is_file():  # a directory of that name may hold the model
+        return published[name]
+    if not name or not Path(name).exists():
         raise FileNotFoundError(
-            f"No such file: {str(path)!r}. It is no published ranking either; those are {', '.join(published)}."
+            f"No such file: {name!r}. It is no published ranking either; those are {', '.join(published)}."
         )
-    return published[str(path)]
+    if Path(name).is_dir():
+        raise ValueError(f"{name} is a directory, not a ranking: pass the file, such as {name}/importance.json.")
+    return Path(name)

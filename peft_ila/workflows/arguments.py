@@ -189,7 +189,9 @@ class StepArguments:
 class TuneArguments(EvaluationArguments, BudgetArguments):
     """Arguments of `peft-ila tune`."""
 
-    importance: str | None = field(default=None, metadata={"help": "The ranking, as `rank` wrote it."})
+    importance: str | None = field(
+        default=None, metadata={"help": "The ranking, as `rank` wrote it, or the name of a published one."}
+    )
     full: bool = field(
         default=False,
         metadata={"help": "Train the selected units' own weights instead of a LoRA; nothing else moves."},

@@ -139,14 +139,15 @@ def _read_jsonl(path: Path) -> list[dict]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
+            advice = "" if rows else f" {_LINES}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where} is not UTF-8 ({error}); convert the file.") from error
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not JSON: {error}. {_LINES}") from error
+                raise ValueError(f"{where} is not JSON: {error}.{advice}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where} is not a JSON object but {type(row).__name__}. {_LINES}")
+                raise ValueError(f"{where} is not a JSON object but {type(row).__name__}.{advice}")
             format = format or _format(row)
             if problem := _problem(row, format, kinds):
                 raise ValueError(f"{where}: {problem}. {_EXPECTED}")

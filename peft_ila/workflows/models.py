@@ -56,7 +56,7 @@ def model_config(name: str, **kwargs: Any) -> Any:
     except OSError as error:
         if directory.is_dir():
             raise
-        raise OSError(f"There is no model directory {name}, and none of that name on the hub: {error}") from error
+        raise OSError(f"There is no model directory {name}, and the hub gives none of that name: {error}") from error
     except Exception as error:  # whatever the values in it make transformers do
         raise ValueError(f"The configuration of {name} cannot be read: {error}") from error
     _check_depth(config.to_dict(), name)

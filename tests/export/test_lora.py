@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AlbertConfig, SwinConfig, WhisperConfig
+from transformers import AlbertConfig, MistralConfig, SwinConfig, WhisperConfig
 
 from peft_ila import ILAConfig
 from peft_ila.export.plain import export_adapter
@@ -159,6 +159,23 @@ def test_a_ranking_of_another_architecture_is_refused(as_config):
     model = build("gpt2")
     with pytest.raises(ValueError, match="The model has no modules .* made on another architecture"):
         ranked(tiny_llama()).to_lora_config(top_k=1, model=model.config if as_config else model)
+
+
+def test_a_deeper_model_and_one_of_another_type_are_refused():
+    """Both have all modules that were ranked."""
+    config = tiny_llama().config
+    values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    importance = ranked(tiny_llama())
+    with pytest.raises(ValueError, match=r"had no modules \['model\.layers\.3\..* \(7 in all\), which this one has"):
+        importance.to_lora_config(top_k=1, model=type(config)(**values | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match="of the type 'mistral', but the ranking was made on a 'llama'"):
+        importance.to_lora_config(top_k=1, model=MistralConfig(**values))
+
+
+def test_a_ranking_of_a_part_of_the_layers_is_of_the_same_model():
+    importance = ranked(tiny_llama(), target_modules=".*[01].*_proj")
+    config = importance.to_lora_config(top_k=2, model=tiny_llama())
+    assert len(injected(tiny_llama(), config)) == 14
 
 
 def test_a_config_that_hits_other_modules_is_refused():

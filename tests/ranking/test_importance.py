@@ -370,11 +370,25 @@ def test_mean_is_that_of_standardised_scores():
     own = (own - own.mean(1, keepdims=True)) / own.std(1, keepdims=True)
     assert mean.units == a.units and mean.modules == a.modules and mean.lookalikes == ["x"]
     assert mean.scores == pytest.approx(own.mean(0))
-    assert mean.spread == pytest.approx(own.std(0, ddof=1) / math.sqrt(2))
+    assert mean.spread == []  # two rankings do not tell
     assert mean.metadata == {"model": "m", "seed": 0, "mean_of": [{"data": "a"}, {"data": "b"}]}
     twice = LayerImportance.mean([mean, mean])
     assert twice.metadata["mean_of"] == [{"mean_of": mean.metadata["mean_of"]}] * 2
-    assert twice.ranking() == mean.ranking() and twice.spread == [0.0] * 3
+    assert twice.ranking() == mean.ranking()
+
+
+def test_the_mean_of_many_rankings_says_how_sure_it_is():
+    own = numpy.random.default_rng(0).normal(size=(8, 5))
+    mean = LayerImportance.mean(importance(list(scores)) for scores in own)
+    own = (own - own.mean(1, keepdims=True)) / own.std(1, keepdims=True)
+    assert mean.scores == pytest.approx(own.mean(0))
+    assert mean.spread == pytest.approx(own.std(0, ddof=1) / math.sqrt(8))
+
+
+def test_the_order_of_modules_in_a_unit_is_of_no_matter_to_a_mean():
+    names = [f"model.layers.{i}" for i in range(2)]
+    a, b = (importance([1.0, 2.0], modules={n: [f"{n}.{m}" for m in own] for n in names}) for own in ("xy", "yx"))
+    assert LayerImportance.mean([a, b]).modules == a.modules
 
 
 def test_a_ranking_of_equals_does_not_move_a_mean():
@@ -390,6 +404,8 @@ def test_what_has_no_mean():
         LayerImportance.mean([a, importance([1.0, 2.0, 3.0])])
     with pytest.raises(ValueError, match="adapt the same modules"):
         LayerImportance.mean([a, importance([1.0, 2.0], modules={u: [f"{u}.q"] for u in a.units})])
+    with pytest.raises(ValueError, match=r"of the types \['llama', 'gpt2'\]"):
+        LayerImportance.mean([importance([1.0, 2.0], metadata={"model_type": name}) for name in ("llama", "gpt2")])
 
 
 def test_published_rankings_load_by_name(tmp_path, monkeypatch):
@@ -397,11 +413,15 @@ def test_published_rankings_load_by_name(tmp_path, monkeypatch):
     assert files
     for file in files:
         ranking = LayerImportance.load(file.stem)
-        assert ranking == LayerImportance.load(file) and ranking.spread and ranking.metadata["mean_of"]
+        assert ranking == LayerImportance.load(file) and ranking.metadata["mean_of"]
         config = ranking.to_lora_config(top_p=0.3)
         assert config.base_model_name_or_path == ranking.metadata["model"]
     with pytest.raises(FileNotFoundError, match="No such file: 'nothing'.* those are .*smollm2-135m-instruct"):
         LayerImportance.load("nothing")
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="No such file: ''"):
+        LayerImportance.load("")
+    (tmp_path / files[1].stem).mkdir()  # such as the model's own
+    assert LayerImportance.load(files[1].stem) == LayerImportance.load(files[1])
     importance([1.0, 2.0]).save(files[0].stem)  # a file of the user's own comes first
     assert LayerImportance.load(files[0].stem).scores == [1.0, 2.0]

@@ -528,6 +528,7 @@ def test_measured_losses(tmp_path, tokenizer, dialogues):
         ({"loss_batches": 0}, "`loss_batches` must be a whole number of at least 1, got 0"),
         ({"seed": -1}, r"`seed` must be a whole number from 0 to 2\*\*32 - 1, got -1"),
         ({"seed": 2**32}, "`seed` must be a whole number .* got 4294967296"),
+        ({"seed": True}, "`seed` must be a whole number .* got True"),
         ({"seed": 1.5}, "`seed` must be a whole number .* got 1.5"),
         ({"method": "path"}, r"`method` must be one of \('attribution', 'descent', 'untrained'\), got 'path'"),
         ({"budget": 0.3}, r"\['budget'\] are settings of `method=\"descent\"`, of no use to 'attribution'"),

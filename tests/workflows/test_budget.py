@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy
 import pytest
 import torch
 from models import SMALL, ranked
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from peft_ila import LayerImportance
 from peft_ila.export.skeleton import meta_skeleton
 from peft_ila.measure import saved_tensor_bytes
-from peft_ila.workflows.budget import select_within, size_in_bytes
+from peft_ila.workflows.budget import additive, select_within, size_in_bytes
 from peft_ila.workflows.plan import Step
 
 CONFIGS = {
@@ -110,6 +111,15 @@ def test_what_has_importance_is_selected_where_there_is_room(method, scores, exp
     importance = ranking("llama", scores, method)
     selected = select_within(CONFIGS["llama"], importance, "24GB", **STEP, r=8)
     assert selected == [importance.units[position] for position in expected]
+
+
+def test_of_a_mean_the_least_unit_counts_as_nothing():
+    importance = ranking("llama", [3.0, -1.2, -1.0, -0.9])
+    mean = LayerImportance.mean([importance, importance])
+    selected = select_within(CONFIGS["llama"], mean, "24GB", **STEP, r=8)
+    assert selected == [mean.units[position] for position in (0, 3, 2)]
+    expected = numpy.array(importance.scores) + 1.2
+    assert additive(mean) == pytest.approx(expected / numpy.std(importance.scores))
 
 
 def test_modules_are_at_least_as_important_as_the_best_that_fit():
