@@ -252,6 +252,20 @@ def test_convert(ranked, tmp_path, capsys):
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lora_r", "0"], "`--lora_r` must be at least 1, got 0"),
+        (["--lora_dropout", "7"], r"`--lora_dropout` must be in \[0, 1\), got 7.0"),
+        (["--lora_r", "64", "--format", "axolotl-full"], "trains no LoRA: leave out `--lora_r`"),
+    ],
+)
+def test_no_lora_that_could_not_be(ranked, tmp_path, options, message, capsys):
+    arguments = ["--top_k", "2", "--output_dir", str(tmp_path / "out"), *options]
+    assert re.search(message, error_of(["convert", str(ranked / "importance.json"), *arguments], capsys))
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_sure_units_are_converted(ranked, tmp_path):
     path = tmp_path / "importance.json"
     LayerImportance([f"model.layers.{i}" for i in range(3)], [4.0, 1.1, 1.0], spread=[0.1, 0.5, 0.5]).save(path)
@@ -321,10 +335,7 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
         (["--memory_budget", "1KB"], "A memory budget of 1e-06 GB is too small: the frozen model takes"),
         (["--memory_budget", "much"], "must be a size such as '24GB', '24GiB' or a number of bytes, got 'much'"),
         (["--memory_budget", "24GB", "--top_p", "0.3"], "`--memory_budget` decides .*: leave out `--top_p`"),
-        (["--memory_budget", "24GB", "--format", "axolotl-full"], "full fine-tuning is not counted"),
-        (["--top_p", "0.3", "--format", "axolotl-full", "--lora_r", "64"], "trains no LoRA: leave out `--lora_r`"),
-        (["--top_p", "0.3", "--lora_r", "0"], "`--lora_r` must be at least 1, got 0"),
-        (["--top_p", "0.3", "--lora_dropout", "7"], r"`--lora_dropout` must be in \[0, 1\), got 7.0"),
+        (["--memory_budget", "24GB", "--format", "axolotl-full", "--lora_r", "16"], "full fine-tuning is not counted"),
     ):
         assert re.search(message, error_of([*arguments, *extra], capsys))
     without = re.escape("pass it, or leave out `--max_length` and `--gradient_checkpointing`.")
@@ -455,8 +466,9 @@ def test_bad_settings_are_found_before_any_work(workspace, tmp_path, arguments, 
 
 @pytest.mark.parametrize("program", ["axolotl", "axolotl-full", "llamafactory", "trl"])
 def test_convert_for_other_programs(ranked, tmp_path, program):
-    arguments = ["--top_k", "2", "--lora_r", "3", "--output_dir", str(tmp_path), "--format", program]
-    main(["convert", str(ranked / "importance.json"), *arguments])
+    arguments = ["--top_k", "2", "--output_dir", str(tmp_path), "--format", program]
+    rank = [] if program == "axolotl-full" else ["--lora_r", "3"]
+    main(["convert", str(ranked / "importance.json"), *arguments, *rank])
     importance = LayerImportance.load(ranked / "importance.json")
     settings = yaml.safe_load((tmp_path / f"{program}.yaml").read_text())
     lora = {"r": 3, "lora_alpha": 32, "lora_dropout": 0.0}
