@@ -23,8 +23,10 @@ from peft_ila import LayerImportance
 from peft_ila.files import whole_file
 
 INTRODUCTION = """SmolLM2-135M-Instruct, {steps} steps of 8 examples of at most 192 tokens. {devices}.
-"Gained" is the gain in held-out loss as a share of that of LoRA on all modules (r = 8); ± is the standard error of the
-mean, of paired differences where two are compared. A run is a data set and a seed.
+"Gained" is the gain in held-out loss as a share of that of LoRA on all modules (r = 8). A run is a data set and a
+seed; means are over data sets, of the means over their seeds, and ± is the standard error over the data sets, which
+are few: three, five where a ranking is carried over. Where two are compared, it is of paired differences. "random" is
+the mean of five draws for 30 % of the modules on the alignment sets, one draw elsewhere.
 """
 BEGIN, END = "<!-- made by benchmarks/study/tables.py -->\n", "<!-- end -->"
 Run = tuple[str, int]
@@ -37,6 +39,7 @@ NAMES = {
     "text_wikitext2": "WikiText-2",
     "text_c4": "C4",
 }
+RUNS = list(itertools.product(ALIGNMENT, SEEDS))
 TASKS = (("HellaSwag, norm.", "hellaswag acc_norm"), ("ARC-easy", "arc_easy acc"), ("PIQA", "piqa acc"))
 
 
@@ -68,11 +71,15 @@ class Figures:
         base = self.base[run]["loss"]
         return (base - row["loss"]) / (base - full["loss"])
 
+    def known(self, arm: tuple[str, str], what: str, name: str) -> dict[Run, float]:
+        """What was measured beside the loss, by run."""
+        rows = {run: self.tuned.get((*arm, *run), {}) for run in RUNS}
+        return {run: row[what][name] for run, row in rows.items() if what in row}
+
     def arms(self, group: str) -> list[str]:
         """Those that were run, random draws as one, the best first."""
         arms = {"random" if arm in CHANCE else arm for own, arm, _, _ in self.tuned if own == group}
-        runs = list(itertools.product(ALIGNMENT, SEEDS))
-        return sorted(arms, key=lambda arm: -(mean(self.gained(group, arm, run) for run in runs) or 0.0))
+        return sorted(arms, key=lambda arm: -(mean(self.gained(group, arm, run) for run in RUNS) or 0.0))
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -122,20 +129,20 @@ def searches(figures: Figures, group: str, title: str) -> None:
     if not arms:
         return
     print(f"### {title}\n")
-    runs = list(itertools.product(ALIGNMENT, SEEDS))
 
     def row(arm: str) -> list[Any]:
         def own(run: Run) -> float | None:
             return figures.gained(group, arm, run)
 
-        number = sum(own(run) is not None for run in runs)
-        by_set = [mean(own((data, seed)) for seed in SEEDS) for data in ALIGNMENT]
+        number = sum(own(run) is not None for run in RUNS)
+        by_set = [[x for seed in SEEDS if (x := own((data, seed))) is not None] for data in ALIGNMENT]
         full, chance = (
-            difference(own, lambda run, other=other: figures.gained(group, other, run), runs)  # type: ignore[misc]
+            difference(own, lambda run, other=other: figures.gained(group, other, run), RUNS)  # type: ignore[misc]
             for other in ("full search", "random")
         )
-        cells = ["" if value is None else f"{value:.3f}" for value in by_set]
-        return [arm, number, mean(map(own, runs)) or "", *cells, full, chance]
+        missing = {1: " (1 run)", 2: " (2 runs)"}
+        cells = [f"{statistics.mean(known):.3f}{missing.get(len(known), '')}" if known else "" for known in by_set]
+        return [arm, number, with_error(own, RUNS), *cells, full, chance]
 
     sets = [NAMES[data] for data in ALIGNMENT]
     columns = ["ranking", "runs", "gained", *sets, "less the full search's", "less random draws'"]
@@ -152,7 +159,7 @@ def carried(figures: Figures) -> None:
             return figures.gained("modules 30", "full search", (data, seed))
         return figures.gained("modules 30", ranking, (data, seed))
 
-    rows = []
+    rows: list[list[Any]] = []
     for ranking in rankings:
         cells = [mean(own(data, ranking, seed) for seed in SEEDS) for data in SETS]
         foreign = [data for data in SETS if ranking != f"of {data}"]
@@ -164,13 +171,14 @@ def carried(figures: Figures) -> None:
         label = f"of {NAMES[ranking[3:]]}" if ranking.startswith("of ") else ranking
         if lost:
             rows.append([label, *("" if cell is None else f"{cell:.3f}" for cell in cells), lost])
+    own_cells = [mean(figures.gained("modules 30", "full search", (data, seed)) for seed in SEEDS) for data in SETS]
+    rows.insert(0, ["the set's own", *("" if cell is None else cell for cell in own_cells), ""])
     table(["ranking", *(f"tuned on {NAMES[data]}" for data in SETS), "less the set's own"], rows)
 
 
 def budgets(figures: Figures) -> None:
     """Everything that was tuned, with its parameters."""
     print("### At equal parameters, and at fewer\n")
-    runs = list(itertools.product(ALIGNMENT, SEEDS))
     rows = []
     for group in dict.fromkeys(key[0] for key in figures.tuned):
         for arm in figures.arms(group):
@@ -181,9 +189,9 @@ def budgets(figures: Figures) -> None:
                 found = found or [row for key, row in figures.tuned.items() if key[0] == group]
                 rate, parameters = found[0]["learning_rate"], statistics.mean(row["parameters"] for row in found)
                 gained = functools.partial(figures.gained, group, arm)
-                number = sum(gained(run) is not None for run in runs)
-                less = difference(gained, functools.partial(figures.gained, "all", "full search"), runs)
-                rows.append([group, arm, f"{rate:g}", f"{parameters:,.0f}", number, with_error(gained, runs), less])
+                number = sum(gained(run) is not None for run in RUNS)
+                less = difference(gained, functools.partial(figures.gained, "all", "full search"), RUNS)
+                rows.append([group, arm, f"{rate:g}", f"{parameters:,.0f}", number, with_error(gained, RUNS), less])
     columns = ["group", "ranking", "learning rate", "parameters", "runs", "gained", "less LoRA on all"]
     table(columns, rows)
 
@@ -191,32 +199,42 @@ def budgets(figures: Figures) -> None:
 def forgetting(figures: Figures) -> None:
     """A part frozen, against LoRA on all: the gain, the perplexity of plain text, and the tasks of lm-eval."""
     print("### A part frozen: what is gained, and what must not be lost\n")
-    print("Accuracies are lm-eval's on 1,000 questions each, their standard error of one model is 0.015.\n")
-    runs = list(itertools.product(ALIGNMENT, SEEDS))
-    untuned = next(row for row in figures.base.values() if row["data"] in ALIGNMENT)
-    rows = [["before tuning", "", "", "", "", *_kept([untuned]), *_accuracies([figures.untuned])]]
+    lora = {text: figures.known(("all", "full search"), "perplexities", text) for text in TEXTS}
+    lora |= {name: figures.known(("all", "again"), "accuracies", name) for _, name in TASKS}
+    base = {text: {run: figures.base[run]["perplexities"][text] for run in RUNS} for text in TEXTS}
+    columns = [*(f"{NAMES[text]}, %" for text in TEXTS), *(name for name, _ in TASKS)]
+    print(
+        "Against LoRA on all in the same runs: the change in perplexity, and in the accuracies that lm-eval finds on "
+        "1,000 questions each (standard error of one model: 0.015). LoRA's own perplexities are "
+        + " and ".join(f"{_perplexity(lora[text])} (before tuning {_perplexity(base[text])})" for text in TEXTS)
+        + ", its accuracies "
+        + ", ".join(
+            f"{with_error(lora[name].get, RUNS)} ({figures.untuned['accuracies'][name]:.3f})" for _, name in TASKS
+        )
+        + ".\n"
+    )
+    rows = []
     for group, arm in dict.fromkeys(key[:2] for key in figures.tuned):
-        own = [figures.tuned.get((group, arm, *run), {}) for run in runs]
-        if not any("perplexities" in row for row in own):
+        own = {text: figures.known((group, arm), "perplexities", text) for text in TEXTS}
+        if group == "all" or not any(map(any, own.values())):
             continue
-        gained, full = (functools.partial(figures.gained, *names) for names in ((group, arm), ("all", "full search")))
-        number = sum(gained(run) is not None for run in runs)
-        less = difference(gained, full, runs)
-        rows.append([group, arm, number, with_error(gained, runs), less, *_kept(own), *_accuracies(own)])
-    columns = ["tuned", "ranking", "runs", "gained", "less LoRA on all", *(NAMES[text] for text in TEXTS)]
-    table([*columns, *(name for name, _ in TASKS)], rows)
+        own |= {name: figures.known((group, arm), "accuracies", name) for _, name in TASKS}
+        gained = functools.partial(figures.gained, group, arm)
+        less = difference(gained, functools.partial(figures.gained, "all", "full search"), RUNS)
+        number = sum(gained(run) is not None for run in RUNS)
+        changes = [with_error(_change(own[text], lora[text]).get, RUNS) for text in TEXTS]
+        kept = [difference(own[name].get, lora[name].get, RUNS) for _, name in TASKS]
+        rows.append([group, arm, number, less, *changes, *kept])
+    table(["tuned", "ranking", "runs", "gained, less LoRA on all", *columns], rows)
 
 
-def _kept(rows: list[dict[str, Any]]) -> list[str]:
-    """Mean perplexities."""
-    known = [row["perplexities"] for row in rows if "perplexities" in row]
-    return [f"{statistics.mean(math.exp(own[text]) for own in known):.2f}" for text in TEXTS]
+def _change(losses: dict[Run, float], others: dict[Run, float]) -> dict[Run, float]:
+    """That of the perplexity, in per cent."""
+    return {run: 100 * math.expm1(loss - others[run]) for run, loss in losses.items() if run in others}
 
 
-def _accuracies(rows: list[dict[str, Any]]) -> list[str]:
-    """Mean accuracies, where they were measured."""
-    known = [row["accuracies"] for row in rows if "accuracies" in row]
-    return [f"{statistics.mean(own[name] for own in known):.3f}" if known else "" for _, name in TASKS]
+def _perplexity(losses: dict[Run, float]) -> str:
+    return f"{statistics.mean(map(math.exp, losses.values())):.2f}"
 
 
 def overlaps(figures: Figures, units: list[str], layers: bool, search: str) -> dict[str, tuple[list[float], ...]]:
@@ -296,10 +314,8 @@ def rates(figures: Figures) -> None:
         value = statistics.mean(own[rate])
         return f"**{value:.4f}**" if value == best else f"{value:.4f}"
 
-    table(
-        ["group", *(f"{rate:g}" for rate in columns)],
-        ([group, *(cell(own, rate) for rate in columns)] for group, own in by_group.items()),
-    )
+    rows = [[group, *(cell(own, rate) for rate in columns)] for group, own in by_group.items()]
+    table(["group", *(f"{rate:g}" for rate in columns)], (row for row in rows if any(row[1:])))
 
 
 def curves(figures: Figures) -> None:
@@ -318,31 +334,30 @@ def curves(figures: Figures) -> None:
 def claims(figures: Figures, units: list[str]) -> None:
     """What the paper reports, and what was found here."""
     print("### The claims\n")
-    runs = list(itertools.product(ALIGNMENT, SEEDS))
     rows = [
         [
             "30 % of the decoder layers come close to all",
             "0.98 of the gain (abstract)",
-            f"{with_error(lambda run: figures.gained('layers 30', 'full search', run), runs)} of LoRA's gain on all",
+            f"{with_error(lambda run: figures.gained('layers 30', 'full search', run), RUNS)} of LoRA's gain on all",
         ],
         [
             "30 % of the parameters, by modules",
             "",
-            f"{with_error(lambda run: figures.gained('modules 30', 'full search', run), runs)}",
+            f"{with_error(lambda run: figures.gained('modules 30', 'full search', run), RUNS)}",
         ],
     ]
     for group, what in (("layers 30", "layers"), ("modules 30", "modules")):
         ahead = difference(
             lambda run, group=group: figures.gained(group, "full search", run),  # type: ignore[misc]
             lambda run, group=group: figures.gained(group, "random", run),  # type: ignore[misc]
-            runs,
+            RUNS,
         )
         rows.append([f"it matters which: the search's {what} less random ones", "better", ahead])
     for other, what in (("all", "LoRA on all"), ("modules 75", "a random quarter frozen")):
         less = difference(
             functools.partial(figures.gained, "modules 75", "full search"),
             functools.partial(figures.gained, other, "random" if other == "modules 75" else "full search"),
-            runs,
+            RUNS,
         )
         rows.append([f"the unimportant quarter of the parameters frozen, less {what}", "better", less])
     for label, found in overlaps(figures, units, False, "full search").items():
@@ -354,7 +369,7 @@ def claims(figures: Figures, units: list[str]) -> None:
     lost = difference(
         lambda run: figures.gained("modules 30", "mean of other sets", run),
         lambda run: figures.gained("modules 30", "full search", run),
-        runs,
+        RUNS,
     )
     rows.append(["a ranking carries over: the mean of other sets' rankings less the set's own", "", lost])
     table(["claim", "the paper", "here"], rows)
