@@ -106,12 +106,17 @@ def _check_ranked(targets: Targets, expected: set[str], names: "_Names") -> None
             f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
             "missing): the ranking was made on another architecture."
         )
-    ranked = targets.of(targets.modules)
-    endings = {name.rpartition(".")[2] for name in ranked - targets.parameters.keys()}
-    alike = {name for name in names.modules if name.rpartition(".")[2] in endings}
-    if unknown := sorted(alike - ranked - set(targets.lookalikes)):
+    if targets.model_type is None:  # made by hand, it may be of a part of the layers
+        return
+    known = targets.of(targets.modules) | set(targets.lookalikes)
+    endings = {name.rpartition(".")[2] for name in known}
+    last: dict[str, int] = {}  # layer of each stack that was ranked
+    for stack, index in filter(None, map(split_layer, known)):
+        last[stack] = max(index, last.get(stack, 0))
+    alike = {name: split_layer(name) for name in names.modules if name.rpartition(".")[2] in endings}
+    if deeper := sorted(name for name, at in alike.items() if at and at[0] in last and at[1] > last[at[0]]):
         raise ValueError(
-            f"The ranked model had no modules {unknown[:3]} ({len(unknown)} in all), which this one has: the ranking "
+            f"The ranked model had no modules {deeper[:3]} ({len(deeper)} in all), which this one has: the ranking "
             "was made on another architecture."
         )
 
