@@ -30,7 +30,7 @@ from .tune import tune
 
 _PUBLISHED = "smollm2-135m-instruct-layers"
 _SHARE = 0.3
-_SHARES = (0.1, 0.2, 0.3, 0.5, 0.75)
+_SHARES = (0.1, 0.2, 0.3, 0.5)
 _DRAWS = 3  # of random rankings
 _HELD_OUT = 64
 _STEPS = 40
