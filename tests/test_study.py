@@ -10,9 +10,24 @@ from peft import LoraConfig, PeftModel
 from trainers import options
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.study.arms import ARMS, SEEDS, SETS, Job, Study, layers_within, modules_within, ranks_by_importance
+from benchmarks.study.arms import (
+    ALIGNMENT,
+    ARMS,
+    ARMS_OF_SECOND,
+    LEARNING_RATES,
+    SEEDS,
+    SETS,
+    TUNED,
+    TUNING_SEED,
+    TUNING_SETS,
+    Job,
+    Study,
+    layers_within,
+    modules_within,
+    ranks_by_importance,
+)
 from benchmarks.study.problem import HELD_OUT, RANK, SCALE, Example, Problem, adapted_modules
-from benchmarks.study.rankings import attribution, untrained
+from benchmarks.study.rankings import attribution, descent, untrained
 from benchmarks.study.tables import insert, report
 from peft_ila import ILAConfig, learn_gates
 
@@ -51,6 +66,14 @@ def test_the_untrained_search_is_that_of_learn_gates(problem, tmp_path):
     found = torch.tensor(untrained(problem, sizes)["untrained, 4 batches"])
     importance = ranked(problem, tmp_path / "adapter", tmp_path, "untrained")
     torch.testing.assert_close(torch.tensor(importance.scores), found / found.mean() - 1, rtol=1e-3, atol=1e-4)
+
+
+def test_descent_closes_what_the_budget_has_no_place_for(problem):
+    before = {name: value.clone() for name, value in problem.base.state_dict().items()}
+    sizes = adapted_modules(problem.base)
+    (scores,) = descent(problem, sizes, 1e-2, 5).values()
+    assert len(scores) == len(sizes) and sum(score > 0 for score in scores) < len(sizes) / 2
+    assert all(torch.equal(value, before[name]) for name, value in problem.base.state_dict().items())
 
 
 def test_every_way_of_tuning_leaves_the_base_model_as_it_was(problem):
@@ -94,28 +117,46 @@ def test_selections_fit_their_budget():
         assert by_score == sorted(by_score)
 
 
-def test_every_arm_is_run_for_every_seed():
+@pytest.mark.parametrize("second", [False, True])
+def test_every_arm_is_run_for_every_seed(second):
     """With figures made up, the study goes through all of its arms."""
     sizes = {f"m.layers.{i}.{name}": 10 for i in range(10) for name in "qk"}
-    study = Study([], sizes)
+    study = Study([], sizes, second)
     done: set[str] = set()
     while jobs := [job for job in study.jobs() if job.key not in done]:
         for job in jobs:
             done.add(job.key)
             row = {**job.described(), "loss": 1 + job.learning_rate}
             names = ["full search", "full search, half way", "norm of ΔW"] if job.ranked else []
-            if job.kind == "rank":
+            if job.kind in ("rank", "untrained"):
                 names = list(untrained_names())
             if job.kind == "short":
                 names = [f"{steps} steps at {multiple} ×" for steps in (4, 8, 12) for multiple in (1, 2, 4)]
-            if job.kind in ("base", "aletheia"):
-                names = ["KappaTune" if job.kind == "base" else "aletheia-lora"]
+            names += {"base": ["KappaTune"], "aletheia": ["aletheia-lora"], "descent": ["descent"]}.get(job.kind, [])
             study.add({**row, "scores": {name: list(range(len(sizes))) for name in names}})
-    for group, sets, arms in ARMS:
+    for group, sets, arms in ARMS_OF_SECOND if second else ARMS:
         for arm, data, seed in itertools.product(arms, sets, SEEDS):
             job = Job("tune", data, seed, arm, group, learning_rate=study.learning_rate(group))
             assert job.key in done
-    assert {job.split("|")[1] for job in done} == {*SETS, ""}
+    assert {job.split("|")[1] for job in done} == ({*ALIGNMENT, *TUNING_SETS} if second else {*SETS, ""})
+
+
+def test_learning_rates_are_tried_on_both_sides_of_the_best():
+    def study(*losses):
+        rows = [
+            {"kind": "tune", "data": data, "seed": TUNING_SEED, "group": "g", "arm": TUNED}
+            | {"learning_rate": rate, "loss": loss}
+            for data in TUNING_SETS
+            for rate, loss in losses
+        ]
+        return Study(rows, {})
+
+    _, low, middle, high, highest = LEARNING_RATES
+    assert list(study().rates("g")) == [low, middle, high] and study().learning_rate("g") is None
+    assert study((low, 2.0), (middle, 1.0), (high, 3.0)).learning_rate("g") == middle
+    edge = study((low, 3.0), (middle, 2.0), (high, 1.0))
+    assert list(edge.rates("g")) == [low, middle, high, highest] and edge.learning_rate("g") is None
+    assert study((low, 3.0), (middle, 2.0), (high, 1.0), (highest, 1.5)).learning_rate("g") == high
 
 
 def test_the_tables_are_those_of_the_figures():

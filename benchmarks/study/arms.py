@@ -17,8 +17,8 @@ ALIGNMENT = ("sft_alpaca_gpt4", "sft_lima", "sft_dolly")
 REASONING = ("reason_gsm8k", "reason_math")
 SETS = (*ALIGNMENT, *REASONING)
 TUNING_SETS = ("sft_alpaca_gpt4", "sft_dolly", "reason_gsm8k")
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-FULL_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # of full fine-tuning
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # the middle three first, see `Study.rates`
+FULL_LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # of full fine-tuning
 RANDOM = 5
 
 Sizes = dict[str, int]
@@ -31,8 +31,9 @@ class Job:
     One piece of work for one process.
 
     Args:
-        kind: "tune", or "rank" (searches that train nothing), "short" (those with a short stage 1), "aletheia" (that
-            package's), or "base" (what is known of the base model without a data set).
+        kind: "tune", or "rank" (searches that train nothing; "untrained" is only that of the package), "short" (those
+            with a short stage 1), "aletheia" (that package's), "descent" (the paper's), or "base" (what is known of
+            the base model without a data set).
         data, seed: The run.
         arm: The name of what is tuned; with `learning_rate` it is a job's name.
         group: Arms that share a learning rate.
@@ -64,10 +65,18 @@ class Job:
 
 
 class Study:
-    """The figures so far, and what is to be done next."""
+    """
+    The figures so far, and what is to be done next.
 
-    def __init__(self, figures: list[dict[str, Any]], sizes: Sizes) -> None:
+    Args:
+        figures: The rows that there are.
+        sizes: LoRA's parameters for each rank, by module.
+        second: Whether only the arms of a second model are wanted, and the searches that they need.
+    """
+
+    def __init__(self, figures: list[dict[str, Any]], sizes: Sizes, second: bool = False) -> None:
         self.sizes = sizes
+        self.second = second
         self.units = list(sizes)
         self.losses: dict[tuple[str, int, str, str], dict[float, float]] = {}
         self.scores: dict[tuple[str, int, str], list[float]] = {}
@@ -83,13 +92,28 @@ class Study:
         for name, scores in row.get("scores", {}).items():
             self.scores[row["data"], row["seed"], name] = scores
 
-    def learning_rate(self, group: str) -> float | None:
-        """The best one of the group on the seed that is not reported, by the mean loss over its sets."""
-        rates = FULL_LEARNING_RATES if group.startswith("weights") else LEARNING_RATES
+    def rates(self, group: str) -> dict[float, float | None]:
+        """
+        The learning rates that are tried for a group, with the mean loss on the seed that is not reported, once known.
+
+        The middle three of a list, and those beside the best one.
+        """
+        listed = FULL_LEARNING_RATES if group.startswith("weights") else LEARNING_RATES
         losses = [self.losses.get((data, TUNING_SEED, group, TUNED), {}) for data in TUNING_SETS]
-        if any(rate not in own for own in losses for rate in rates):
-            return None
-        return min(rates, key=lambda rate: statistics.mean(own[rate] for own in losses))
+        known = {
+            rate: statistics.mean(own[rate] for own in losses) for rate in listed if all(rate in o for o in losses)
+        }
+        wanted = set(listed[1:4])
+        if wanted <= known.keys():
+            best = listed.index(min(known, key=lambda rate: known[rate]))
+            wanted |= set(listed[max(best - 1, 0) : best + 2])
+        return {rate: known.get(rate) for rate in listed if rate in wanted | known.keys()}
+
+    def learning_rate(self, group: str) -> float | None:
+        """The best one of the group, once all that are to be tried were."""
+        rates = self.rates(group)
+        known = {rate: loss for rate, loss in rates.items() if loss is not None}
+        return min(known, key=lambda rate: known[rate]) if known.keys() == rates.keys() else None
 
     def ranking(self, data: str, seed: int, name: str) -> list[float] | None:
         """The scores by a search, by none ("random 0", "first", …) or by those of other sets."""
@@ -117,17 +141,19 @@ class Study:
 
     def jobs(self) -> Iterator[Job]:
         """All jobs whose needs are met, the most urgent first."""
-        yield Job("base", "", 0)
+        if not self.second:
+            yield Job("base", "", 0)
         yield from self._sweep("all", "modules 30")
-        for data, seed in itertools.product(SETS, SEEDS):
-            yield Job("rank", data, seed)
+        for data, seed in itertools.product(ALIGNMENT if self.second else SETS, SEEDS):
+            yield self._search(data, seed)
         if rate := self.learning_rate("all"):
-            for seed, data in itertools.product(SEEDS, SETS):
+            for seed, data in itertools.product(SEEDS, ALIGNMENT if self.second else SETS):
                 yield self._tune(data, seed, "all", "full search", dict.fromkeys(self.units, RANK), rate, ranked=True)
-            for seed, data in itertools.product(SEEDS, ALIGNMENT):
+            for seed, data in itertools.product(SEEDS, () if self.second else ALIGNMENT):
                 yield Job("short", data, seed, learning_rate=rate)
                 yield Job("aletheia", data, seed)
-        for group, sets, arms in ARMS:
+                yield Job("descent", data, seed, learning_rate=rate)
+        for group, sets, arms in ARMS_OF_SECOND if self.second else ARMS:
             yield from self._sweep(group)
             rate = self.learning_rate(group)
             for arm, seed, data in itertools.product(arms, SEEDS, sets) if rate else ():
@@ -135,13 +161,16 @@ class Study:
                 if ranks:
                     yield self._tune(data, seed, group, arm, ranks, rate or 0)
 
+    def _search(self, data: str, seed: int) -> Job:
+        return Job("untrained" if self.second else "rank", data, seed)
+
     def _sweep(self, *groups: str) -> Iterator[Job]:
         for data in TUNING_SETS:
-            yield Job("rank", data, TUNING_SEED)
-        for group, data in itertools.product(groups, TUNING_SETS):
-            ranks = self._ranks(data, TUNING_SEED, group, TUNED)
-            for rate in (FULL_LEARNING_RATES if group.startswith("weights") else LEARNING_RATES) if ranks else ():
-                yield self._tune(data, TUNING_SEED, group, TUNED, ranks or {}, rate)
+            yield self._search(data, TUNING_SEED)
+        for group in groups:
+            for rate, data in itertools.product(self.rates(group), TUNING_SETS):
+                if ranks := self._ranks(data, TUNING_SEED, group, TUNED):
+                    yield self._tune(data, TUNING_SEED, group, TUNED, ranks, rate)
 
     def _tune(
         self, data: str, seed: int, group: str, arm: str, ranks: dict[str, int], rate: float, ranked: bool = False
@@ -188,7 +217,7 @@ SEARCHES = (
     "untrained, L2", "untrained, second moments", "full search per parameter",
     "untrained, 8 batches per parameter", "full search, half way",
 )  # fmt: skip
-RIVALS = ("KappaTune", "norm of ΔW", "gradient norm", "first", "last")
+RIVALS = ("KappaTune", "norm of ΔW", "gradient norm", "descent", "first", "last")
 # group, data sets, arms: in the order in which they are run
 ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("modules 30", ("reason_gsm8k",), ("full search", "mean of other sets", "random 0")),
@@ -198,26 +227,41 @@ ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("layers 30", ALIGNMENT, (*BOTH, "random 0")),
     ("all", ALIGNMENT, ("again",)),
     ("modules 75", ALIGNMENT, ("full search", "random 0", "bottom")),
-    ("modules 30", ALIGNMENT, RIVALS),
     ("weights 100", ALIGNMENT, ("full search",)),
-    ("weights 75", ALIGNMENT, ("full search", "random 0", "bottom")),
-    ("raised 30", ALIGNMENT, (*BOTH, "random 0")),
+    ("weights 75", ALIGNMENT, ("full search", "random 0")),
+    ("raised 30", ALIGNMENT, ("full search", "random 0")),
+    ("modules 30", ALIGNMENT, RIVALS[:3]),
+    ("modules 10", ALIGNMENT, ("full search", "random 0")),
+    ("modules 20", ALIGNMENT, ("full search", "random 0")),
+    ("EVA", ALIGNMENT, ("EVA",)),
+    ("modules 30", ALIGNMENT, RIVALS[3:]),
+    ("weights 75", ALIGNMENT, ("bottom",)),
+    ("AdaLoRA", ALIGNMENT, ("AdaLoRA",)),
+    ("layers 30", ALIGNMENT, ("aletheia-lora", *CHANCE[1:3])),
+    ("modules 10", ALIGNMENT, CHANCE[1:3]),
+    ("raised 30", ALIGNMENT, BOTH[1:]),
+    ("uniform 2", ALIGNMENT, ("uniform",)),
     ("ranks 1 0 32", ALIGNMENT, BOTH),
     ("ranks 0.5 1 32", ALIGNMENT, BOTH),
-    ("EVA", ALIGNMENT, ("EVA",)),
-    ("AdaLoRA", ALIGNMENT, ("AdaLoRA",)),
-    ("uniform 2", ALIGNMENT, ("uniform",)),
-    ("modules 10", ALIGNMENT, (*BOTH, *CHANCE[:3])),
-    ("modules 20", ALIGNMENT, (*BOTH, "random 0")),
-    ("layers 30", ALIGNMENT, CHANCE[1:3]),
+    ("modules 10", ALIGNMENT, BOTH),
+    ("modules 20", ALIGNMENT, BOTH),
     ("modules 30", ALIGNMENT, ("12 steps at 4 ×",)),
-    ("layers 30", ALIGNMENT, ("aletheia-lora", *RIVALS)),
+    ("layers 30", ALIGNMENT, RIVALS),
     ("modules 30", SETS, (*(f"of {data}" for data in SETS), "mean of other sets", *CHANCE[:3], "full search")),
     ("raised 10", ALIGNMENT, (*BOTH, "random 0")),
     ("uniform 1", ALIGNMENT, ("uniform",)),
     ("modules 30", ALIGNMENT, SEARCHES),
     ("layers 30", ALIGNMENT, SEARCHES[:11]),
     ("modules 10", ALIGNMENT, (*SEARCHES[:11], "norm of ΔW")),
+)
+ARMS_OF_SECOND: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("modules 30", ALIGNMENT, ("full search", "random 0")),
+    ("modules 75", ALIGNMENT, ("full search", "random 0")),
+    ("modules 30", ALIGNMENT, ("untrained, 8 batches", "mean of other sets")),
+    ("layers 30", ALIGNMENT, ("full search", "random 0")),
+    ("raised 30", ALIGNMENT, ("full search", "random 0")),
+    ("modules 30", ALIGNMENT, CHANCE[1:3]),
+    ("modules 75", ALIGNMENT, ("bottom",)),
 )
 
 

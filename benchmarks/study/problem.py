@@ -13,14 +13,18 @@ import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_schedule, get_linear_schedule_with_warmup
 
-from peft_ila.embedded import smollm2
-
 HELD_OUT = 128
 MAX_LENGTH, PROMPT = 192, 112  # tokens; answers are cut, examples with longer prompts are left out
 BATCH, WARMUP = 8, 0.05
 MULTIPLE = 64  # tokens: a GPU pads to few lengths, so that steps can be recorded
 RANK, SCALE = 8, 2  # alpha = SCALE·r for every rank, so that one learning rate serves them all
 IGNORED = -100
+# of a base model, whose tokenizer has none
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}"
+    "[message.role] + message.content }}{{ eos_token if loop.last and message.role == 'assistant' else '\\n' }}"
+    "{% endfor %}{{ 'Answer:' if add_generation_prompt else '' }}"
+)
 
 Batch = dict[str, torch.Tensor]
 Parts = Iterator[tuple[Batch, float]]
@@ -34,9 +38,10 @@ class Example:
     prompt: int
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path, model: Path) -> list[Example]:
     """The dialogues of a JSONL file with `messages`, in an order that does not depend on the seed of a run."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
     found = []
     for row in _rows(path):
         messages = row["messages"]
@@ -48,9 +53,9 @@ def read_examples(path: Path) -> list[Example]:
     return found
 
 
-def read_text(path: Path, chunks: int = 64, length: int = 256) -> list[Example]:
+def read_text(path: Path, model: Path, chunks: int = 64, length: int = 256) -> list[Example]:
     """The first tokens of a JSONL file with `text`, in chunks: what perplexity is measured on."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(model)
     tokens: list[int] = []
     for row in _rows(path):
         tokens += tokenizer(row["text"])["input_ids"]
@@ -77,7 +82,7 @@ class Problem:
         self.base, self.seed = base, seed
         self.train, self.held_out = examples[:-HELD_OUT], examples[-HELD_OUT:]
         self.on_gpu = base.device.type == "cuda"
-        self.at_once = 2 * BATCH if self.on_gpu else 1
+        self.at_once = BATCH if self.on_gpu else 1
 
     def batches(self, number: int, size: int = BATCH) -> Iterator[Batch]:
         """Batches in the order of the seed."""
@@ -259,9 +264,9 @@ def _unloading(model: PeftModel) -> Iterator[PeftModel]:
         model.unload()
 
 
-def load_base(device: str) -> Any:
-    """SmolLM2 in fp32, frozen."""
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).to(device)
+def load_base(directory: Path, device: str) -> Any:
+    """A causal language model in fp32, frozen."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device)
     return model.requires_grad_(False)
 
 

@@ -1,13 +1,17 @@
 """The searches that the study compares: each gives a score to every module, from training data alone."""
 
+import copy
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.helpers import KappaTuneSelector
+from transformers import Trainer, TrainingArguments
 
-from benchmarks.study.problem import RANK, SCALE, Batch, Problem
+from benchmarks.study.problem import BATCH, RANK, SCALE, Batch, Problem
+from peft_ila import ILAConfig, learn_gates
 from peft_ila.units import unit_of
 
 Scores = dict[str, list[float]]
@@ -20,37 +24,43 @@ EXAMPLES = 64  # for the diagonal of the Fisher information
 
 def untrained(problem: Problem, sizes: dict[str, int]) -> Scores:
     """
-    By the gradient of a fresh LoRA's B: what `learn_gates(method="untrained")` measures, and variants of it.
+    By the gradient of a fresh LoRA's B: what `learn_gates(method="untrained")` measures.
 
     All adapters of one rank have one alpha, so the factor α/r is left out.
     """
-    units = list(sizes)
+    gradients = _untrained_gradients(problem, sizes)
+    return _listed({f"untrained, {number} batches": _norms(gradients[:number], 1) for number in UNTRAINED})
+
+
+def all_untrained(problem: Problem, sizes: dict[str, int]) -> Scores:
+    """That, variants of it, and what the base model's own gradients say."""
     found: dict[str, torch.Tensor] = {}
-    with problem.lora(dict.fromkeys(units, RANK)) as model:
-        gradients = [_gradients_of_b(model, batch) for batch in problem.batches(max(UNTRAINED))]
-        for number in UNTRAINED:
-            found[f"untrained, {number} batches"] = _norms(gradients[:number], 1)
-        gradients = gradients[:SHORT]
-        found["untrained, L2"] = _norms(gradients, 2)
-        means = [sum(own) / SHORT for own in zip(*gradients)]
-        found["untrained, norm of the mean gradient"] = torch.stack([mean.norm(1) for mean in means])
-        # the first-order worth of Adam's step after these batches, with its moments not decayed
-        squares = [sum(g.square() for g in own) / SHORT for own in zip(*gradients)]
-        worth = [(mean.square() / (square.sqrt() + 1e-12)).sum() for mean, square in zip(means, squares)]
-        found["untrained, second moments"] = torch.stack(worth)
-    with problem.lora(dict.fromkeys(units, 4 * RANK), rank=4 * RANK) as model:
+    gradients = _untrained_gradients(problem, sizes)[:SHORT]
+    found["untrained, L2"] = _norms(gradients, 2)
+    means = [sum(own) / SHORT for own in zip(*gradients)]
+    found["untrained, norm of the mean gradient"] = torch.stack([mean.norm(1) for mean in means])
+    # the first-order worth of Adam's step after these batches, with its moments not decayed
+    squares = [sum(g.square() for g in own) / SHORT for own in zip(*gradients)]
+    worth = [(mean.square() / (square.sqrt() + 1e-12)).sum() for mean, square in zip(means, squares)]
+    found["untrained, second moments"] = torch.stack(worth)
+    with problem.lora(dict.fromkeys(sizes, 4 * RANK), rank=4 * RANK) as model:
         found[f"untrained, r = {4 * RANK}"] = _norms([_gradients_of_b(model, b) for b in problem.batches(SHORT)], 1)
-    with problem.lora(dict.fromkeys(units, RANK)) as model:
+    with problem.lora(dict.fromkeys(sizes, RANK)) as model:
         gradients = []
         for batch in problem.batches(SHORT):
             for module in _layers(model):
                 module.reset_lora_parameters("default", True)
             gradients.append(_gradients_of_b(model, batch))
         found["untrained, A drawn again"] = _norms(gradients, 1)
-    return _listed(found)
+    return untrained(problem, sizes) | _listed(found) | _base_gradients(problem, sizes)
 
 
-def base_gradients(problem: Problem, sizes: dict[str, int]) -> Scores:
+def _untrained_gradients(problem: Problem, sizes: dict[str, int]) -> list[Sequence[torch.Tensor]]:
+    with problem.lora(dict.fromkeys(sizes, RANK)) as model:
+        return [_gradients_of_b(model, batch) for batch in problem.batches(max(UNTRAINED))]
+
+
+def _base_gradients(problem: Problem, sizes: dict[str, int]) -> Scores:
     """‖∂L/∂W‖_F of the base model, and the trace of the empirical Fisher information of each module."""
     weights = [problem.base.get_submodule(unit).weight for unit in sizes]
     with problem.full(list(sizes)) as model:
@@ -92,6 +102,31 @@ def short(problem: Problem, sizes: dict[str, int], learning_rate: float) -> Scor
                 if step in STEPS:
                     found[f"{step} steps at {multiple} ×"] = attribution(model, problem, SHORT)
     return _listed(found)
+
+
+def descent(problem: Problem, sizes: dict[str, int], learning_rate: float, steps: int) -> Scores:
+    """The paper's search, as the package has it, for 30 % of the modules, after LoRA on all of them."""
+    base: Any = copy.deepcopy(problem.base)
+    with tempfile.TemporaryDirectory() as directory:
+        with problem.lora(dict.fromkeys(sizes, RANK)) as model:
+            for _ in problem.fit(model, learning_rate, steps):
+                pass
+            model.save_pretrained(directory)
+        config = ILAConfig.from_lora(LoraConfig.from_pretrained(directory), granularity="module", gate_mode="open")
+        gated = PeftModel.from_pretrained(base, directory, config=config, is_trainable=True)
+        arguments = TrainingArguments(
+            directory,
+            per_device_train_batch_size=BATCH,
+            seed=problem.seed,
+            dataloader_pin_memory=False,  # `collate` has moved it
+            report_to="none",
+            disable_tqdm=True,
+        )
+        rows: Any = problem.train
+        trainer = Trainer(model=gated, args=arguments, data_collator=problem.collate, train_dataset=rows)
+        importance = learn_gates(trainer, method="descent", budget=0.3)
+    found = dict(zip(importance.units, importance.scores))
+    return {"descent": [float(f"{found[unit]:.5g}") for unit in sizes]}
 
 
 def attribution(model: PeftModel, problem: Problem, batches: int) -> torch.Tensor:

@@ -8,6 +8,11 @@ and full fine-tuning of a part. The learning rate of each group of arms is chose
     python -m benchmarks.study.run --data ../shared/data --output_dir benchmarks/results/study
     python -m benchmarks.study.tables benchmarks/results/study --into docs/reproduction.md
 
+Few arms of a second model, such as Gemma-3-270m as `benchmarks.gemma` converts it:
+
+    python -m benchmarks.study.run --data ../shared/data --model WORK/gemma-3-270m --second \
+        --output_dir benchmarks/results/study_gemma
+
 About 1,250 jobs of 100 steps each. On an H200 (products in TF32), a step takes 31 ms in one process, 19 ms with 14 of
 them under CUDA's MPS: some 80 minutes with the tasks of lm-eval; about 200 hours on two cores. It goes on where it
 stopped, in the order of `arms.ARMS`, and ends by `--time_limit`.
@@ -30,14 +35,16 @@ from benchmarks.study.problem import Example, Problem, adapted_modules, load_bas
 from benchmarks.study.rankings import (
     ATTRIBUTION,
     aletheia,
+    all_untrained,
     attribution,
-    base_gradients,
     delta_norms,
+    descent,
     kappa_tune,
     short,
     untrained,
 )
 from benchmarks.study.tasks import accuracies
+from peft_ila.embedded import smollm2
 from peft_ila.files import whole_file
 
 TEXTS = ("text_wikitext2", "text_c4")
@@ -45,14 +52,14 @@ QUESTIONS = 1000  # of each task of lm-eval
 _worker: dict[str, Any] = {}
 
 
-def start(examples: dict[str, list[Example]], device: str, steps: int, data: Path | None) -> None:
+def start(model: Path, examples: dict[str, list[Example]], device: str, steps: int, data: Path | None) -> None:
     """Make a process ready for jobs; `data` is where the tasks of lm-eval are, if they are wanted."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
     if device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be recorded
-    base = load_base(device)
-    _worker.update(base=base, examples=examples, steps=steps, sizes=adapted_modules(base), data=data)
+    base = load_base(model, device)
+    _worker.update(model=model, base=base, examples=examples, steps=steps, sizes=adapted_modules(base), data=data)
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def rank(job: Job) -> dict[str, Any]:
-    """The rankings by what needs no tuned adapter."""
+    """The rankings by what needs no tuned adapter, or one that is not judged."""
     base, sizes = _worker["base"], _worker["sizes"]
     if job.kind == "base":
         return {"scores": kappa_tune(base, sizes), **tasks(base)}
@@ -72,8 +79,11 @@ def rank(job: Job) -> dict[str, Any]:
         return {"scores": aletheia(problem, sizes)}
     if job.kind == "short":
         return {"scores": short(problem, sizes, job.learning_rate)}
+    if job.kind == "descent":
+        return {"scores": descent(problem, sizes, job.learning_rate, _worker["steps"])}
+    of_base = untrained(problem, sizes) if job.kind == "untrained" else all_untrained(problem, sizes)
     return {
-        "scores": untrained(problem, sizes) | base_gradients(problem, sizes),
+        "scores": of_base,
         "loss": problem.loss(base),
         "perplexities": perplexities(problem, base),
     }
@@ -118,7 +128,7 @@ def perplexities(problem: Problem, model: Any) -> dict[str, float]:
 def tasks(model: Any) -> dict[str, Any]:
     """The accuracies that lm-eval finds, where they are wanted."""
     data = _worker["data"]
-    return {"accuracies": accuracies(model, data, QUESTIONS)} if data else {}
+    return {"accuracies": accuracies(model, _worker["model"], data, QUESTIONS)} if data else {}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -133,6 +143,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
+    parser.add_argument("--model", type=Path, help="a directory; by default SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument("--second", action="store_true", help="only the arms of a second model")
     parser.add_argument("--tasks", action="store_true", help="HellaSwag, ARC-easy and PIQA too: pip install lm-eval")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
@@ -142,12 +154,13 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
 
-    examples = {data: read_examples(args.data / f"{data}.jsonl") for data in SETS}
-    examples |= {text: read_text(args.data / f"{text}.jsonl") for text in TEXTS}
+    model = args.model or smollm2()
+    examples = {data: read_examples(args.data / f"{data}.jsonl", model) for data in SETS}
+    examples |= {text: read_text(args.data / f"{text}.jsonl", model) for text in TEXTS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    sizes = adapted_modules(load_base("cpu"))
+    sizes = adapted_modules(load_base(model, "cpu"))
     header = args.output_dir / "made_by.json"
     devices = json.loads(header.read_text())["devices"] if header.exists() else {}
     with whole_file(header) as temporary:
@@ -155,10 +168,10 @@ def main() -> None:
         temporary.write_text(json.dumps({"steps": args.steps, "units": list(sizes), "devices": devices}))
     file = args.output_dir / "figures.jsonl"
     rows = read(file)
-    study = Study(rows, sizes)
+    study = Study(rows, sizes, args.second)
     done = {row["key"] for row in rows}
     running: dict[Future[dict[str, Any]], str] = {}
-    initial = (examples, device, args.steps, args.data if args.tasks else None)
+    initial = (model, examples, device, args.steps, args.data if args.tasks else None)
     context = torch.multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(args.processes, context, start, initial) as pool,

@@ -7,17 +7,16 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from peft_ila.embedded import smollm2
-
 BATCH = 64
 
 
-def accuracies(model: PreTrainedModel, data: Path, limit: int | None = None) -> dict[str, float]:
+def accuracies(model: PreTrainedModel, directory: Path, data: Path, limit: int | None = None) -> dict[str, float]:
     """
     The model's accuracy on each task, without examples in the prompt; `acc_norm` goes by the answers' lengths.
 
     Args:
         model: A model without adapters, or with them injected; it comes back as it was, but for its mode.
+        directory: The model's, for its tokenizer.
         data: The directory of `eval_hellaswag.jsonl`, `eval_arc_easy.jsonl` and `eval_piqa.jsonl`.
         limit: Only as many questions of each.
 
@@ -28,7 +27,7 @@ def accuracies(model: PreTrainedModel, data: Path, limit: int | None = None) -> 
     from lm_eval.models.huggingface import HFLM
 
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, max_length=512)
     found = simple_evaluate(wrapped, tasks=_tasks(data), limit=limit, bootstrap_iters=0, log_samples=False)
     model.train()
