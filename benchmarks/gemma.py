@@ -21,7 +21,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from benchmarks.record import made_by
 from benchmarks.study.arms import ALIGNMENT
-from benchmarks.study.tables import NAMES
+from benchmarks.study.figures import NAMES
 from peft_ila import LayerImportance
 from peft_ila.embedded import convert_gguf, write_jsonl
 from peft_ila.files import whole_file

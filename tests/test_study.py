@@ -26,9 +26,10 @@ from benchmarks.study.arms import (
     modules_within,
     ranks_by_importance,
 )
+from benchmarks.study.figures import Figures
 from benchmarks.study.problem import HELD_OUT, RANK, SCALE, Example, Problem, adapted_modules
 from benchmarks.study.rankings import attribution, descent, untrained
-from benchmarks.study.tables import insert, report
+from benchmarks.study.tables import insert
 from peft_ila import ILAConfig, learn_gates
 
 
@@ -161,7 +162,8 @@ def test_learning_rates_are_tried_on_both_sides_of_the_best():
 
 def test_the_tables_are_those_of_the_figures():
     page = Path("docs/reproduction.md").read_text(encoding="utf-8")
-    assert insert(report(Path("benchmarks/results/study")), page) == page
+    models = [Figures.load(Path("benchmarks/results") / name) for name in ("study", "study_gemma")]
+    assert insert(models, page) == page
 
 
 def untrained_names():

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 from benchmarks.study.arms import ALIGNMENT, SEEDS, by_layer
+from benchmarks.study.figures import NAMES
 from benchmarks.study.problem import BATCH, RANK
 from benchmarks.study.run import read
-from benchmarks.study.tables import NAMES
 from peft_ila import LayerImportance
 from peft_ila.units import unit_of
 

@@ -165,7 +165,9 @@ def main() -> None:
     devices = json.loads(header.read_text())["devices"] if header.exists() else {}
     with whole_file(header) as temporary:
         devices[name] = made_by()
-        temporary.write_text(json.dumps({"steps": args.steps, "units": list(sizes), "devices": devices}))
+        temporary.write_text(
+            json.dumps({"model": model.name, "steps": args.steps, "units": list(sizes), "devices": devices})
+        )
     file = args.output_dir / "figures.jsonl"
     rows = read(file)
     study = Study(rows, sizes, args.second)
