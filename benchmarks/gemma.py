@@ -101,9 +101,10 @@ def main() -> None:
         }
         rankings[data, seed] = found
     named = [(f"{NAMES[data]} {seed}", ranking) for (data, seed), ranking in rankings.items()]
-    print(comparison_table(named))
+    pairs = comparison_rows(named)
+    print(comparison_table(pairs))
     with whole_file(args.results) as temporary:
-        temporary.write_text(json.dumps({"made_by": made_by(), "pairs": comparison_rows(named)}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"made_by": made_by(), "pairs": pairs}, indent=1) + "\n")
     means = [LayerImportance.mean([rankings[data, seed] for seed in SEEDS]) for data in ALIGNMENT]
     LayerImportance.mean(means).save(args.output)
 

@@ -32,6 +32,7 @@ from .workflows.arguments import (
     SelectionArguments,
     StepArguments,
     TuneArguments,
+    given,
     required,
 )
 
@@ -63,11 +64,9 @@ class ConvertArguments(StepArguments, BudgetArguments):
         Raises:
             ValueError: There is no memory budget to say it for.
         """
-        given = [f"`--{one.name}`" for one in fields(StepArguments) if getattr(self, one.name) != one.default]
-        if given and self.memory_budget is None:
-            raise ValueError(
-                f"Only `--memory_budget` asks what a training step is: pass it, or leave out {' and '.join(given)}."
-            )
+        unused = given(self, "|".join(one.name for one in fields(StepArguments)))
+        if unused and self.memory_budget is None:
+            raise ValueError(f"Only `--memory_budget` asks what a training step is: pass it, or leave out {unused}.")
         return super().step()
 
     def lora(self) -> dict[str, Any]:
@@ -77,12 +76,8 @@ class ConvertArguments(StepArguments, BudgetArguments):
         Raises:
             ValueError: There is no LoRA, or none of such a rank or dropout.
         """
-        options = ("lora_r", "lora_alpha", "lora_dropout")
-        given = [
-            f"`--{one.name}`" for one in fields(self) if one.name in options and getattr(self, one.name) != one.default
-        ]
-        if given and self.format == "axolotl-full":
-            raise ValueError(f"`--format axolotl-full` trains no LoRA: leave out {' and '.join(given)}.")
+        if self.format == "axolotl-full" and (unused := given(self, "lora_.*")):
+            raise ValueError(f"`--format axolotl-full` trains no LoRA: leave out {unused}.")
         if self.lora_r < 1:
             raise ValueError(f"`--lora_r` must be at least 1, got {self.lora_r}.")
         if not 0 <= self.lora_dropout < 1:
@@ -279,20 +274,18 @@ def compare(args: CompareArguments, others: argparse.Namespace) -> str:
         raise ValueError("`compare` needs at least two rankings.")
     rankings = [(path, LayerImportance.load(path)) for path in others.importance]
     rows = comparison_rows(rankings)
-    mean = None
+    written = [path for path in (args.output, args.mean) if path is not None]
     if args.mean is not None:
-        if os.path.abspath(required(args.mean, "mean")) in map(
-            os.path.abspath, [*others.importance, args.output or ""]
-        ):
+        taken = map(os.path.abspath, [*others.importance, args.output or ""])
+        if os.path.abspath(required(args.mean, "mean")) in taken:
             raise ValueError(f"`--mean {args.mean}` would replace what is compared or drawn; name another file.")
-        mean = LayerImportance.mean(importance for _, importance in rankings)
+        mean = LayerImportance.mean(importance for _, importance in rankings)  # may fail, so before a file is written
     if args.output:
         plot_overlaps(rankings, args.output)
-    if args.mean and mean:
+    if args.mean is not None:
         mean.save(args.mean)
-    written = [path for path in (args.output, args.mean) if path]
     if not others.json:
-        return "\n".join([comparison_table(rankings), *(f"Wrote {path}." for path in written)])
+        return "\n".join([comparison_table(rows), *(f"Wrote {path}." for path in written)])
     for row in rows:
         row["spearman"] = None if math.isnan(row["spearman"]) else row["spearman"]
     return _as_json({**({"written": written} if written else {}), "pairs": rows})

@@ -10,7 +10,6 @@ or those on the PATH.
 """
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -152,27 +151,31 @@ def main() -> int:
 
     MATRIX.mkdir(exist_ok=True)
     bad = []
-    for version, kind in itertools.product(args.pythons, ("newest", "oldest")):
-        name = f"{version}-{kind}"
-        place, path, log_path = MATRIX / name, MATRIX / f"{name}.json", MATRIX / f"{name}.log"
-        if path.exists() and not json.loads(path.read_text())["failed"] and not args.again:
-            continue
-        python = interpreter(version)
-        if python is None:
+    for version in args.pythons:
+        found = interpreter(version)
+        if found is None:
             print(f"Python {version} is not on this machine.")
             continue
-        print(f"Python {version}, {kind} packages: {log_path}", flush=True)
-        path.unlink(missing_ok=True)
-        try:
-            with log_path.open("w") as log:
-                came = attempt(install(python, kind, place, log), place / "report.xml", log)
-            path.write_text(json.dumps(came))
-            if came["failed"]:
-                bad.append(f"{name}: tests failed, {log_path}")
-        except (subprocess.CalledProcessError, FileNotFoundError) as error:  # no environment, no report of the tests
-            bad.append(f"{name}: {error}, {log_path}")
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+        for kind in ("newest", "oldest"):
+            name = f"{version}-{kind}"
+            place, path, log_path = MATRIX / name, MATRIX / f"{name}.json", MATRIX / f"{name}.log"
+            if path.exists() and not json.loads(path.read_text())["failed"] and not args.again:
+                continue
+            print(f"Python {version}, {kind} packages: {log_path}", flush=True)
+            path.unlink(missing_ok=True)
+            try:
+                with log_path.open("w") as log:
+                    came = attempt(install(found, kind, place, log), place / "report.xml", log)
+                path.write_text(json.dumps(came))
+                if came["failed"]:
+                    bad.append(f"{name}: tests failed, {log_path}")
+            except (
+                subprocess.CalledProcessError,
+                FileNotFoundError,
+            ) as error:  # no environment, or no report
+                bad.append(f"{name}: {error}, {log_path}")
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
     PAGE.write_text(f"{HEAD}\n{table()}", encoding="utf-8")
     print(table())
     print("\n".join(bad))

@@ -36,6 +36,9 @@ def standardised(scores: Sequence[float]) -> list[float]:
     return [(score - mean) / deviation if deviation else 0.0 for score in scores]
 
 
+SURE = 8  # values: the standard error of fewer does not say how sure a mean is
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean of at least two values and its standard error."""
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

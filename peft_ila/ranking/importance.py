@@ -6,15 +6,14 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import RecipeFormat
 from ..files import read_json, whole_file
-from .comparison import is_coin_toss, jaccard, mean_and_error, membership, spearman, standardised, top
+from .comparison import SURE, is_coin_toss, jaccard, mean_and_error, membership, spearman, standardised, top
 from .published import find
-from .validation import check_metadata, check_ranking
+from .validation import check_metadata, check_ranking, is_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 _FORMAT = "peft_ila.LayerImportance"
 _VERSION = 1
-_SURE = 8  # rankings, as steps of a search: the standard error of fewer does not say how sure a mean is
 
 
 @dataclass
@@ -152,7 +150,7 @@ class LayerImportance:
             if not 0 < top_p <= 1:
                 raise ValueError(f"`top_p` is the share of units to select and must be in (0, 1], got {top_p}.")
             return max(1, round(top_p * len(self.units)))
-        if not isinstance(top_k, Integral) or not 1 <= top_k <= len(self.units):
+        if not is_whole(top_k) or not 1 <= top_k <= len(self.units):
             raise ValueError(f"`top_k` must be a whole number from 1 to {len(self.units)}, got {top_k}.")
         return int(top_k)
 
@@ -234,6 +232,9 @@ class LayerImportance:
         rankings = list(rankings)
         if len(rankings) < 2:
             raise ValueError(f"A mean needs at least two rankings, got {len(rankings)}.")
+        types = {name for ranking in rankings if (name := ranking.metadata.get("model_type"))}
+        if len(types) > 1:
+            raise ValueError(f"A mean is of rankings of one model, but these are of the types {sorted(types)}.")
         first, *others = rankings
         for other in others:
             first._check_same_units(other)
@@ -241,9 +242,6 @@ class LayerImportance:
                 other.parameters != first.parameters
             ):
                 raise ValueError("A mean is of rankings that adapt the same modules, but these adapt different ones.")
-            types = [ranking.metadata.get("model_type") for ranking in (first, other)]
-            if None not in types and types[0] != types[1]:
-                raise ValueError(f"A mean is of rankings of one model, but these are of the types {types}.")
         scores = [dict(zip(ranking.units, standardised(ranking.scores))) for ranking in rankings]
         means, spread = zip(*(mean_and_error([own[unit] for own in scores]) for unit in first.units))
         shared = {
@@ -258,7 +256,7 @@ class LayerImportance:
             metadata={**shared, "mean_of": own},
             modules=first.modules,
             lookalikes=sorted({name for ranking in rankings for name in ranking.lookalikes}),
-            spread=list(spread) if len(rankings) >= _SURE else [],
+            spread=list(spread) if len(rankings) >= SURE else [],
             parameters=first.parameters,
         )
 

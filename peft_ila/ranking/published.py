@@ -14,14 +14,14 @@ def find(path: str | os.PathLike[str]) -> Path:
         FileNotFoundError: There is neither.
         ValueError: It is a directory.
     """
-    name = os.fspath(path)
+    name, file = os.fspath(path), Path(path)
     published = {file.stem: file for file in sorted(_DIRECTORY.glob("*.json"))}
-    if name in published and not Path(name).is_file():  # a directory of that name may hold the model
+    if name in published and not file.is_file():  # a directory of that name may hold the model
         return published[name]
-    if not name or not Path(name).exists():
+    if not name or not file.exists():
         raise FileNotFoundError(
             f"No such file: {name!r}. It is no published ranking either; those are {', '.join(published)}."
         )
-    if Path(name).is_dir():
+    if file.is_dir():
         raise ValueError(f"{name} is a directory, not a ranking: pass the file, such as {name}/importance.json.")
-    return Path(name)
+    return file

@@ -78,11 +78,11 @@ def comparison_rows(rankings: Sequence[tuple[str, LayerImportance]]) -> list[dic
     ]
 
 
-def comparison_table(rankings: Sequence[tuple[str, LayerImportance]]) -> str:
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     """What [`comparison_rows`] finds, a line for each pair."""
-    width = max(len(name) for name, _ in rankings)
+    width = max(len(row[name]) for row in rows for name in "ab")
     lines = [f"{'A':<{width}}  {'B':<{width}}  overlap@75%  overlap@30%  Spearman"]
-    for row in comparison_rows(rankings):
+    for row in rows:
         figures = f"{row['overlap_75']:>11.2f}  {row['overlap_30']:>11.2f}  {row['spearman']:>8.2f}"
         lines.append(f"{row['a']:<{width}}  {row['b']:<{width}}  {figures}")
     return "\n".join([*lines, "(by chance: 0.60 and 0.18)"])

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from ..units import check_name
 
@@ -54,6 +54,11 @@ def check_metadata(metadata: Any) -> None:
             raise TypeError(f"`metadata[{key!r}]` must be a string, got a {type(metadata[key]).__name__}.")
         if len(metadata.get(key) or "") > _LONGEST:
             raise ValueError(f"`metadata[{key!r}]` has {len(metadata[key])} characters, more than {_LONGEST}.")
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether it is a whole number, of Python or NumPy, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_names(names: Iterable[Any], what: str) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from ..ranking.comparison import SURE
 from ..ranking.importance import LayerImportance
 from .measurement import Measurement, Step
 
-# The least number of steps; twice as many for a standard error, and the ranking is looked at again after as many.
+# The least number of steps; after as many more, the ranking is looked at again.
 ROUND = 4
 
 
@@ -70,7 +71,7 @@ class Attribution:
                 f"{attributed:.4f}. Fine-tune with a lower learning rate, or take more steps."
             )
         mean = attributed / len(worth)
-        spread = (error / mean).tolist() if self.taken >= 2 * ROUND else []
+        spread = (error / mean).tolist() if self.taken >= SURE else []
         return (worth / mean - 1).tolist(), spread, {"min_agreement": self._min_agreement, "attributed": attributed}
 
     def _check_number(self) -> None:

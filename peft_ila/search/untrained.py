@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from .attribution import ROUND, Attribution, attributions
+from ..ranking.comparison import SURE
+from .attribution import Attribution, attributions
 from .measurement import Measurement, Step
 
 
@@ -33,5 +34,5 @@ class Untrained(Attribution):
         mean = norms.mean().item()
         if not mean > 0:
             raise ValueError("All gradients of the adapter are 0: no unit has a part in the loss. Check the targets.")
-        spread = (error / mean).tolist() if self.taken >= 2 * ROUND else []
+        spread = (error / mean).tolist() if self.taken >= SURE else []
         return (norms / mean - 1).tolist(), spread, {"min_agreement": self._min_agreement}

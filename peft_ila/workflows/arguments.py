@@ -1,10 +1,21 @@
 """The settings of the workflows as dataclasses, for the command line and YAML. Beside them stand TRL's own."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..choices import Method
 from ..units import Granularity
+
+
+def given(arguments: Any, names: str) -> str:
+    """The flags of the options that have another value than their default, for a message; `names` is a pattern."""
+    changed = [
+        one.name
+        for one in fields(arguments)
+        if re.fullmatch(names, one.name) and getattr(arguments, one.name) != one.default
+    ]
+    return " and ".join(f"`--{name}`" for name in changed)
 
 
 @dataclass

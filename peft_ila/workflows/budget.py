@@ -99,7 +99,8 @@ def size_in_bytes(size: int | str) -> int:
 def additive(importance: LayerImportance) -> list[float]:
     """The importance of each unit as it can be added up: not negative, see [`select_within`]."""
     if "mean_of" in importance.metadata:
-        return [score - min(importance.scores) for score in importance.scores]  # standardised: what is 0 is not known
+        least = min(importance.scores)  # they are standardised: what would be 0 is not known
+        return [score - least for score in importance.scores]
     facts = importance.metadata.get("learn_gates")
     if isinstance(facts, dict) and facts.get("method") in ("attribution", "untrained"):
         return [max(0.0, score + 1) for score in importance.scores]

@@ -21,7 +21,7 @@ from ..embedded import dialogues, smollm2, write_jsonl
 from ..measure import saved_tensor_bytes
 from ..ranking.importance import LayerImportance
 from ..ranking.plotting import kept_curve
-from ..ranking.table import comparison_table, ranking_table
+from ..ranking.table import comparison_rows, comparison_table, ranking_table
 from .arguments import RankArguments, TuneArguments
 from .convert import convert
 from .data import load_dataset
@@ -70,7 +70,7 @@ def demo(output_dir: Path) -> None:
     ranked = time.perf_counter() - start
 
     _headline("Do both parts of the data find the same layers, and does the published ranking?")
-    print(comparison_table([*importances, ("published", LayerImportance.load(_PUBLISHED))]))
+    print(comparison_table(comparison_rows([*importances, ("published", LayerImportance.load(_PUBLISHED))])))
 
     _headline(f"Convert the top {_SHARE:.0%} to a LoraConfig")
     file, _ = convert(importance, output_dir / "lora", selection={"top_p": _SHARE}, r=8, lora_alpha=16)
@@ -90,12 +90,12 @@ def demo(output_dir: Path) -> None:
     arguments = _arguments(model, parts["part_a"], output_dir / "learned")
     learned, _ = rank_by_sft(*arguments, RankArguments(adapter=str(tuned["full LoRA"])))
     print(ranking_table(learned))
-    print(comparison_table([("before training", importance), ("of what was learned", learned)]))
+    print(comparison_table(comparison_rows([("before training", importance), ("of what was learned", learned)])))
     _headline("What do the deltas of the top layers keep of the loss gain, when all others are switched off?")
     trainer = measuring_trainer(_load(model, output_dir / "learned" / "adapter"), model, parts["held_out"])
     draws = [_random_ranking(importance, seed) for seed in range(_DRAWS)]
     rankings = {"of what was learned": [learned], "before training": [importance], f"random ({_DRAWS})": draws}
-    _draw_kept(_kept(trainer, rankings), output_dir / "kept.png")
+    _show_kept(_kept(trainer, rankings), output_dir / "kept.png")
     print(
         f"\nHeatmap: {output_dir / 'learned' / 'importance.png'}. Both rankings before training took {ranked:.0f} s, "
         f"all {time.perf_counter() - start:.0f} s."
@@ -179,7 +179,8 @@ def _kept(trainer: Any, rankings: dict[str, list[LayerImportance]]) -> dict[str,
     return {name: [[*(kept(one, p) for p in _SHARES), 1.0] for one in own] for name, own in rankings.items()}
 
 
-def _draw_kept(kept: dict[str, list[list[float]]], path: Path) -> None:
+def _show_kept(kept: dict[str, list[list[float]]], path: Path) -> None:
+    """What [`_kept`] found, as a table and as curves."""
     shares = (*_SHARES, 1.0)
     print(f"{'layers that are on':<22}" + "".join(f"{share:>7.0%}" for share in shares))
     for name, rows in kept.items():

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..export.freezing import FrozenPrefix
 from ..export.lora import DECIDED_BY_SELECTION
 from ..files import PARTIAL
 from ..ranking.importance import LayerImportance
-from .arguments import TuneArguments, required
+from .arguments import TuneArguments, given, required
 from .budget import select_within
 from .models import model_config, model_name
 from .resuming import ClaimsDirectory, Run, check_finished, held, train_or_resume
@@ -90,9 +89,8 @@ def _check_full(model_args: Any, tune_args: TuneArguments, directory: Path) -> N
                 f"`--full` trains the weights themselves, which quantised ones do not allow: leave out `--{name}`, or "
                 "tune by LoRA, without `--full`."
             )
-    lora = [field for field in fields(model_args) if re.match("lora_|use_(peft|rslora|dora)$", field.name)]
-    if unused := [f"`--{field.name}`" for field in lora if getattr(model_args, field.name) != field.default]:
-        raise ValueError(f"`--full` trains no LoRA: leave out {' and '.join(unused)}.")
+    if unused := given(model_args, "lora_.*|use_(peft|rslora|dora)"):
+        raise ValueError(f"`--full` trains no LoRA: leave out {unused}.")
     if Path(str(model_args.model_name_or_path)).resolve() == directory.resolve():
         raise ValueError(f"The model {directory} would be replaced by the tuned one; choose another `--output_dir`.")
     if (directory / ADAPTER_CONFIG_NAME).exists():

@@ -374,7 +374,7 @@ def test_mean_is_that_of_standardised_scores():
     assert mean.metadata == {"model": "m", "seed": 0, "mean_of": [{"data": "a"}, {"data": "b"}]}
     twice = LayerImportance.mean([mean, mean])
     assert twice.metadata["mean_of"] == [{"mean_of": mean.metadata["mean_of"]}] * 2
-    assert twice.ranking() == mean.ranking()
+    assert twice.ranking() == mean.ranking() and twice.spread == []
 
 
 def test_the_mean_of_many_rankings_says_how_sure_it_is():
@@ -404,8 +404,9 @@ def test_what_has_no_mean():
         LayerImportance.mean([a, importance([1.0, 2.0, 3.0])])
     with pytest.raises(ValueError, match="adapt the same modules"):
         LayerImportance.mean([a, importance([1.0, 2.0], modules={u: [f"{u}.q"] for u in a.units})])
-    with pytest.raises(ValueError, match=r"of the types \['llama', 'gpt2'\]"):
-        LayerImportance.mean([importance([1.0, 2.0], metadata={"model_type": name}) for name in ("llama", "gpt2")])
+    others = [importance([1.0, 2.0], metadata={"model_type": name}) for name in ("llama", "gpt2")]
+    with pytest.raises(ValueError, match=r"of the types \['gpt2', 'llama'\]"):
+        LayerImportance.mean([a, *others])
 
 
 def test_published_rankings_load_by_name(tmp_path, monkeypatch):
