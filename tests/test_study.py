@@ -26,7 +26,8 @@ from benchmarks.study.arms import (
     modules_within,
     ranks_by_importance,
 )
-from benchmarks.study.figures import Figures
+from benchmarks.study.claims import Claim
+from benchmarks.study.figures import Estimate, Figures, difference, estimate
 from benchmarks.study.problem import HELD_OUT, RANK, SCALE, Example, Problem, adapted_modules
 from benchmarks.study.rankings import attribution, descent, untrained
 from benchmarks.study.tables import insert
@@ -158,6 +159,31 @@ def test_learning_rates_are_tried_on_both_sides_of_the_best():
     edge = study((low, 3.0), (middle, 2.0), (high, 1.0))
     assert list(edge.rates("g")) == [low, middle, high, highest] and edge.learning_rate("g") is None
     assert study((low, 3.0), (middle, 2.0), (high, 1.0), (highest, 1.5)).learning_rate("g") == high
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "floor", "verdict"),
+    [
+        (0.95, 0.02, None, "holds"),
+        (0.91, 0.02, None, "no difference measured"),
+        (0.89, 0.02, None, "no difference measured"),
+        (0.80, 0.02, None, "does not hold"),
+        (0.80, 0.02, 0.6, "partly"),
+        (0.62, 0.02, 0.6, "does not hold"),
+        (0.95, None, None, "too few runs"),
+    ],
+)
+def test_a_claim_holds_or_not_by_two_standard_errors(mean, error, floor, verdict):
+    claim = Claim("", "", lambda figures: None, 0.9, floor)
+    assert claim.verdict(Estimate(mean, error, 9)) == verdict
+
+
+def test_the_seeds_of_a_set_are_no_independent_runs():
+    values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 4.0}
+    found = estimate(values.get, [*values, ("b", 1)])
+    assert (found.mean, found.error, found.runs) == (3.0, 1.0, 3)
+    assert difference(values.get, {("a", 0): 0.5}.get, values) == Estimate(0.5, None, 1)
+    assert estimate({}.get, values) is None
 
 
 def test_the_tables_are_those_of_the_figures():
