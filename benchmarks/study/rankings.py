@@ -28,15 +28,15 @@ def untrained(problem: Problem, sizes: dict[str, int]) -> Scores:
 
     All adapters of one rank have one alpha, so the factor α/r is left out.
     """
-    gradients = _untrained_gradients(problem, sizes)
-    return _listed({f"untrained, {number} batches": _norms(gradients[:number], 1) for number in UNTRAINED})
+    return _by_batches(_untrained_gradients(problem, sizes))
 
 
 def all_untrained(problem: Problem, sizes: dict[str, int]) -> Scores:
     """That, variants of it, and what the base model's own gradients say."""
-    found: dict[str, torch.Tensor] = {}
-    gradients = _untrained_gradients(problem, sizes)[:SHORT]
-    found["untrained, L2"] = _norms(gradients, 2)
+    gradients = _untrained_gradients(problem, sizes)
+    shown = _by_batches(gradients) | _base_gradients(problem, sizes)
+    gradients = gradients[:SHORT]
+    found = {"untrained, L2": _norms(gradients, 2)}
     means = [sum(own) / SHORT for own in zip(*gradients)]
     found["untrained, norm of the mean gradient"] = torch.stack([mean.norm(1) for mean in means])
     # the first-order worth of Adam's step after these batches, with its moments not decayed
@@ -52,7 +52,11 @@ def all_untrained(problem: Problem, sizes: dict[str, int]) -> Scores:
                 module.reset_lora_parameters("default", True)
             gradients.append(_gradients_of_b(model, batch))
         found["untrained, A drawn again"] = _norms(gradients, 1)
-    return untrained(problem, sizes) | _listed(found) | _base_gradients(problem, sizes)
+    return shown | _listed(found)
+
+
+def _by_batches(gradients: list[Sequence[torch.Tensor]]) -> Scores:
+    return _listed({f"untrained, {number} batches": _norms(gradients[:number], 1) for number in UNTRAINED})
 
 
 def _untrained_gradients(problem: Problem, sizes: dict[str, int]) -> list[Sequence[torch.Tensor]]:
