@@ -1,11 +1,10 @@
 """What the paper claims, and what the study found: one table for all models."""
 
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.study.figures import LORA, Estimate, Figures, estimate
+from peft_ila.ranking.comparison import mean_and_error
 
 CHANCE = 0.6  # the overlap of two random choices of 75 %
 
@@ -54,8 +53,7 @@ def _overlap(label: str, search: str = "full search") -> Callable[[Figures], Est
 
     def found(figures: Figures) -> Estimate | None:
         (own, *_) = figures.overlaps(False, search).get(label, ([],))
-        error = statistics.stdev(own) / math.sqrt(len(own)) if own else None
-        return Estimate(statistics.mean(own), error, len(own)) if own else None
+        return Estimate(*mean_and_error(own), len(own)) if own else None
 
     return found
 

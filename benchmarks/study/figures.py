@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from benchmarks.study.arms import ALIGNMENT, CHANCE, SEEDS, SETS, TUNING_SEED, by_layer
 from benchmarks.study.run import read
 from peft_ila import LayerImportance
+from peft_ila.ranking.comparison import mean_and_error
 
 Run = tuple[str, int]
 Value = Callable[[Run], float | None]
@@ -135,8 +135,8 @@ def estimate(value: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
     means = [statistics.mean(own) for own in by_set.values()]
     if not means:
         return None
-    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-    return Estimate(statistics.mean(means), error, sum(map(len, by_set.values())))
+    found = mean_and_error(means) if len(means) > 1 else (means[0], None)
+    return Estimate(*found, sum(map(len, by_set.values())))
 
 
 def difference(a: Value, b: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
