@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .choices import Format
-from .files import locked
+from .files import lock_directory
 from .ranking.importance import LayerImportance
 from .ranking.table import comparison_rows, comparison_table, plot_overlaps, ranking_rows, ranking_table
 from .terminal import EXIT_CODES, TRL_OPTIONS, HelpFormatter, silence_others, versions
@@ -233,7 +233,7 @@ def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
     from .workflows.models import model_name
 
     model = model_name(args.model_name_or_path) if args.model_name_or_path else None
-    with locked(output_dir):
+    with lock_directory(output_dir):
         path, units = write_conversion(
             importance, output_dir, args.format, selection, model, args.memory_budget, step, **lora
         )
@@ -258,7 +258,7 @@ def export(args: ExportArguments, others: argparse.Namespace) -> str:
     from .export.plain import export_adapter
     from .tuner.config import ILAConfig  # noqa: F401  registers ILA, whose adapters are read
 
-    with locked(required(args.output_dir, "output_dir")):
+    with lock_directory(required(args.output_dir, "output_dir")):
         export_adapter(others.adapter, str(args.output_dir))
     files = f"{args.output_dir}/adapter_config.json and adapter_model.safetensors"
     return f"Wrote {files}.\n{_loading(args.output_dir)}"

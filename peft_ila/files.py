@@ -81,7 +81,7 @@ def recover(path: Path) -> None:
 
 
 @contextmanager
-def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
+def lock_directory(directory: str | os.PathLike[str]) -> Iterator[None]:
     """
     Hold a directory so that no other run writes to it; a killed run holds nothing. What a killed run has left
     half-written there is removed. A directory that had to be made and stays empty is removed again.

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from peft_ila.files import locked, read_json, whole_directory, whole_file
+from peft_ila.files import lock_directory, read_json, whole_directory, whole_file
 
 
 def test_a_file_appears_at_the_end(tmp_path):
@@ -48,7 +48,7 @@ def test_a_directory_whose_writer_was_killed_is_found_again(tmp_path, monkeypatc
         patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
         with whole_directory(path) as temporary:
             (temporary / "second").write_text("second")
-    with locked(tmp_path):
+    with lock_directory(tmp_path):
         assert (path / "first").read_text() == "first"
         assert [entry.name for entry in tmp_path.iterdir() if entry.name != "_peft_ila.lock"] == ["directory"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["directory"]

@@ -13,7 +13,7 @@ from ..choices import RecipeFormat
 from ..files import read_json, whole_file
 from .comparison import SURE, is_coin_toss, jaccard, mean_and_error, membership, spearman, standardised, top
 from .published import find
-from .validation import check_metadata, check_ranking, is_whole
+from .validation import check_metadata, check_ranking, is_integer
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -150,7 +150,7 @@ class LayerImportance:
             if not 0 < top_p <= 1:
                 raise ValueError(f"`top_p` is the share of units to select and must be in (0, 1], got {top_p}.")
             return max(1, round(top_p * len(self.units)))
-        if not is_whole(top_k) or not 1 <= top_k <= len(self.units):
+        if not is_integer(top_k) or not 1 <= top_k <= len(self.units):
             raise ValueError(f"`top_k` must be a whole number from 1 to {len(self.units)}, got {top_k}.")
         return int(top_k)
 

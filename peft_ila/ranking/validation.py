@@ -56,7 +56,7 @@ def check_metadata(metadata: Any) -> None:
             raise ValueError(f"`metadata[{key!r}]` has {len(metadata[key])} characters, more than {_LONGEST}.")
 
 
-def is_whole(value: Any) -> TypeGuard[int]:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number, of Python or NumPy, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..choices import Method
 from ..ranking.importance import LayerImportance
-from ..ranking.validation import is_whole
+from ..ranking.validation import is_integer
 from ..tuner.model import ILAModel
 from .attribution import ROUND, Attribution
 from .descent import Descent, check_descent
@@ -186,11 +186,11 @@ def check_settings(
     if method not in STEPS:
         raise ValueError(f"`method` must be one of {tuple(STEPS)}, got {method!r}.")
     for name, value, least in (("steps", steps, ROUND), ("loss_batches", loss_batches, 1)):
-        if value is not None and (not is_whole(value) or value < least):
+        if value is not None and (not is_integer(value) or value < least):
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
     if min_agreement is not None and not 0 < min_agreement <= 1:
         raise ValueError(f"`min_agreement` must be in (0, 1], got {min_agreement}.")
-    if seed is not None and (not is_whole(seed) or not 0 <= seed < 2**32):  # what NumPy takes
+    if seed is not None and (not is_integer(seed) or not 0 <= seed < 2**32):  # what NumPy takes
         raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1, got {seed}.")
     settings = {"initial_score": initial_score, "learning_rate": learning_rate, "budget": budget}
     own: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}

@@ -84,7 +84,7 @@ class Measurement:
             self.set_scores(scores.tolist())
         return self._finite(self._take_gradient, step, "soft", scores is None)
 
-    def promise(self, step: Step) -> tuple[torch.Tensor, float]:
+    def gradient_norms(self, step: Step) -> tuple[torch.Tensor, float]:
         """
         (α/r)·‖∂L/∂B‖₁ of each unit, where B is 0, and the loss: of the mean gradient over all processes.
 
@@ -94,11 +94,11 @@ class Measurement:
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
-        weights = [weight for *_, weight in self._ila.first_to_move()]
+        weights = [weight for *_, weight in self._ila.zero_initialised_factors()]
         for weight in weights:
             weight.requires_grad_(True)
         try:
-            return self._finite(self._take_promise, step, "open", False)
+            return self._finite(self._take_norms, step, "open", False)
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
@@ -137,10 +137,10 @@ class Measurement:
             return _sum_of_parts(local, weights[0]).cpu()
         return self._trainer.accelerator.reduce(local, "mean").cpu()
 
-    def _take_promise(self) -> torch.Tensor:
+    def _take_norms(self) -> torch.Tensor:
         norms: dict[str, list[torch.Tensor]] = {}
         weight: Any = None
-        for unit, scaling, weight in self._ila.first_to_move():
+        for unit, scaling, weight in self._ila.zero_initialised_factors():
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # no batch may reach an expert
             weight.grad = None
             if isinstance(gradient, DTensor):

@@ -20,7 +20,7 @@ class Untrained(Attribution):
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
         """What [`step`] takes, and the loss."""
-        return measurement.promise(step)
+        return measurement.gradient_norms(step)
 
     def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
         """

@@ -106,7 +106,7 @@ class ILAModel(LoraModel):
         self._settle(adapter_name)
 
     def _settle(self, adapter_name: str) -> None:
-        keep_gradients_of_4bit(self.model)
+        disable_cpu_4bit_packing(self.model)
         parameters = {
             path: name for path, name, layer in self._gated_layers(adapter_name) if isinstance(layer, ParamWrapper)
         }
@@ -372,7 +372,7 @@ class ILAModel(LoraModel):
             },
         )
 
-    def first_to_move(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, torch.Tensor]]:
+    def zero_initialised_factors(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, torch.Tensor]]:
         """
         The unit, the scaling α/r and the factor of each LoRA layer that is 0 before training: B, of embeddings A.
 
@@ -393,7 +393,7 @@ class ILAModel(LoraModel):
         Args:
             adapter_name (`str`, *optional*): The adapter, by default the active one.
         """
-        return any(bool(_whole(weight).any()) for *_, weight in self.first_to_move(adapter_name))
+        return any(bool(_whole(weight).any()) for *_, weight in self.zero_initialised_factors(adapter_name))
 
     def check_unmerged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
@@ -475,7 +475,7 @@ class ILAModel(LoraModel):
         self.set_gate_mode("open", adapter_name)
 
 
-def keep_gradients_of_4bit(model: nn.Module) -> None:
+def disable_cpu_4bit_packing(model: nn.Module) -> None:
     """
     Keep bitsandbytes from packing 4-bit weights, as it does for good at the first evaluation on a CPU with
     AVX512-BF16: the kernel for them has no backward pass, and PEFT cannot merge them.

@@ -123,7 +123,7 @@ class _Counts:
             self._counted[key] = self._step.memory(self._config(units))
         return self._counted[key]
 
-    def sums(self, units: Sequence[str]) -> tuple[dict[str, Peaks], dict[str, Peaks]]:
+    def cost_by_unit(self, units: Sequence[str]) -> tuple[dict[str, Peaks], dict[str, Peaks]]:
         """
         What any selection of `units` needs, as a sum.
 
@@ -157,7 +157,7 @@ class _Counts:
 
 
 def _search(counts: _Counts, worth: Mapping[str, float], budget: int) -> list[str]:
-    own, rest = counts.sums(list(worth))
+    own, rest = counts.cost_by_unit(list(worth))
     order = list(own)
     least = min(order, key=lambda unit: max(map(sum, zip(rest[unit], own[unit]))))
     memory = counts.memory([least])

@@ -15,7 +15,7 @@ from ..ranking.importance import LayerImportance
 from ..ranking.plotting import check_matplotlib
 from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
-from .resuming import STAGE_1, ClaimsDirectory, Run, check_finished, held, is_true, train_or_resume
+from .resuming import STAGE_1, CheckpointGuard, Run, check_finished, lock_output_dir, is_true, train_or_resume
 from .training import load_adapter
 
 RANKING, PICTURE = "importance.json", "importance.png"
@@ -68,7 +68,7 @@ def rank(
     """
     directory = Path(str(trainer.args.output_dir))
     adapter = None if adapter is None else os.fspath(adapter)
-    with held(directory):
+    with lock_output_dir(directory):
         check_output(trainer.args, adapter)
         return rank_in(trainer, stability, adapter, metadata, **gate_settings)
 
@@ -100,7 +100,7 @@ def rank_in(
     metadata: dict[str, Any] | None,
     **gate_settings: Any,
 ) -> LayerImportance:
-    """[`rank`] in an output directory that is [`held`] and checked."""
+    """[`rank`] in an output directory that is locked and checked."""
     check_settings(**gate_settings)
     rankable(trainer)
     metadata = metadata or {}
@@ -127,7 +127,7 @@ def rank_in(
     else:
         if run.done and trainer.is_world_process_zero():
             run.record(done=False)  # it goes on from a checkpoint that was named
-        trainer.add_callback(ClaimsDirectory(run))
+        trainer.add_callback(CheckpointGuard(run))
         stage_1 = _stage_1(trainer, stability)
         _save_adapter(trainer, run, stage_1)
     importance = learn_gates(trainer, **gate_settings)

@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..files import locked, open_safetensors, read_json, whole_file
+from ..files import lock_directory, open_safetensors, read_json, whole_file
 from .arguments import short
 from .training import check_finite, load_trained, train
 
@@ -47,7 +47,7 @@ _CHANGING = ("inference_mode", "gate_mode", "gate_mask", "gated_parameters", "pe
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def lock_output_dir(directory: Path) -> Iterator[None]:
     """
     Hold an output directory, of which what a killed run has left is recovered, against other runs. All processes of
     a run call it.
@@ -56,7 +56,7 @@ def held(directory: Path) -> Iterator[None]:
         OSError: Another run holds it.
     """
     state = PartialState()
-    with locked(directory) if state.is_main_process else nullcontext():
+    with lock_directory(directory) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         yield
 
@@ -125,7 +125,7 @@ class Run:
             temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
-class ClaimsDirectory(TrainerCallback):
+class CheckpointGuard(TrainerCallback):
     """Lets a run take its directory over when its first checkpoint is about to be written, and writes none in vain."""
 
     def __init__(self, run: Run) -> None:

@@ -21,13 +21,13 @@ from ..search.delta import extract_lora
 from ..search.gates import check_settings
 from ..search.stability import EpsilonStability
 from ..tuner.config import ILAConfig
-from ..tuner.model import keep_gradients_of_4bit
+from ..tuner.model import disable_cpu_4bit_packing
 from ..units import Granularity
 from .arguments import RankArguments, required
 from .data import load_dataset, load_held_out
 from .models import model_config, model_name
 from .rank import check_output, rank_in
-from .resuming import held
+from .resuming import lock_output_dir
 
 
 def lora_config(model_args: Any) -> Any:
@@ -106,7 +106,7 @@ def sft_trainer(
         raise ValueError(f"{name} cannot be trained on {dataset}: {type(error).__name__}: {error}") from error
     _check_examples(trainer, trainer.train_dataset, dataset, "train")
     _check_examples(trainer, trainer.eval_dataset, eval_dataset_name or dataset, "evaluate")
-    keep_gradients_of_4bit(trainer.accelerator.unwrap_model(trainer.model))  # which an evaluation would spoil
+    disable_cpu_4bit_packing(trainer.accelerator.unwrap_model(trainer.model))  # which an evaluation would spoil
     return trainer
 
 
@@ -173,7 +173,7 @@ def rank_by_sft(
     # the ranked adapter is pushed at the end, not what the trainer saves on the way
     push, training_args.push_to_hub = training_args.push_to_hub, False
     output_dir = Path(training_args.output_dir)
-    with held(output_dir):
+    with lock_output_dir(output_dir):
         check_output(training_args, rank_args.adapter or rank_args.tuned_model)
         adapter, metadata = rank_args.adapter, {"dataset": script_args.dataset_name}
         if rank_args.eval_dataset_name:

@@ -18,7 +18,7 @@ from ..ranking.importance import LayerImportance
 from .arguments import TuneArguments, given, required
 from .budget import select_within
 from .models import model_config, model_name
-from .resuming import ClaimsDirectory, Run, check_finished, held, train_or_resume
+from .resuming import CheckpointGuard, Run, check_finished, lock_output_dir, train_or_resume
 from .sft import check_evaluation, lora_config, sft_trainer
 
 # of a model in full, in one file or in several: what an earlier run has left would be read beside or before it
@@ -57,7 +57,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     else:
         config = _lora_of_selection(importance, training_args, model_args, tune_args)
         result, facts = ADAPTER_CONFIG_NAME, data
-    with held(directory):
+    with lock_output_dir(directory):
         if not resumes:
             check_finished(directory, result)
         held_out, callbacks = tune_args.eval_dataset_name, [FrozenPrefix()]
@@ -65,7 +65,7 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
         if tune_args.full:
             _freeze(trainer, importance, units)
         run = Run(trainer, facts, result, resumes)
-        trainer.add_callback(ClaimsDirectory(run))
+        trainer.add_callback(CheckpointGuard(run))
         train_or_resume(trainer)
         run.claim()
         _save(trainer, directory, result)

@@ -18,7 +18,7 @@ from benchmarks.robustness import kills
 from peft_ila import LayerImportance
 from peft_ila.cli import main
 from peft_ila.embedded import write_jsonl
-from peft_ila.files import locked
+from peft_ila.files import lock_directory
 
 TRAINING = (
     "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 4 --save_strategy steps "
@@ -202,7 +202,7 @@ def test_a_run_that_had_ended_takes_no_further_step(workspace, tmp_path):
 
 
 def test_one_run_at_a_time(workspace, tmp_path):
-    with locked(tmp_path):
+    with lock_directory(tmp_path):
         message = error_of(workspace, "rank", tmp_path)
         assert f"{tmp_path} is in use by process {os.getpid()} on " in message
         assert "in use by" in error_of(

@@ -33,13 +33,13 @@ UNITS = [f"model.layers.{index}" for index in range(3)]
 KILLED = """
 import os, signal, sys
 from peft_ila.cli import main
-from peft_ila.workflows.resuming import ClaimsDirectory
+from peft_ila.workflows.resuming import CheckpointGuard
 
 def kill(self, args, state, control, **kwargs):
     if state.global_step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
-ClaimsDirectory.on_step_begin = kill
+CheckpointGuard.on_step_begin = kill
 main(sys.argv[1:])
 """
 MODULES = [f"{unit}.mlp.{name}_proj" for unit in UNITS for name in ("up", "down")]
