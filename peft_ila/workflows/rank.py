@@ -15,7 +15,7 @@ from ..ranking.importance import LayerImportance
 from ..ranking.plotting import check_matplotlib
 from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
-from .resuming import STAGE_1, CheckpointGuard, Run, check_finished, lock_output_dir, is_true, train_or_resume
+from .resuming import STAGE_1, CheckpointGuard, Run, check_finished, is_true, lock_output_dir, train_or_resume
 from .training import load_adapter
 
 RANKING, PICTURE = "importance.json", "importance.png"
