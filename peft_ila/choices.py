@@ -5,3 +5,5 @@ from typing import Literal
 Method = Literal["attribution", "descent", "untrained"]
 RecipeFormat = Literal["axolotl", "axolotl-full", "llamafactory", "trl"]
 Format = Literal["peft", RecipeFormat]
+PruneGranularity = Literal["component", "module", "layer"]
+Ranks = Literal["mixed", "uniform"]

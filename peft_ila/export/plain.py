@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ..units import unit_of
+from ..units import Granularity, unit_of
 from .adapters import SAVED_PREFIX, adapter_directory, read_adapter, read_config, save_adapter, split_key
 from .lora import DECIDED_BY_SELECTION, Targets, to_lora_config
 
@@ -43,19 +43,14 @@ def to_plain_lora(
     """
     parameters = config.gated_parameters or {}
     gates: dict[str, torch.Tensor] = {}
-    modules: dict[str, list[str]] = {}
     units: dict[str, str] = {}  # by the path of a LoRA layer
     for key, tensor in state_dict.items():
         path, is_lora, part = split_key(key)
-        name = parameters.get(path, path)
-        unit = unit_of(name, config.granularity)
         if is_lora:
-            units[path] = unit
+            units[path] = unit_of(parameters.get(path, path), config.granularity)
         if part.startswith("gate"):
-            gates[unit] = torch.sigmoid(tensor.float())
-        elif part.startswith(("A", "embedding_A")):
-            modules.setdefault(unit, []).append(name)
-    if missing := sorted(modules.keys() - gates.keys()):
+            gates[units[path]] = torch.sigmoid(tensor.float())
+    if missing := sorted(set(units.values()) - gates.keys()):
         raise ValueError(f"The adapter holds no gate for {missing[0]!r}; is it an ILA adapter of this configuration?")
     between = config.gate_mode in ("joint", "soft")
     if between and config.use_dora:
@@ -64,27 +59,53 @@ def to_plain_lora(
             "or close those of some units by `apply_mask`."
         )
 
-    kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(modules)
+    kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(units.values())
+    if between:
+        state_dict = {
+            key: (tensor * gates[units[split_key(key)[0]]].to(tensor.device)).to(tensor.dtype)
+            if is_lora_b(key)
+            else tensor
+            for key, tensor in state_dict.items()
+        }
     paths = {path for path, unit in units.items() if unit in kept}
+    return without_gates(state_dict, config, paths, lookalikes, model_type)
+
+
+def is_lora_b(key: str) -> bool:
+    """Whether the tensor of this key is a B."""
+    return split_key(key)[2].startswith(("B", "embedding_B"))
+
+
+def without_gates(
+    state_dict: dict[str, torch.Tensor],
+    config: Any,
+    kept: set[str],
+    lookalikes: list[str] | None = None,
+    model_type: str | None = None,
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """[`to_plain_lora`] of the LoRA layers whose paths are in `kept`, whole units of the adapter, with open gates."""
+    parameters = config.gated_parameters or {}
     tensors = {}
+    names: dict[str, str] = {}  # of what each path adapts
     for key, tensor in state_dict.items():
         path, is_lora, part = split_key(key)
-        if is_lora and (part.startswith("gate") or path not in paths):
-            continue
-        if part.startswith(("B", "embedding_B")) and between:
-            tensor = (tensor * gates[units[path]].to(tensor.device)).to(tensor.dtype)
-        tensors[_key_in_plain_lora(key, path, paths, path in parameters)] = tensor.contiguous()
+        if is_lora:
+            names[path] = parameters.get(path, path)
+        if not is_lora or (path in kept and not part.startswith("gate")):
+            tensors[_key_in_plain_lora(key, path, kept, path in parameters)] = tensor.contiguous()
 
     options = lora_options(config)
-    if kept >= modules.keys():
+    if kept >= names.keys():
         return tensors, LoraConfig(**options)
     for name in DECIDED_BY_SELECTION:
         del options[name]
-    selected = [unit for unit in modules if unit in kept]
+    # without the model, nothing but full names is safe
+    granularity: Granularity = "module" if lookalikes is None else config.granularity
+    modules: dict[str, list[str]] = {}
+    for name in names.values():
+        modules.setdefault(unit_of(name, granularity), []).append(name)
+    selected = list(dict.fromkeys(unit_of(names[path], granularity) for path in names if path in kept))
     ranks = dict.fromkeys(parameters.values(), 1.0)  # those of the options hold
-    if lookalikes is None:  # nothing but full names is safe
-        modules = {name: [name] for own in modules.values() for name in own}
-        selected = [name for name in modules if unit_of(name, config.granularity) in kept]
     return tensors, to_lora_config(Targets(modules, lookalikes or (), ranks, model_type), selected, **options)
 
 

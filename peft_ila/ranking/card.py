@@ -14,19 +14,24 @@ from ..files import whole_file
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-_HEADING = "## Layer importance"
 TOP_ROWS = 40  # of a longer ranking, the card and the terminal show these
 _TAGS = ("peft-ila", "arxiv:2410.17875")
 
 
 def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, float]]) -> None:
     """
-    Add a section with the ranking to the model card in a directory, or make one. An earlier section is replaced.
+    Add a section with the ranking to the model card in a directory.
 
     Args:
         directory: Where `README.md` is, beside `importance.png` and `importance.json`, which the section names.
         ranking: All units and their gates, the most important first.
     """
+    add_section(directory, "Layer importance", _section(ranking))
+
+
+def add_section(directory: str | os.PathLike[str], title: str, text: str) -> None:
+    """Add a section to the model card in a directory, or make a card. An earlier section of this title is replaced."""
+    heading = f"## {title}"
     file = Path(directory) / "README.md"
     try:
         card = (
@@ -37,17 +42,15 @@ def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, f
     tags = card.data.get("tags")
     known = tags if isinstance(tags, list) else [tags] if tags else []
     card.data["tags"] = sorted({*(tag for tag in known if isinstance(tag, str)), *_TAGS})
-    before, _, after = f"\n{card.text}".partition(f"\n{_HEADING}\n")
-    _, heading, after = after.partition("\n## ")  # what follows the section of an earlier ranking
-    card.text = f"{before.strip()}\n\n{_section(ranking)}{heading}{after}"
+    before, _, after = f"\n{card.text}".partition(f"\n{heading}\n")
+    _, following, after = after.partition("\n## ")
+    card.text = f"{before.strip()}\n\n{heading}\n\n{text}{following}{after}"
     with whole_file(file) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
 
 
 def _section(ranking: Sequence[tuple[str, float]]) -> str:
     lines = [
-        _HEADING,
-        "",
         f"The {len(ranking)} units of this adapter, ranked by one gate each with "
         "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
         "",

@@ -32,16 +32,20 @@ def heatmap(
     selected: Collection[str] = (),
     model: str | None = None,
     path: str | os.PathLike[str] | None = None,
+    subject: str = "importance",
+    label: str = "gate γ = σ(s)",
 ) -> "Figure":
     """
     See [`LayerImportance.plot`].
 
     Args:
-        gates: The gate of each unit, in the order of the model.
+        gates: The gate, or another value, of each unit, in the order of the model.
         unsure: The units to mark by a dot: selected or not by a coin toss; without `selected`, in the top 30 % or not.
         selected: The units to outline.
         model: The model's name or path, for the title.
         path: The picture to write.
+        subject: What the title says.
+        label: What the colour bar says.
 
     Returns:
         The figure. Its axes are bands of layers, from the first layer on, and the colour bar.
@@ -70,7 +74,7 @@ def heatmap(
         for unit in units:
             marked[place[unit]] = True
 
-    title = "importance" + (f" of the layers of {_short(os.path.basename(model))}" if model else "")
+    title = subject + (f" of the layers of {_short(os.path.basename(model))}" if model else "")
     names = [_short(row) for row in rows] if rows != [_LAYER] else []
     width = max(4.5, 0.085 * len(title), min(_WIDEST, _CELL * wide))
     height = max(0.5, _CELL * min(len(rows), _LABELS))
@@ -85,7 +89,7 @@ def heatmap(
     every[0].set_title(title, fontsize=10, parse_math=False)
     if columns[0] != math.inf:
         every[-1].set_xlabel("decoder layer", fontsize=_FONT)
-    _bar(image, every, "gate γ = σ(s)", bands * height)
+    _bar(image, every, label, bands * height)
     _legend(figure, len(selected), len(gates), bool(unsure))
     _write(figure, path)
     return figure
@@ -131,6 +135,7 @@ def kept_curve(
     shares: Sequence[float],
     kept: Mapping[str, Sequence[Sequence[float]]],
     path: str | os.PathLike[str] | None = None,
+    subject: str = "units that are left on, most important first",
 ) -> "Figure":
     """
     Draw what selections keep of the gain of all units, against how many units they are.
@@ -140,6 +145,7 @@ def kept_curve(
         kept: For each kind of ranking a row, or several that are drawn as their mean and their range: the part that is
             kept of the gain at each share.
         path: The picture to write.
+        subject: What the shares are of.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -155,7 +161,7 @@ def kept_curve(
         (line,) = axes.plot(shares, values.mean(0), marker=marker, ms=4, label=_short(name))
         if len(rows) > 1:
             axes.fill_between(shares, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_xlabel("units that are left on, most important first", fontsize=_FONT)
+    axes.set_xlabel(subject, fontsize=_FONT)
     axes.set_ylabel("kept of the loss gain of all", fontsize=_FONT)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))

@@ -97,7 +97,7 @@ def learn_gates(
         search = Descent(units, steps, start, 0.1 if learning_rate is None else learning_rate, budget)
     else:
         search = (Untrained if method == "untrained" else Attribution)(units, steps, min_agreement)
-    _check_trained(ila, method)
+    check_trained(ila, method)
 
     hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
     with measuring(trainer, ila, seed) as measurement, tqdm(total=steps, desc="Stage 2", disable=hidden) as bar:
@@ -200,7 +200,11 @@ def check_settings(
         raise ValueError(f'{sorted(own)} are settings of `method="descent"`, of no use to {method!r}.')
 
 
-def _check_trained(ila: ILAModel, method: Method) -> None:
+def check_trained(ila: ILAModel, method: Method) -> None:
+    """
+    Raises:
+        ValueError: The adapter has been trained where the method needs a fresh one, or the other way round.
+    """
     trained = ila.is_trained()
     if method == "untrained" and trained:
         raise ValueError(

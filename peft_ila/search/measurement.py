@@ -8,11 +8,11 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, find_batch_size
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
@@ -65,6 +65,22 @@ class Measurement:
         finally:
             del accelerator.backward
 
+    @torch.no_grad()
+    def evaluate(self) -> torch.Tensor:
+        """The loss of each batch of the evaluation data, with all gates open, and the number of its examples.
+
+        Returns:
+            Of shape (batches, 2), fp32 on the CPU; of all processes.
+        """
+        for gate in self._gates:
+            gate.mode, gate.probed = "open", False
+        trainer, rows = self._trainer, []
+        for batch in trainer.get_eval_dataloader():
+            size = find_batch_size(batch) or 1
+            loss, *_ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+            rows.append(torch.stack([loss.detach().float().mean(), torch.tensor(float(size), device=loss.device)]))
+        return trainer.accelerator.gather(torch.stack(rows)).cpu()
+
     def gradient(self, step: Step, scores: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
         """
         The gradient of the loss of one step, and the loss: the means over all processes.
@@ -99,6 +115,35 @@ class Measurement:
             weight.requires_grad_(True)
         try:
             return self._finite(self._take_norms, step, "open", False)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+
+    def slope(
+        self, step: Step, weights: Sequence[torch.nn.Parameter], contract: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, float]:
+        """
+        A linear function of the gradient of the loss of one step, and the loss: the means over all processes.
+
+        Args:
+            step: The step.
+            weights: Whose gradients are computed, with all gates open.
+            contract: Makes a tensor on the CPU of their `grad`.
+
+        Raises:
+            ValueError: The gradient is NaN or infinite.
+        """
+
+        def take() -> torch.Tensor:
+            taken = contract()
+            for weight in weights:
+                weight.grad = None
+            return self._trainer.accelerator.reduce(taken.to(self._trainer.accelerator.device), "mean").cpu()
+
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            return self._finite(take, step, "open", False)
         finally:
             for weight in weights:
                 weight.requires_grad_(False)

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import peft
 import torch
@@ -15,13 +15,32 @@ from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
+from ..choices import Ranks
 from ..export.adapters import SAVED_PREFIX, save_adapter
 from ..export.plain import lora_options, to_plain_lora
+from ..export.ranks import to_reduced_lora
 from ..ranking.importance import LayerImportance
 from ..units import unit_of
 from ..version import __version__
 from .config import GateMode, ILAConfig
 from .layer import Gate, add_gate, freeze_by_mode, is_gated, target_name
+
+
+class Factors(NamedTuple):
+    """
+    The factors of one weight delta (α/r)·B·A.
+
+    Attributes:
+        module: The name of the module in the base model.
+        scaling: α/r.
+        a: Of shape (r, in), of a convolution (r, in, …).
+        b: Of shape (out, r), of a convolution (out, r, 1, …).
+    """
+
+    module: str
+    scaling: float
+    a: nn.Parameter
+    b: nn.Parameter
 
 
 class ILAModel(LoraModel):
@@ -386,6 +405,19 @@ class ILAModel(LoraModel):
             weight = layer.lora_embedding_A[adapter_name] if embedding else layer.lora_B[adapter_name].weight
             yield unit_of(name, granularity), layer.scaling[adapter_name], weight
 
+    def factors(self, adapter_name: str | None = None) -> Iterator[Factors]:
+        """
+        The factors of each weight delta, in the order of the model.
+
+        Args:
+            adapter_name (`str`, *optional*): The adapter, by default the active one.
+        """
+        adapter_name = self._one_adapter(adapter_name)
+        for _, name, layer in self._gated_layers(adapter_name):
+            embedding = adapter_name in layer.lora_embedding_A
+            a = layer.lora_embedding_A[adapter_name] if embedding else layer.lora_A[adapter_name].weight
+            yield Factors(name, layer.scaling[adapter_name], a, cast(nn.Parameter, _lora_b(layer, adapter_name)))
+
     def is_trained(self, adapter_name: str | None = None) -> bool:
         """
         Whether the adapter changes anything: a fresh one does not. Under FSDP2 all processes must call it.
@@ -428,7 +460,9 @@ class ILAModel(LoraModel):
             weight = _lora_b(layer, adapter_name)
             weight.copy_(layer.gates[adapter_name](weight))
 
-    def to_lora(self, output_dir: str | os.PathLike[str], adapter_name: str | None = None) -> LoraConfig:
+    def to_lora(
+        self, output_dir: str | os.PathLike[str], adapter_name: str | None = None, ranks: Ranks | None = None
+    ) -> LoraConfig:
         """
         Write the adapter as plain LoRA that computes the same: gates multiplied into B, closed units absent.
 
@@ -437,6 +471,9 @@ class ILAModel(LoraModel):
         Args:
             output_dir (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
             adapter_name (`str`, *optional*): The adapter, by default the active one.
+            ranks (`str`, *optional*):
+                Leave out the directions whose column of B is 0 and make α/r 1, see [`prune`]: `"mixed"` or
+                `"uniform"`. For an adapter with open gates.
 
         Returns:
             [`~peft.LoraConfig`]: The configuration that was written.
@@ -449,9 +486,11 @@ class ILAModel(LoraModel):
         )
         state_dict = {f"{SAVED_PREFIX}{key}": tensor.detach().cpu() for key, tensor in saved.items()}
         importance = self.layer_importance(adapter_name)
-        tensors, config = to_plain_lora(
-            state_dict, self.peft_config[adapter_name], importance.lookalikes, importance.metadata["model_type"]
-        )
+        known = (self.peft_config[adapter_name], importance.lookalikes, importance.metadata["model_type"])
+        if ranks is None:
+            tensors, config = to_plain_lora(state_dict, *known)
+        else:
+            tensors, config = to_reduced_lora(state_dict, *known, ranks)
         save_adapter(tensors, config, output_dir)
         return config
 

@@ -1,0 +1,71 @@
+"""A LoRA adapter without the directions that compute nothing: each module gets the rank that is left of it."""
+
+import copy
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from ..choices import Ranks
+from .adapters import split_key
+from .plain import is_lora_b, without_gates
+
+
+def to_reduced_lora(
+    state_dict: dict[str, torch.Tensor],
+    config: Any,
+    lookalikes: list[str] | None = None,
+    model_type: str | None = None,
+    ranks: Ranks = "mixed",
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """
+    Turn an ILA adapter with open gates into a plain LoRA adapter without the directions whose column of B is 0.
+
+    It computes the same. α/r is folded into B, so that it is 1 everywhere: a program that reads `r` and `lora_alpha`
+    alone scales right too. Modules of which nothing is left are no targets.
+
+    Args:
+        state_dict, config, lookalikes, model_type: See [`to_plain_lora`]. Linear modules and embeddings only.
+        ranks: `"mixed"`: each module has its own rank, by `rank_pattern`. `"uniform"`: all have the greatest, padded
+            with zeros, for programs that take one rank only.
+
+    Returns:
+        Tensors and configuration, ready to be written.
+    """
+    kept: dict[str, torch.Tensor] = {}  # by the path of a LoRA layer, which rows of A and columns of B
+    for key, tensor in state_dict.items():
+        if is_lora_b(key) and len(columns := tensor.any(0).nonzero().flatten()):
+            kept[split_key(key)[0]] = columns
+    modules = copy.copy(config)
+    modules.granularity = "module"  # whatever is left of a layer
+    tensors, lora = without_gates(state_dict, modules, set(kept), lookalikes, model_type)
+
+    sizes = {path: len(columns) for path, columns in kept.items()}
+    most = max(sizes.values()) if ranks == "uniform" else Counter(sizes.values()).most_common(1)[0][0]
+    length = most if ranks == "uniform" else 0
+    for key, tensor in tensors.items():
+        path, _, part = split_key(key)
+        if is_lora_b(key):
+            scaled = (tensor.float() * _scaling(path, tensor.shape[1], config)).to(tensor.dtype)
+            tensors[key] = _padded(scaled[:, kept[path]], 1, length)
+        elif part.startswith(("A", "embedding_A")):
+            tensors[key] = _padded(tensor[kept[path]], 0, length)
+    # PEFT reads the keys as regular expressions for the end of a name
+    own = {f"^{re.escape(path)}": size for path, size in sizes.items() if ranks == "mixed" and size != most}
+    lora.r = lora.lora_alpha = most
+    lora.rank_pattern, lora.alpha_pattern = own, dict(own)
+    lora.use_rslora = False
+    return tensors, lora
+
+
+def _scaling(path: str, rank: int, config: Any) -> float:
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    missing = max(0, length - tensor.shape[dim])
+    return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing)).contiguous()

@@ -1,0 +1,136 @@
+"""
+The rank-1 directions of an adapter's weight deltas: what each is worth, and gates on those that are kept.
+
+No gate inside the model is needed: for ΔW = Σ_k γ_k·b_k·a_kᵀ, ∂L/∂γ_k is ⟨∂L/∂b_k, b_k⟩. So one backward pass to B
+measures all directions, in every layer that PEFT can compute.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..tuner.model import Factors, ILAModel
+from .measurement import Measurement, Step
+
+
+class Directions:
+    """
+    The singular directions of an adapter's deltas. They replace its own A and B; each product stays, to rounding.
+
+    Args:
+        ila ([`ILAModel`]): A model with one active adapter.
+
+    Attributes:
+        modules (`list[str]`): The module of each direction. Those of one module lie together, the largest first.
+        singular_values (`torch.Tensor`): Of (α/r)·B·A, of shape (directions,), fp32 on the CPU.
+        sizes (`torch.Tensor`): The number of parameters of each direction, in + out, of shape (directions,).
+
+    Raises:
+        ValueError: The deltas are no sums of directions that can be left out one by one.
+    """
+
+    def __init__(self, ila: ILAModel) -> None:
+        (name,) = ila.active_adapters
+        self._factors = list(ila.factors())
+        _check_prunable(ila.peft_config[name], self._factors)
+        self._b: list[torch.Tensor] = []
+        values, sizes = [], []
+        for _, scaling, a, b in self._factors:
+            new_a, new_b, singular_values = singular_directions(a.detach(), b.detach())
+            a.data.copy_(new_a)
+            b.data.copy_(new_b)
+            self._b.append(b.detach().clone())
+            values.append(scaling * singular_values.cpu())
+            sizes += [a.shape[1] + b.shape[0]] * a.shape[0]
+        self.singular_values = torch.cat(values)
+        self.modules = [module for module, _, a, _ in self._factors for _ in range(a.shape[0])]
+        self.sizes = torch.tensor(sizes)
+
+    @torch.no_grad()
+    def set_gates(self, gates: torch.Tensor) -> None:
+        """Multiply each direction by its γ; `gates` has the shape (directions,)."""
+        parts = gates.split([a.shape[0] for _, _, a, _ in self._factors])
+        for (*_, weight), b, part in zip(self._factors, self._b, parts):
+            weight.copy_(b * part.to(b))
+
+    def slope(self, measurement: Measurement, step: Step, gates: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """∂L/∂γ of one step at these gates, both of shape (directions,), fp32 on the CPU, and the loss."""
+        self.set_gates(gates)
+        return measurement.slope(step, [b for *_, b in self._factors], self._contracted)
+
+    def _contracted(self) -> torch.Tensor:
+        none = torch.zeros(())  # no batch reached the module
+        products = [
+            ((none if weight.grad is None else weight.grad.float()).to(b.device) * b.float()).sum(0)
+            for (*_, weight), b in zip(self._factors, self._b)
+        ]
+        return torch.cat([product.cpu() for product in products])
+
+    def attributions(self, measurement: Measurement, steps: Iterable[Step], gates: torch.Tensor) -> torch.Tensor:
+        """What each direction is worth beside those that are on: the mean of −∂L/∂γ, of shape (directions,)."""
+        return -torch.stack([self.slope(measurement, step, gates)[0] for step in steps]).mean(0)
+
+    def learn_gates(
+        self, measurement: Measurement, steps: Iterable[Step], kept: torch.Tensor, number: int, learning_rate: float
+    ) -> torch.Tensor:
+        """
+        Learn one real γ for each group of directions that is kept, by Adam; A and B stay. γ may pass 1.
+
+        Args:
+            measurement: The trainer's loss.
+            steps: Training steps.
+            kept: The group of each direction, of shape (directions,), or −1 where it is not kept.
+            number: How many of the steps to take. The learning rate falls to 0 over them.
+            learning_rate: Adam's, at the start.
+
+        Returns:
+            The gates, of shape (directions,), 0 where a direction is not kept.
+        """
+        on = kept >= 0
+        gamma = torch.nn.Parameter(torch.ones(int(kept.max()) + 1))
+        adam = torch.optim.Adam([gamma], learning_rate)
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(adam, lambda taken: 1 - taken / number)
+        for _, step in zip(range(number), steps):  # in this order, or a step is taken in vain
+            slope, _ = self.slope(measurement, step, gamma.detach()[kept] * on)
+            gamma.grad = torch.zeros_like(gamma).index_add(0, kept[on], slope[on])
+            adam.step()
+            schedule.step()
+        return gamma.detach()[kept] * on
+
+
+def _check_prunable(config: Any, factors: list[Factors]) -> None:
+    if config.use_dora:
+        reason = "of DoRA, whose magnitudes belong to the whole delta"
+    elif config.gated_parameters:
+        reason = f"of experts ({min(config.gated_parameters.values())}), which share one rank"
+    elif convolution := next((module for module, _, a, _ in factors if a.dim() != 2), None):
+        reason = f"of a convolution ({convolution})"
+    elif sharded := next((module for module, *_, b in factors if isinstance(b, DTensor)), None):
+        reason = f"sharded by FSDP2 ({sharded}); prune in one process or under DDP"
+    else:
+        return
+    raise ValueError(f"This adapter cannot be pruned: it is {reason}.")
+
+
+def singular_directions(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Factors of the same product B·A whose rows and columns are its singular directions.
+
+    By thin QR of both factors and the SVD of an r × r matrix, never from the product, in fp32.
+
+    Args:
+        a: Of shape (r, in).
+        b: Of shape (out, r).
+
+    Returns:
+        √S·Vᵀ of the shape of `a`, U·√S of the shape of `b`, and S of shape (r,), which is 0 beyond the rank of B·A.
+    """
+    q_b, r_b = torch.linalg.qr(b.float())
+    q_a, r_a = torch.linalg.qr(a.float().T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    missing = a.shape[0] - len(s)  # of a module that is narrower than r
+    new_a, new_b = s.sqrt()[:, None] * (vh @ q_a.T), (q_b @ u) * s.sqrt()
+    pad = torch.nn.functional.pad
+    return pad(new_a, (0, 0, 0, missing)), pad(new_b, (0, missing)), pad(s, (0, missing))

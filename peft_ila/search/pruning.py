@@ -1,0 +1,186 @@
+"""What of a trained adapter to keep: its directions by what they are worth, how many of them, and their gates."""
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..choices import PruneGranularity
+from ..units import unit_of
+from .directions import Directions
+from .gates import rankable
+from .measurement import Measurement
+
+# of the parameters; each costs one evaluation
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+UNCHECKED_SHARE = 0.25
+
+
+@dataclass
+class Kept:
+    """
+    What a share of an adapter keeps on held-out data.
+
+    Args:
+        share: The share of the adapter's parameters.
+        loss: The held-out loss.
+        gain: The part of the whole adapter's gain in held-out loss.
+    """
+
+    share: float
+    loss: float
+    gain: float
+
+
+@dataclass
+class Found:
+    """
+    What [`Search`] has found of each direction, in the order of the model.
+
+    Args:
+        modules: Their modules.
+        singular_values, worth, sizes, gates: Their singular values, attributions, numbers of parameters, and gates,
+            which are 0 where a direction is not kept. Of shape (directions,).
+        held_out: The held-out losses, if there are any.
+        result: What the kept directions with these gates keep of the held-out gain.
+    """
+
+    modules: list[str]
+    singular_values: torch.Tensor
+    worth: torch.Tensor
+    sizes: torch.Tensor
+    gates: torch.Tensor
+    held_out: "HeldOut | None"
+    result: Kept | None
+
+    @property
+    def share(self) -> float:
+        """The share of the parameters that is kept."""
+        return float(self.sizes[self.gates != 0].sum() / self.sizes.sum())
+
+
+class Search:
+    """
+    The choice of what is kept of an adapter.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Its active adapter is pruned, in place.
+        measurement ([`Measurement`]): Of the trainer.
+        granularity: What is kept as a whole, see [`prune`].
+    """
+
+    def __init__(self, trainer: Any, measurement: Measurement, granularity: PruneGranularity) -> None:
+        self._measurement = measurement
+        self._has_held_out = trainer.eval_dataset is not None
+        self._directions = Directions(rankable(trainer))
+        modules = self._directions.modules
+        names = range(len(modules)) if granularity == "component" else [unit_of(name, granularity) for name in modules]
+        numbers: dict[Any, int] = {}
+        self._units = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+        self._sizes = self._by_unit(self._directions.sizes)
+
+    def run(
+        self, top_p: float | None, min_kept: float | None, steps: int, gate_steps: int, gate_learning_rate: float
+    ) -> Found:
+        """
+        See [`prune`].
+
+        Raises:
+            ValueError: The adapter does not lower the training loss to first order, or not the held-out loss.
+        """
+        directions, data = self._directions, self._measurement.steps()
+        none = torch.zeros(len(self._units))
+        worth = directions.attributions(self._measurement, islice(data, steps), none)
+        if not worth.sum() > 0:
+            raise ValueError(
+                f"The adapter does not lower the training loss: its attributions add up to {worth.sum():.4f}. Train "
+                "it longer, or prune it on the data that it was trained on."
+            )
+        order = (self._by_unit(worth) / self._sizes).argsort(descending=True, stable=True)
+        held_out, result = None, None
+        if self._has_held_out:
+            shares = sorted({*SHARES, top_p or 1.0})
+            held_out = HeldOut(
+                self._loss(none), {share: self._loss(self._kept(order, share) >= 0) for share in shares}
+            )
+        share = top_p or (held_out.smallest(min_kept) if held_out else UNCHECKED_SHARE)
+        kept = self._kept(order, share)
+        gates = (kept >= 0).float()
+        if held_out:
+            result = held_out.point(share)
+        if gate_steps:
+            learned = directions.learn_gates(self._measurement, data, kept, gate_steps, gate_learning_rate)
+            after = held_out.point(share, self._loss(learned)) if held_out else None
+            if result is None or after is None or after.loss <= result.loss:
+                gates, result = learned, after
+        directions.set_gates(gates)
+        return Found(directions.modules, directions.singular_values, worth, directions.sizes, gates, held_out, result)
+
+    def _by_unit(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(int(self._units.max()) + 1, dtype=torch.float64).index_add(0, self._units, values.double())
+
+    def _kept(self, order: torch.Tensor, share: float) -> torch.Tensor:
+        """The unit of each direction, or −1 where it is not kept. At least one unit is."""
+        fits = self._sizes[order].cumsum(0) <= share * self._sizes.sum()
+        fits[0] = True
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[order[fits]] = True
+        return self._units.where(chosen[self._units], torch.tensor(-1))
+
+    def _loss(self, gates: torch.Tensor) -> torch.Tensor:
+        self._directions.set_gates(gates.float())
+        return self._measurement.evaluate()
+
+
+class HeldOut:
+    """
+    The held-out losses of an adapter, batch by batch.
+
+    Args:
+        base: Without the adapter: a loss and a number of examples for each batch, of shape (batches, 2).
+        losses: The same for each share of the parameters that is kept.
+
+    Raises:
+        ValueError: The whole adapter does not lower the held-out loss.
+    """
+
+    def __init__(self, base: torch.Tensor, losses: dict[float, torch.Tensor]) -> None:
+        self._weight = base[:, 1].double() / base[:, 1].double().sum()
+        self._losses = losses
+        self.base, self._whole = self._mean(base), self._mean(losses[1.0])
+        if not self._whole < self.base:
+            raise ValueError(
+                f"The adapter does not lower the held-out loss ({self.base:.4f} without it, {self._whole:.4f} with "
+                "it). Prune it on held-out data of the kind that it was trained on, or leave them out."
+            )
+
+    def _mean(self, losses: torch.Tensor) -> float:
+        return float(self._weight @ losses[:, 0].double())
+
+    def point(self, share: float, losses: torch.Tensor | None = None) -> Kept:
+        """What this share keeps."""
+        loss = self._mean(self._losses[share] if losses is None else losses)
+        return Kept(share, loss, (self.base - loss) / (self.base - self._whole))
+
+    def curve(self) -> list[Kept]:
+        """What each share keeps, the smallest first."""
+        return [self.point(share) for share in self._losses]
+
+    def smallest(self, min_kept: float | None) -> float:
+        """
+        The smallest share that keeps at least this part of the gain; without it, the smallest whose loss is at most
+        one standard error of the paired differences above the best.
+        """
+        curve = self.curve()
+        if min_kept is not None:
+            return next(point.share for point in curve if point.gain >= min_kept)
+        best = self._losses[min(curve, key=lambda point: point.loss).share]
+        for point in curve:
+            worse = (self._losses[point.share] - best)[:, 0].double()
+            mean = self._weight @ worse
+            number = max(2, len(worse))
+            error = ((self._weight * (worse - mean)).square().sum() * number / (number - 1)).sqrt()
+            if mean <= error:
+                return point.share
+        raise AssertionError("the best share is not above itself")

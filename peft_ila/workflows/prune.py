@@ -1,0 +1,249 @@
+"""Pruning a trained adapter: which directions of its deltas to keep, and the smaller adapter on disk."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import Trainer
+
+from ..choices import PruneGranularity, Ranks
+from ..files import whole_directory
+from ..ranking.card import add_section
+from ..ranking.importance import LayerImportance
+from ..ranking.plotting import heatmap, kept_curve
+from ..ranking.validation import is_integer
+from ..search.gates import check_trained, rankable
+from ..search.measurement import measuring
+from ..search.pruning import Found, Kept, Search
+from ..tuner.model import ILAModel
+
+RESULT = "pruning.json"
+FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULT, "importance.json", "ranks.png", "kept.png", "README.md")
+
+
+@dataclass
+class Pruning:
+    """
+    What [`prune`] has kept of an adapter.
+
+    Args:
+        share: The share of the adapter's parameters that is kept.
+        ranks: The rank that is kept of each module, in the order of the model; 0 where nothing is.
+        full_ranks: The ranks before.
+        directions: All directions, the most valuable first, each with its `module`, `singular_value`, `attribution`,
+            `parameters`, and its `gate`, which is 0 if the direction is not kept.
+        importance: The modules, ranked by the sums of their directions' attributions.
+        curve: What each share keeps with gates of 1. Empty without held-out data.
+        result: What the pruned adapter keeps. `None` without held-out data.
+        base_loss: The held-out loss without the adapter. `None` without held-out data.
+        settings: The settings of [`prune`].
+    """
+
+    share: float
+    ranks: dict[str, int]
+    full_ranks: dict[str, int]
+    directions: list[dict[str, Any]]
+    importance: LayerImportance
+    curve: list[Kept]
+    result: Kept | None
+    base_loss: float | None
+    settings: dict[str, Any]
+
+
+def prune(
+    trainer: Trainer,
+    output_dir: str | os.PathLike[str] | None = None,
+    top_p: float | None = None,
+    min_kept: float | None = None,
+    granularity: PruneGranularity = "component",
+    steps: int = 16,
+    gate_steps: int = 24,
+    gate_learning_rate: float = 0.05,
+    ranks: Ranks = "mixed",
+    seed: int | None = None,
+) -> Pruning:
+    """
+    Keep the part of a trained adapter that matters, by the trainer's own data and loss.
+
+    The weight delta of each module is split into its singular directions. The attribution −∂L/∂γ of each direction is
+    measured on training batches, at γ = 0 for all. The directions with the most attribution per parameter are kept.
+    Then one real gate γ is learned for each of them, with A and B frozen, and multiplied into B.
+
+    Afterwards the trainer's model is pruned, with open gates. After an error the adapter is as before.
+
+    ```py
+    >>> model = ILAModel.from_lora(PeftModel.from_pretrained(base_model, "my_lora"))
+    >>> trainer = SFTTrainer(model, train_dataset=train, eval_dataset=held_out)
+    >>> pruning = prune(trainer, "my_small_lora")  # writes a plain LoRA adapter
+    ```
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Any trainer whose model has one active, trained ILA adapter. Its `eval_dataset` is the held-out data.
+        output_dir (`str`, *optional*):
+            Where to write the pruned adapter as a plain LoRA adapter, with `pruning.json`, `importance.json`, pictures
+            of the kept ranks and of the curve, and a model card.
+        top_p (`float`, *optional*): The share of the adapter's parameters to keep, in (0, 1].
+        min_kept (`float`, *optional*):
+            Keep the smallest share that keeps at least this part of the gain in held-out loss, in (0, 1]. Without
+            `top_p` and `min_kept`, held-out data decide: the smallest share whose loss is at most one standard error
+            of the paired differences above the best loss. Without held-out data a quarter is kept.
+        granularity (`str`): What is kept as a whole: `"component"` (one direction), `"module"` or `"layer"`.
+        steps (`int`): How many training steps to measure on.
+        gate_steps (`int`): How many training steps to learn the gates on; 0 leaves the gates at 1.
+        gate_learning_rate (`float`): Adam's learning rate for the gates; it falls to 0.
+        ranks (`str`): `"mixed"` writes each module with its own rank, `"uniform"` pads all to the greatest with zeros.
+        seed (`int`, *optional*): For the order of the data, by default the trainer's.
+
+    Raises:
+        OSError: A file cannot be written.
+        TypeError: The trainer's model is not an ILA model.
+        ValueError: A setting is out of range; the adapter is untrained, masked or merged, one of DoRA, of experts or
+            of convolutions, or does not lower the loss; or `output_dir` holds another adapter.
+    """
+    settings: dict[str, Any] = {"top_p": top_p, "min_kept": min_kept, "granularity": granularity, "steps": steps}
+    settings |= {"gate_steps": gate_steps, "gate_learning_rate": gate_learning_rate}
+    _check_settings(**settings)
+    ila = rankable(trainer)
+    check_trained(ila, "attribution")
+    if min_kept is not None and trainer.eval_dataset is None:
+        raise ValueError("`min_kept` needs held-out data: give the trainer an `eval_dataset`, or pass `top_p`.")
+    if output_dir is not None:
+        check_output(output_dir)
+    settings["seed"] = trainer.args.seed if seed is None else seed
+    with _restored_on_error(ila), measuring(trainer, ila, seed) as measurement:
+        found = Search(trainer, measurement, granularity).run(top_p, min_kept, steps, gate_steps, gate_learning_rate)
+    pruning = _pruning(ila, found, settings)
+    if output_dir is not None and trainer.is_world_process_zero():
+        _save(ila, pruning, Path(output_dir), ranks)
+    return pruning
+
+
+@contextmanager
+def _restored_on_error(ila: ILAModel) -> Iterator[None]:
+    before = [(weight, weight.detach().clone()) for _, _, *both in ila.factors() for weight in both]
+    try:
+        yield
+    except BaseException:
+        for weight, value in before:
+            weight.data.copy_(value)
+        raise
+
+
+def _check_settings(
+    top_p: float | None,
+    min_kept: float | None,
+    granularity: str,
+    steps: int,
+    gate_steps: int,
+    gate_learning_rate: float,
+) -> None:
+    if top_p is not None and min_kept is not None:
+        raise ValueError("Pass `top_p` or `min_kept`, not both.")
+    for name, share in (("top_p", top_p), ("min_kept", min_kept)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"`{name}` must be in (0, 1], got {share}.")
+    if granularity not in get_args(PruneGranularity):
+        raise ValueError(f"`granularity` must be one of {get_args(PruneGranularity)}, got {granularity!r}.")
+    for name, number, least in (("steps", steps, 1), ("gate_steps", gate_steps, 0)):
+        if not is_integer(number) or number < least:
+            raise ValueError(f"`{name}` must be a whole number of at least {least}, got {number}.")
+    if not 0 < gate_learning_rate < math.inf:
+        raise ValueError(f"`gate_learning_rate` must be greater than 0, got {gate_learning_rate}.")
+
+
+def check_output(output_dir: str | os.PathLike[str]) -> None:
+    """
+    Check, before any work, that no other adapter would be replaced.
+
+    Raises:
+        ValueError: The directory holds one.
+    """
+    directory = Path(output_dir)
+    if (directory / CONFIG_NAME).exists() and not (directory / RESULT).exists():
+        raise ValueError(f"{directory} holds an adapter that would be replaced; choose another `output_dir`.")
+
+
+def _pruning(ila: ILAModel, found: Found, settings: dict[str, Any]) -> Pruning:
+    modules = list(dict.fromkeys(found.modules))
+    kept, total, worth = (dict.fromkeys(modules, 0.0) for _ in range(3))
+    for module, attribution, gate in zip(found.modules, found.worth.tolist(), found.gates.tolist()):
+        total[module] += 1
+        kept[module] += gate != 0
+        worth[module] += attribution
+    mean = sum(worth.values()) / len(worth)
+    ranking = ila.layer_importance()
+    importance = LayerImportance(
+        units=modules,
+        scores=[value / mean - 1 for value in worth.values()],
+        metadata={
+            **ranking.metadata,
+            "granularity": "module",
+            "learn_gates": {"method": "attribution"},
+            "prune": settings,
+        },
+        lookalikes=ranking.lookalikes,
+    )
+    columns = (found.modules, *(c.tolist() for c in (found.singular_values, found.worth, found.sizes, found.gates)))
+    names = ("module", "singular_value", "attribution", "parameters", "gate")
+    rows = [dict(zip(names, row)) for row in zip(*columns)]
+    return Pruning(
+        share=found.share,
+        ranks={module: int(rank) for module, rank in kept.items()},
+        full_ranks={module: int(rank) for module, rank in total.items()},
+        directions=sorted(rows, key=lambda row: -row["attribution"] / row["parameters"]),
+        importance=importance,
+        curve=found.held_out.curve() if found.held_out else [],
+        result=found.result,
+        base_loss=found.held_out.base if found.held_out else None,
+        settings=settings,
+    )
+
+
+def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> None:
+    """Write the pruned adapter and what is known of it, whole or not at all."""
+    with whole_directory(directory, own=FILES) as temporary:
+        ila.to_lora(temporary, ranks=ranks)
+        pruning.importance.save(temporary / "importance.json")
+        content = {key: value for key, value in asdict(pruning).items() if key != "importance"}
+        (temporary / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _draw(pruning, temporary)
+        add_section(temporary, "Pruning", _card(pruning))
+
+
+def _draw(pruning: Pruning, directory: Path) -> None:
+    model = pruning.importance.metadata["model"]
+    heatmap(pruning.ranks, model=model, path=directory / "ranks.png", subject="kept rank", label="kept rank")
+    if not pruning.curve:
+        return
+    curves = {"before the gates are learned": [[point.gain for point in pruning.curve]]}
+    subject = "share of the adapter's parameters"
+    kept_curve([point.share for point in pruning.curve], curves, directory / "kept.png", subject)
+
+
+def summary(pruning: Pruning) -> str:
+    """What was kept, as one paragraph."""
+    modules = sum(rank > 0 for rank in pruning.ranks.values())
+    text = f"Kept {pruning.share:.1%} of the adapter's parameters, in {modules} of {len(pruning.ranks)} modules."
+    if pruning.result is None:
+        return f"{text} There was no held-out data, so nothing was checked."
+    return (
+        f"{text} They keep {pruning.result.gain:.1%} of its gain in held-out loss: {pruning.result.loss:.4f}, "
+        f"{pruning.curve[-1].loss:.4f} with the whole adapter, {pruning.base_loss:.4f} without."
+    )
+
+
+def _card(pruning: Pruning) -> str:
+    lines = [f"{summary(pruning)} By [peft-ila](https://huggingface.co/papers/2410.17875); figures: `{RESULT}`.", ""]
+    lines += ["![Kept rank of each module](ranks.png)", ""]
+    if pruning.curve:
+        lines += ["![Kept gain by share of the parameters](kept.png)", ""]
+        lines += ["| share of the parameters | held-out loss | part of the gain |", "|---|---|---|"]
+        lines += [f"| {point.share:.1%} | {point.loss:.4f} | {point.gain:.3f} |" for point in pruning.curve]
+    return "\n".join(lines).rstrip() + "\n"
