@@ -12,7 +12,10 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 
 from ..export.adapters import SAVED_PREFIX, save_adapter
@@ -155,6 +158,8 @@ class ILAModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # PEFT translates the names of older transformers for adapters of the type LORA only
+        state_dict = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), state_dict, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         scores = [
             f"{name}.lora_gate.{adapter_name}.weight"
