@@ -43,6 +43,7 @@ class ILAModel(LoraModel):
     """
 
     peft_config: dict[str, Any]
+    _trains_zero_factors = False
 
     # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: by the prefix `lora_`, PEFT and transformers
     # save, load and merge the scores with the LoRA weights.
@@ -276,6 +277,14 @@ class ILAModel(LoraModel):
         for parameter in self.model.parameters():
             if id(parameter) not in scores:
                 parameter.requires_grad_(False)
+        if self._trains_zero_factors:
+            self.train_zero_factors(True)
+
+    def train_zero_factors(self, train: bool) -> None:
+        """In mode "soft", let the [`zero_initialised_factors`] train too, also after a loss has switched adapters."""
+        self._trains_zero_factors = train
+        for *_, weight in self.zero_initialised_factors():
+            weight.requires_grad_(train)
 
     def train(self, mode: bool = True) -> "ILAModel":
         super().train(mode)
