@@ -89,9 +89,9 @@ def test_old_names_compute_what_plain_lora_computes(tmp_path, tokenizer, dialogu
     [
         (
             2,
-            r"adapter .* does not fit .*: 14 weights are missing in the file, such as 'base_model\.model\.model\.la.*2",
+            r"adapter .* does not fit .*: 14 weights are missing in the file, such as 'base_model\.model.*2",
         ),
-        (4, r"adapter .* does not fit .*: 14 weights are unknown to the model, such as 'base_model\.model\.model.*3"),
+        (4, r"adapter .* does not fit .*: 14 weights are unknown to the model, such as 'base_model\.model.*3"),
     ],
 )
 def test_a_lora_of_another_depth_is_not_ranked(tmp_path, tokenizer, dialogues, layers, message):
