@@ -1,6 +1,7 @@
 """ILAModel: injection, modes, masks and scores of gated LoRA."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, cast, get_args
@@ -105,6 +106,7 @@ class ILAModel(LoraModel):
             setattr(config, option, getattr(lora, option))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_tokens(model, self.peft_config[adapter_name].trainable_token_indices)
         self._target_experts(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._settle(adapter_name)
@@ -505,6 +507,19 @@ def _has_embeddings(model: Any) -> bool:
         return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
     except NotImplementedError:
         return False
+
+
+def _check_tokens(model: Any, indices: list[int] | dict[str, list[int]] | None) -> None:
+    """PEFT only looks the rows up, which on a GPU fails later and elsewhere."""
+    tokens = [token for own in indices.values() for token in own] if isinstance(indices, dict) else indices
+    if tokens and _has_embeddings(model):
+        parts = model.get_input_embeddings().modules()  # another adapter may have wrapped them
+        known = next((part.num_embeddings for part in parts if hasattr(part, "num_embeddings")), math.inf)
+        if max(tokens) >= known:
+            raise ValueError(
+                f"`trainable_token_indices` names the token {max(tokens)}, but the model has {known} tokens. Pass the "
+                "model whose vocabulary the adapter was made for, or resize its embeddings first."
+            )
 
 
 def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:

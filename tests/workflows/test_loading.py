@@ -101,6 +101,19 @@ def test_a_lora_of_another_depth_is_not_ranked(tmp_path, tokenizer, dialogues, l
         rank(plain_trainer(tmp_path / "out", tokenizer, dialogues), adapter=str(tmp_path / "lora"))
 
 
+@pytest.mark.parametrize("indices", [[1, 70], {"lm_head": [1, 70]}])
+def test_trained_tokens_of_another_vocabulary(tmp_path, indices):
+    config = ILAConfig(r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+    get_peft_model(tiny_llama(vocab_size=80), config).save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny_llama(vocab_size=80), tmp_path)
+    message = "names the token 70, but the model has 64 tokens. Pass the model whose vocabulary"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    model = get_peft_model(tiny_llama(), ILAConfig(target_modules=["q_proj"], trainable_token_indices=[3]))
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "second")
+
+
 def test_whole_modules_that_are_missing(tmp_path, tokenizer, dialogues):
     model = ila(modules_to_save=["lm_head"])
     model.save_pretrained(tmp_path / "lora")
