@@ -49,9 +49,9 @@ REFUSALS = (ValueError, OSError, TypeError)
 # fmt: off
 ODD = [
     None, True, 0, -0.0, -1, 1.5, 10**12, 10**400, float("nan"), float("inf"), "", "a", "model.layers.0", [], {}, [[]],
-    "\ud800", ["a"], {"a": 1}, "../../etc/passwd", "/dev/zero", "Trainer", "HfArgumentParser", "m.(a+)+b.0", "m.la(b.0",
+    ["a"], {"a": 1}, "../../etc/passwd", "/dev/zero", "Trainer", "HfArgumentParser", "m.(a+)+b.0", "m.la(b.0",
     "$\\frac{", "\x1b[2J", "<script>alert(1)</script>", "a`|b", "a\n## b", "x" * 5000, "٣", "..", "a..b", " ",
-    "__import__('os').system('touch PWNED')", "!!python/object/apply:os.system ['touch PWNED']",
+    "\ud800", "__import__('os').system('touch PWNED')", "!!python/object/apply:os.system ['touch PWNED']",
     "model.layers.999999999999999999999.mlp",
 ]
 # fmt: on

@@ -164,6 +164,8 @@ class ILAModel(LoraModel):
         # PEFT translates the names of older transformers for adapters of the type LORA only
         state_dict = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), state_dict, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if config.gate_mode == "hard" and not config.inference_mode:
+            _check_mask(model, adapter_name, state_dict)
         scores = [
             f"{name}.lora_gate.{adapter_name}.weight"
             for name, module in model.named_modules()
@@ -507,6 +509,30 @@ def _has_embeddings(model: Any) -> bool:
         return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
     except NotImplementedError:
         return False
+
+
+def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """
+    A trainer that resumes a run reads its weights and its optimiser's state, but not its mask. Where both runs start
+    from the same weights, another mask shows in them: a closed unit has moved, and a kept one has not.
+    """
+    same: dict[str, bool] = {}
+    for key, parameter in model.named_parameters():
+        path, _, part = key.partition(".lora_")
+        if key in state_dict and part and not part.startswith("gate"):
+            plain = type(parameter) is nn.Parameter and not parameter.is_meta
+            equal = plain and torch.equal(state_dict[key].to(parameter), parameter)
+            same[path] = same.get(path, True) and equal
+    layers: dict[str, Any] = dict(model.named_modules())
+    kept = {path for path in same if layers[path].gates[adapter_name].kept}
+    moved = [path for path in same if not same[path] and path not in kept]
+    unmoved = [path for path in same if same[path] and path in kept]
+    if moved and unmoved:
+        raise ValueError(
+            f"These weights are of a run with another mask: {moved[0]!r} was trained, which the mask of this model "
+            f"closes, and {unmoved[0]!r} was not, which it keeps. Resume with the `gate_mask` in the checkpoint's "
+            "`adapter_config.json`; to train them on with another mask, call `apply_mask` after loading."
+        )
 
 
 def _check_tokens(model: Any, indices: list[int] | dict[str, list[int]] | None) -> None:

@@ -143,3 +143,40 @@ def test_a_checkpoint_of_other_targets_is_not_resumed(tmp_path, tokenizer, dialo
     assert all(torch.equal(value, before[name]) for name, value in lora_weights(other.model).items())
     assert not train_or_resume(trainer("q_proj", tmp_path / "first", max_steps=2, resume_from_checkpoint=checkpoint))
     assert train_or_resume(trainer("q_proj", tmp_path / "first", max_steps=4, resume_from_checkpoint=checkpoint))
+
+
+@pytest.mark.support("Operations", "a masked run is resumed with its own mask only")
+def test_a_masked_run_is_not_resumed_with_another_mask(tmp_path, tokenizer, dialogues):
+    """Masks of one size: Adam's moments of one layer would be taken for those of another."""
+
+    def trainer(layer, **kwargs):
+        model = ila()
+        model.apply_mask([f"model.layers.{layer}"])
+        return plain_trainer(
+            tmp_path, tokenizer, dialogues, model=model, save_strategy="steps", save_steps=2, **kwargs
+        )
+
+    trainer(0, max_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    other = trainer(1, max_steps=4)
+    before = lora_weights(other.model)
+    message = r"another mask: '.*layers\.0.*' was trained, which the mask .* closes, and '.*layers\.1.*' was not"
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=checkpoint)
+    assert all(torch.equal(value, before[name]) for name, value in lora_weights(other.model).items())
+    own = trainer(0, max_steps=4)
+    own.train(resume_from_checkpoint=checkpoint)
+    whole = trainer(0, max_steps=4)
+    whole.train()
+    expected = lora_weights(whole.model)
+    assert all(torch.equal(value, expected[name]) for name, value in lora_weights(own.model).items())
+
+    # weights from elsewhere, and another mask on purpose
+    fresh = ila()
+    for name, parameter in fresh.named_parameters():
+        if ".lora_A." in name:
+            parameter.data.mul_(2)
+    fresh.apply_mask(["model.layers.1"])
+    fresh.load_adapter(checkpoint, "default", is_trainable=True)
+    loaded = PeftModel.from_pretrained(tiny_llama(), checkpoint, is_trainable=True)
+    loaded.apply_mask(["model.layers.1"])
