@@ -48,10 +48,10 @@ from peft_ila.workflows.data import load_dataset
 REFUSALS = (ValueError, OSError, TypeError)
 # fmt: off
 ODD = [
-    None, True, 0, -1, 1.5, 10**12, 10**400, float("nan"), float("inf"), "", "a", "model.layers.0", [], {}, [[]],
+    None, True, 0, -0.0, -1, 1.5, 10**12, 10**400, float("nan"), float("inf"), "", "a", "model.layers.0", [], {}, [[]],
     ["a"], {"a": 1}, "../../etc/passwd", "/dev/zero", "Trainer", "HfArgumentParser", "m.(a+)+b.0", "m.la(b.0",
     "$\\frac{", "\x1b[2J", "<script>alert(1)</script>", "a`|b", "a\n## b", "x" * 5000, "٣", "..", "a..b", " ",
-    "__import__('os').system('touch PWNED')", "!!python/object/apply:os.system ['touch PWNED']",
+    "\ud800", "__import__('os').system('touch PWNED')", "!!python/object/apply:os.system ['touch PWNED']",
     "model.layers.999999999999999999999.mlp",
 ]
 # fmt: on
@@ -114,7 +114,7 @@ class Fuzz:
         try:
             accepted = run(chance, work)
         except REFUSALS as error:
-            if not str(error) or len(str(error)) > 3000:
+            if len(str(error).splitlines()) != 1 or len(str(error)) > 3000:
                 raise Wrong(f"{kind} {seed}: no clear message: {str(error)[:200]!r}") from error
             accepted = False
         except Wrong as error:

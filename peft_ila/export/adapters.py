@@ -70,7 +70,7 @@ def read_config(directory: Path) -> Any:
             _check_kinds(content, get_type_hints(type(config)))
             _check_values(config)
     except Exception as error:  # whatever a value of a wrong kind makes PEFT do
-        raise ValueError(f"{path} is not a valid configuration: {str(error)[:300]}") from error
+        raise ValueError(f"{path} is not a valid configuration: {' '.join(str(error).split())[:300]}") from error
     return config
 
 
@@ -149,7 +149,7 @@ def _check_values(config: Any) -> None:
     }
     for option, (good, wanted) in expected.items():
         if not good:
-            raise ValueError(f"`{option}` must be {wanted}, got {str(getattr(config, option))[:80]}")
+            raise ValueError(f"`{option}` must be {wanted}, got {repr(getattr(config, option))[:80]}")
     for values in (getattr(config, "gated_parameters", None) or {}).items():
         for name in values:
             check_name(name)

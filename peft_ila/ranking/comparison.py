@@ -66,7 +66,7 @@ def membership(scores: Sequence[float], spread: Sequence[float], number: int) ->
     random = np.random.default_rng(0)
     counts = np.zeros(len(scores), dtype=int)
     for _ in range(_DRAWS // _AT_ONCE):
-        drawn = random.normal(scores, spread, size=(_AT_ONCE, len(scores)))
+        drawn = random.normal(scores, np.abs(spread), size=(_AT_ONCE, len(scores)))
         least = np.partition(drawn, -number, axis=1)[:, -number, None]
         above, equal = drawn > least, drawn == least
         room = number - above.sum(axis=1, keepdims=True)

@@ -281,8 +281,10 @@ class LayerImportance:
         head = {"format": _FORMAT, "version": _VERSION, "metadata": self.metadata, "lookalikes": self.lookalikes}
         lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
         units = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
+        text = "{\n" + "\n".join(lines) + '\n "units": [\n' + units + "\n ]\n}\n"
         with whole_file(path) as temporary:
-            temporary.write_text("{\n" + "\n".join(lines) + '\n "units": [\n' + units + "\n ]\n}\n", encoding="utf-8")
+            # half a character, as in a path that is not UTF-8, is written as JSON's escape for it
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerImportance":
@@ -306,7 +308,7 @@ class LayerImportance:
         version = content.get("version")
         if type(version) is not int or version != _VERSION:
             raise ValueError(
-                f"{path} has version {str(version)[:40]} of the file format, but this peft-ila reads version "
+                f"{path} has version {repr(version)[:40]} of the file format, but this peft-ila reads version "
                 f"{_VERSION}; upgrade peft-ila."
             )
         try:

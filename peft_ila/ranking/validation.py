@@ -54,6 +54,8 @@ def check_metadata(metadata: Any) -> None:
             raise TypeError(f"`metadata[{key!r}]` must be a string, got a {type(metadata[key]).__name__}.")
         if len(metadata.get(key) or "") > _LONGEST:
             raise ValueError(f"`metadata[{key!r}]` has {len(metadata[key])} characters, more than {_LONGEST}.")
+        if key != "model" and not (metadata.get(key) or "").isprintable():  # a path may hold anything
+            raise ValueError(f"`metadata[{key!r}]` must be a name, got {metadata[key][:40]!r}.")
 
 
 def is_integer(value: Any) -> TypeGuard[int]:
@@ -86,7 +88,7 @@ def _check_numbers(units: Sequence[str], scores: Sequence[Any], spread: Sequence
     for unit, score in zip(units, scores):
         if not _finite(score):
             raise ValueError(
-                f"The score of {unit!r} is {str(score)[:40]}; scores must be finite numbers. Did training diverge?"
+                f"The score of {unit!r} is {repr(score)[:40]}; scores must be finite numbers. Did training diverge?"
             )
     if spread and (len(spread) != len(units) or not all(_finite(error) and error >= 0 for error in spread)):
         raise ValueError(f"`spread` must hold one finite number of at least 0 for each of {len(units)} units.")
@@ -114,4 +116,4 @@ def _check_modules(
         if name not in unit_of_module:
             raise ValueError(f"`parameters` names {str(name)[:80]!r}, which belongs to no unit.")
         if not _finite(multiple) or multiple <= 0:
-            raise ValueError(f"`parameters` must hold a number above 0 for {name!r}, got {str(multiple)[:40]}.")
+            raise ValueError(f"`parameters` must hold a number above 0 for {name!r}, got {repr(multiple)[:40]}.")

@@ -81,10 +81,10 @@ def learn_gates(
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range, the adapter is masked or merged, it was trained where the method wants
-            a fresh one or the other way round, the deltas do not lower the loss (all of them, or a small part of
-            all), a gradient is not finite, the data end too soon, or the trainer runs under DeepSpeed, FSDP1, or
-            FSDP2 with an adapter in half precision.
+        ValueError: A setting is out of range, the adapter is masked, disabled or merged, it was trained where the
+            method wants a fresh one or the other way round, the deltas do not lower the loss (all of them, or a small
+            part of all), a gradient is not finite, the data end too soon, or the trainer runs under DeepSpeed, FSDP1,
+            or FSDP2 with an adapter in half precision.
     """
     check_settings(steps, min_agreement, loss_batches, seed, method, initial_score, learning_rate, budget)
     ila = rankable(trainer)
@@ -224,8 +224,8 @@ def rankable(trainer: Trainer) -> ILAModel:
 
     Raises:
         TypeError: It is not an ILA model.
-        ValueError: The adapter is masked or merged, there are several, or the trainer runs under an engine that
-            [`learn_gates`] refuses.
+        ValueError: The adapter is masked, disabled or merged, there are several, or the trainer runs under an engine
+            that [`learn_gates`] refuses.
     """
     check_engine(trainer.accelerator)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -240,5 +240,7 @@ def rankable(trainer: Trainer) -> ILAModel:
     (name,) = ila.active_adapters
     if ila.peft_config[name].gate_mode == "hard":
         raise ValueError('The adapter is masked (mode "hard"); call `set_gate_mode("open")` to rank all its units.')
+    if model.get_model_status().enabled is not True:
+        raise ValueError("The adapter is disabled; call `enable_adapter_layers()` on the model to rank its units.")
     ila.check_unmerged(name)
     return ila

@@ -110,14 +110,11 @@ class Measurement:
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
-        weights = [weight for *_, weight in self._ila.zero_initialised_factors()]
-        for weight in weights:
-            weight.requires_grad_(True)
+        self._ila.train_zero_factors(True)
         try:
             return self._finite(self._take_norms, step, "open", False)
         finally:
-            for weight in weights:
-                weight.requires_grad_(False)
+            self._ila.train_zero_factors(False)
 
     def slope(
         self, step: Step, weights: Sequence[torch.nn.Parameter], contract: Callable[[], torch.Tensor]

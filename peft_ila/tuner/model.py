@@ -1,6 +1,7 @@
 """ILAModel: injection, modes, masks and scores of gated LoRA."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast, get_args
@@ -12,7 +13,10 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 
 from ..choices import Ranks
@@ -59,6 +63,7 @@ class ILAModel(LoraModel):
     """
 
     peft_config: dict[str, Any]
+    _trains_zero_factors = False
 
     # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: by the prefix `lora_`, PEFT and transformers
     # save, load and merge the scores with the LoRA weights.
@@ -120,6 +125,7 @@ class ILAModel(LoraModel):
             setattr(config, option, getattr(lora, option))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_tokens(model, self.peft_config[adapter_name].trainable_token_indices)
         self._target_experts(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._settle(adapter_name)
@@ -174,7 +180,11 @@ class ILAModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # PEFT translates the names of older transformers for adapters of the type LORA only
+        state_dict = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), state_dict, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if config.gate_mode == "hard" and not config.inference_mode:
+            _check_mask(model, adapter_name, state_dict)
         scores = [
             f"{name}.lora_gate.{adapter_name}.weight"
             for name, module in model.named_modules()
@@ -290,6 +300,14 @@ class ILAModel(LoraModel):
         for parameter in self.model.parameters():
             if id(parameter) not in scores:
                 parameter.requires_grad_(False)
+        if self._trains_zero_factors:
+            self.train_zero_factors(True)
+
+    def train_zero_factors(self, train: bool) -> None:
+        """In mode "soft", let the [`zero_initialised_factors`] train too, also after a loss has switched adapters."""
+        self._trains_zero_factors = train
+        for *_, weight in self.zero_initialised_factors():
+            weight.requires_grad_(train)
 
     def train(self, mode: bool = True) -> "ILAModel":
         super().train(mode)
@@ -530,6 +548,43 @@ def _has_embeddings(model: Any) -> bool:
         return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
     except NotImplementedError:
         return False
+
+
+def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """
+    A trainer that resumes a run reads its weights and its optimiser's state, but not its mask. Where both runs start
+    from the same weights, another mask shows in them: a closed unit has moved, and a kept one has not.
+    """
+    same: dict[str, bool] = {}
+    for key, parameter in model.named_parameters():
+        path, _, part = key.partition(".lora_")
+        if key in state_dict and part and not part.startswith("gate"):
+            plain = type(parameter) is nn.Parameter and not parameter.is_meta
+            equal = plain and torch.equal(state_dict[key].to(parameter), parameter)
+            same[path] = same.get(path, True) and equal
+    layers: dict[str, Any] = dict(model.named_modules())
+    kept = {path for path in same if layers[path].gates[adapter_name].kept}
+    moved = [path for path in same if not same[path] and path not in kept]
+    unmoved = [path for path in same if same[path] and path in kept]
+    if moved and unmoved:
+        raise ValueError(
+            f"These weights are of a run with another mask: {moved[0]!r} was trained, which the mask of this model "
+            f"closes, and {unmoved[0]!r} was not, which it keeps. Resume with the `gate_mask` in the checkpoint's "
+            "`adapter_config.json`; to train them on with another mask, call `apply_mask` after loading."
+        )
+
+
+def _check_tokens(model: Any, indices: list[int] | dict[str, list[int]] | None) -> None:
+    """PEFT only looks the rows up, which on a GPU fails later and elsewhere."""
+    tokens = [token for own in indices.values() for token in own] if isinstance(indices, dict) else indices
+    if tokens and _has_embeddings(model):
+        parts = model.get_input_embeddings().modules()  # another adapter may have wrapped them
+        known = next((part.num_embeddings for part in parts if hasattr(part, "num_embeddings")), math.inf)
+        if max(tokens) >= known:
+            raise ValueError(
+                f"`trainable_token_indices` names the token {max(tokens)}, but the model has {known} tokens. Pass the "
+                "model whose vocabulary the adapter was made for, or resize its embeddings first."
+            )
 
 
 def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:

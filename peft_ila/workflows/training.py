@@ -1,11 +1,14 @@
 """Training with any trainer, and what can go wrong meanwhile as errors of one kind. Changes with transformers."""
 
 import pickle
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
 
@@ -20,6 +23,8 @@ def train(trainer: Any, checkpoint: str | None) -> None:
         OSError: A file could not be written, as on a full disk.
         ValueError: The checkpoint is damaged, nothing was trained, or a weight is not finite at the end.
     """
+    if checkpoint:
+        _check_checkpoint(trainer, Path(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (pickle.UnpicklingError, EOFError) as error:
@@ -53,10 +58,39 @@ def load_adapter(trainer: Any, directory: Path) -> None:
     read_adapter(directory)  # PEFT checks little of it
     try:
         # by an absolute path, which PEFT cannot take for the name of a repository
-        trainer.model.load_adapter(str(directory.resolve()), trainer.model.active_adapter, is_trainable=True)
+        loaded = trainer.model.load_adapter(str(directory.resolve()), trainer.model.active_adapter, is_trainable=True)
     except RuntimeError as error:  # of tensors of other sizes
         base = trainer.model.active_peft_config.base_model_name_or_path
         raise ValueError(f"The adapter {directory} does not fit {base}: {error}") from error
+    except KeyError as error:  # of `modules_to_save`
+        raise ValueError(f"The adapter {directory} lacks the weight {error}.") from error
+    _check_keys(trainer, directory, loaded.missing_keys, loaded.unexpected_keys)
+
+
+def _check_checkpoint(trainer: Any, directory: Path) -> None:
+    """The trainer drops the missing and unexpected keys that PEFT returns."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel) or not (directory / SAFETENSORS_WEIGHTS_NAME).exists():  # FSDP2 shards it
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # under ZeRO-3 each process holds a part of the weights
+        own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    saved = read_adapter(directory)[1]
+    _check_keys(trainer, directory, own.keys() - saved.keys(), {k for k in saved if ".lora_" in k} - own.keys())
+
+
+def _check_keys(trainer: Any, directory: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    base = trainer.accelerator.unwrap_model(trainer.model).active_peft_config.base_model_name_or_path
+    found = [
+        f"{len(keys)} weights are {what}, such as {min(keys)!r}"
+        for keys, what in ((missing, "missing in the file"), (unexpected, "unknown to the model"))
+        if keys
+    ]
+    if found:
+        raise ValueError(
+            f"The adapter {directory} does not fit {base}: {'; '.join(found)}. Load it into the model that it was "
+            "trained on."
+        )
 
 
 def load_trained(trainer: Any, directory: Path) -> None:

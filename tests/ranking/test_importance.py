@@ -234,7 +234,10 @@ GOOD = {
         (lambda c: c["units"][0].update(unit="a\x1b[2J", modules=["a\x1b[2J"]), "cannot be the name of a module"),
         (lambda c: c["units"][0].update(unit="a..b", modules=["a..b"]), "cannot be the name of a module"),
         (lambda c: c["units"][0].update(score=True), "score of 'm.0' is True"),
-        (lambda c: c["units"][0].update(score="1"), "score of 'm.0' is 1"),
+        (lambda c: c["units"][0].update(score="1"), "score of 'm.0' is '1'"),
+        (lambda c: c["units"][0].update(score="a\nb"), r"score of 'm.0' is 'a\\nb'"),
+        (lambda c: c.update(version="a\nb"), r"has version 'a\\nb'"),
+        (lambda c: c.update(metadata={"task_type": "a\nb"}), r"`metadata\['task_type'\]` must be a name, got 'a\\nb'"),
         (lambda c: c["units"][0].update(score=10**400), "scores must be finite numbers"),
         (lambda c: c["units"][0].update(spread=-1), "`spread` must hold one finite number"),
         (lambda c: c["units"][0].pop("spread"), "KeyError: 'spread'"),
@@ -250,8 +253,22 @@ def test_odd_files(tmp_path, change, message):
     assert LayerImportance.load(tmp_path / "importance.json").scores == [1.0, 2.0]
     change(content)
     (tmp_path / "importance.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         LayerImportance.load(tmp_path / "importance.json")
+    assert str(error.value).isprintable()
+
+
+def test_half_a_character_in_metadata(tmp_path):
+    """As in a path that is not UTF-8."""
+    path = tmp_path / "importance.json"
+    path.write_text(json.dumps({**GOOD, "metadata": {"model": "a\udcff", "\ud800": ["\udfff", "ä"]}}))
+    importance = LayerImportance.load(path)
+    importance.save(path)
+    assert "ä" in path.read_text(encoding="utf-8") and LayerImportance.load(path) == importance
+
+
+def test_a_spread_of_minus_0():
+    assert LayerImportance(["a", "b"], [0.0, 1.0], spread=[-0.0, 0.1]).probability(top_k=1) == {"a": 0.0, "b": 1.0}
 
 
 @pytest.mark.parametrize("unit", ["m.(a+)+b", "m.la(b", "m.a|b", "m.[", "m.a*"])

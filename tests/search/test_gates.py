@@ -553,6 +553,16 @@ def test_an_adapter_that_does_not_lower_the_loss_has_nothing_to_rank(tmp_path, t
         learn_gates(plain_trainer(tmp_path, tokenizer, dialogues, model=model))
 
 
+@pytest.mark.parametrize("method", ["attribution", "descent", "untrained"])
+def test_a_disabled_adapter_is_refused(tmp_path, tokenizer, dialogues, method):
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=ila(init_lora_weights=method == "untrained"))
+    with (
+        trainer.model.disable_adapter(),
+        pytest.raises(ValueError, match=r"disabled; call `enable_adapter_layers\(\)`"),
+    ):
+        learn_gates(trainer, method=method)
+
+
 def test_a_masked_or_foreign_model_is_refused(tmp_path, tokenizer, dialogues):
     trainer = plain_trainer(tmp_path, tokenizer, dialogues)
     trainer.model.apply_mask(["model.layers.0"])

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trainers import ila, lora_weights, options, plain_trainer, sft_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from peft_ila import ILAConfig, LayerImportance, learn_gates
 from peft_ila.units import unit_of
@@ -52,6 +52,45 @@ def test_the_scores_are_norms_of_plain_loras_gradients(tmp_path, tokenizer, dial
     torch.testing.assert_close(torch.tensor(importance.scores), mean / mean.mean() - 1, rtol=1e-4, atol=1e-5)
     facts = importance.metadata["learn_gates"]
     assert facts["method"] == "untrained" and facts["loss_closed"] == facts["loss_open"] > 0
+
+
+BAD = [{"role": "assistant", "content": "w1 w2 w1 w2"}]
+GROUPS = {"num_generations": 4, "max_completion_length": 8}
+ALIKE = {"precompute_ref_log_probs": True}
+# a trainer whose loss runs the model without the adapter, or with a copy of it; what its data have beside prompts;
+# and options by which it does not, of the same loss: the reference is the fresh model, where KL's gradient is 0
+REFERENCES = {
+    "DPO": (DPOTrainer, DPOConfig, lambda row, i: {"chosen": row["completion"], "rejected": BAD}, {}, ALIKE),
+    "KTO": (KTOTrainer, KTOConfig, lambda row, i: {"completion": row["completion"], "label": i % 2 == 0}, {}, ALIKE),
+    "GRPO": (GRPOTrainer, GRPOConfig, lambda row, i: {}, {**GROUPS, "beta": 0.1}, {**GROUPS, "beta": 0.0}),
+}
+
+
+@pytest.mark.support("Trainers", "a ranking before any training on TRL's DPO, KTO and GRPO losses")
+@pytest.mark.parametrize("copied", [True, False])  # TRL copies the adapter of a model that has one already
+@pytest.mark.parametrize("name", REFERENCES)
+def test_losses_with_a_reference(tmp_path, tokenizer, dialogues, name, copied):
+    make, config, columns, *both = REFERENCES[name]
+    data = Dataset.from_list([{"prompt": row["prompt"], **columns(row, i)} for i, row in enumerate(dialogues)])
+    extra = (
+        {"reward_funcs": lambda completions, **_: [len(str(c)) % 7.0 for c in completions]} if name == "GRPO" else {}
+    )
+    found = []
+    for own in both:
+        model = ila() if copied else tiny_llama()
+        torch.manual_seed(1)
+        trainer = make(
+            model=model,
+            args=config(**{"bf16": False, **options(tmp_path, **own)}),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=None if copied else ILAConfig(r=4, target_modules="all-linear", gate_mode="open"),
+            **extra,
+        )
+        trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        found.append(learn_gates(trainer, steps=4, method="untrained").scores)
+        assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == trainable
+    assert found[0] == found[1] and len(set(found[0])) == 3
 
 
 def test_embeddings_move_by_their_other_factor(tmp_path, tokenizer, dialogues):
