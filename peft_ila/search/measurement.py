@@ -110,11 +110,7 @@ class Measurement:
         Raises:
             ValueError: A gradient is NaN or infinite.
         """
-        self._ila.train_zero_factors(True)
-        try:
-            return self._finite(self._take_norms, step, "open", False)
-        finally:
-            self._ila.train_zero_factors(False)
+        return self._open([weight for *_, weight in self._ila.zero_initialised_factors()], self._take_norms, step)
 
     def slope(
         self, step: Step, weights: Sequence[torch.nn.Parameter], contract: Callable[[], torch.Tensor]
@@ -137,13 +133,17 @@ class Measurement:
                 weight.grad = None
             return self._trainer.accelerator.reduce(taken.to(self._trainer.accelerator.device), "mean").cpu()
 
-        for weight in weights:
-            weight.requires_grad_(True)
+        return self._open(weights, take, step)
+
+    def _open(
+        self, weights: Iterable[torch.nn.Parameter], take: Callable[[], torch.Tensor], step: Step
+    ) -> tuple[torch.Tensor, float]:
+        """What `take` makes of the gradients of the weights, with all gates open, and the loss."""
+        self._ila.train_beside_scores(weights)
         try:
             return self._finite(take, step, "open", False)
         finally:
-            for weight in weights:
-                weight.requires_grad_(False)
+            self._ila.train_beside_scores(())
 
     def _finite(
         self, take: Callable[[], torch.Tensor], step: Step, mode: GateMode, probed: bool

@@ -63,7 +63,7 @@ class ILAModel(LoraModel):
     """
 
     peft_config: dict[str, Any]
-    _trains_zero_factors = False
+    _beside_scores: tuple[nn.Parameter, ...] = ()
 
     # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: by the prefix `lora_`, PEFT and transformers
     # save, load and merge the scores with the LoRA weights.
@@ -300,14 +300,16 @@ class ILAModel(LoraModel):
         for parameter in self.model.parameters():
             if id(parameter) not in scores:
                 parameter.requires_grad_(False)
-        if self._trains_zero_factors:
-            self.train_zero_factors(True)
+        for weight in self._beside_scores:
+            weight.requires_grad_(True)
 
-    def train_zero_factors(self, train: bool) -> None:
-        """In mode "soft", let the [`zero_initialised_factors`] train too, also after a loss has switched adapters."""
-        self._trains_zero_factors = train
-        for *_, weight in self.zero_initialised_factors():
-            weight.requires_grad_(train)
+    def train_beside_scores(self, weights: Iterable[nn.Parameter]) -> None:
+        """Let only these weights train beside the scores of mode "soft", also after a loss has switched adapters."""
+        for weight in self._beside_scores:
+            weight.requires_grad_(False)
+        self._beside_scores = tuple(weights)
+        for weight in self._beside_scores:
+            weight.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "ILAModel":
         super().train(mode)
@@ -409,7 +411,7 @@ class ILAModel(LoraModel):
             },
         )
 
-    def zero_initialised_factors(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, torch.Tensor]]:
+    def zero_initialised_factors(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, nn.Parameter]]:
         """
         The unit, the scaling α/r and the factor of each LoRA layer that is 0 before training: B, of embeddings A.
 

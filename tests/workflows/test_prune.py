@@ -29,7 +29,14 @@ def trained(tmp_path_factory, tokenizer, dialogues):
 
 def trainer_on(trained, tmp_path, tokenizer, dialogues, make=sft_trainer, held_out=True, **kwargs):
     model = ILAModel.from_lora(PeftModel.from_pretrained(tiny_llama(), trained, is_trainable=True), **kwargs)
-    trainer = make(tmp_path / "run", tokenizer, dialogues[:40], model=model, per_device_eval_batch_size=1)
+    trainer = make(
+        tmp_path / "run",
+        tokenizer,
+        dialogues[:40],
+        model=model,
+        per_device_eval_batch_size=1,
+        gradient_checkpointing=False,
+    )
     trainer.eval_dataset = (
         make(tmp_path / "run", tokenizer, dialogues[40:], model=model).train_dataset if held_out else None
     )
