@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from ..choices import RecipeFormat
 from ..files import whole_file
+from .freezing import freeze
 from .lora import Targets, to_lora_config
 from .skeleton import meta_skeleton
 
@@ -81,13 +82,14 @@ def write_recipe(settings: dict[str, Any], path: str | os.PathLike[str]) -> None
 
 
 def _unfrozen(targets: Targets, selected: Sequence[str], model: nn.Module | PretrainedConfig | None) -> list[str]:
-    """Patterns of all parameters but those of the other units, as [`freeze_unselected`] leaves them trainable."""
+    """Patterns of the parameters that [`freeze_unselected`] leaves trainable."""
     if model is None:
-        raise ValueError("Full fine-tuning needs `model`: all parameters outside the ranked units are named too.")
-    units = list(targets.modules)
-    skeleton = meta_skeleton(model, targets.of(units))
-    inside = tuple(f"{unit}." for unit in units)
-    names = [name for name, _ in skeleton.named_parameters() if not name.startswith(inside) and name not in units]
+        raise ValueError("Full fine-tuning needs `model`, which tells what the weights of the selected units are.")
+    skeleton = meta_skeleton(model, targets.of(list(targets.modules)))
+    frozen = set(freeze(skeleton, selected, all_but=True))
+    inside = tuple(f"{unit}." for unit in selected)
     # axolotl reads a dot as a literal dot
-    patterns = [f"^{unit}$" if unit in targets.parameters else f"^{unit}." for unit in units if unit in selected]
-    return patterns + [f"^{name}$" for name in names]
+    patterns = [f"^{unit}$" if unit in targets.parameters else f"^{unit}." for unit in selected]
+    # weights of selected units that have the name of a tied module
+    names = [name for name, _ in skeleton.named_parameters() if name not in frozen and not name.startswith(inside)]
+    return patterns + [f"^{name}$" for name in names if name not in selected]

@@ -104,8 +104,8 @@ class LayerImportance:
                 These units, such as those that fit into a memory budget, see [`~workflows.budget.select_within`].
 
         Raises:
-            ValueError: Not exactly one of the four, one out of range, units of another ranking, or no unit that is
-                left.
+            ValueError: Not exactly one of the four, one out of range, units of another ranking, no unit that is
+                left, or a part of the units where all scores are equal, as before any search.
         """
         if sum(value is not None for value in (top_p, top_k, threshold, units)) != 1:
             listed = None if units is None else f"{len(units)} units"
@@ -133,6 +133,12 @@ class LayerImportance:
             selected = [unit for unit in selected if probability[unit] >= min_probability]
             if not selected:
                 raise ValueError(f"No unit is selected with a probability of at least {min_probability}.")
+        if len(selected) < len(self.units) and len(set(self.scores)) == 1:
+            raise ValueError(
+                f"All {len(self.units)} units have the same score, {self.scores[0]}, so the ranking cannot tell "
+                f"{len(selected)} of them from the rest. Rank them first, such as by `learn_gates(trainer)`, select "
+                "all by `top_p=1.0`, or name some by `units`."
+            )
         return selected
 
     def _listed(self, units: Sequence[str]) -> list[str]:
@@ -472,16 +478,16 @@ class LayerImportance:
         threshold: float | None = None,
         min_probability: float | None = None,
         units: Sequence[str] | None = None,
-        outside: bool = False,
+        outside: bool = True,
     ) -> list[str]:
         """
-        Freeze the units that are not selected, for full fine-tuning. What belongs to no unit stays as it is, unless
-        `outside` freezes it too.
+        Freeze all but the selected units, for full fine-tuning, as `peft-ila tune --full` does.
 
         Args:
             model (`torch.nn.Module`): The plain model that was ranked, without adapters.
             top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
             outside (`bool`): Whether to freeze what belongs to no unit too, such as embeddings, norms and the head.
+                With `False`, these train along if they did before.
 
         Returns:
             `list[str]`: The names of the frozen parameters.

@@ -21,7 +21,6 @@ _UNSUPPORTED = {
     "monteclora_config": "its forward pass bypasses the gate",
     "arrow_config": "its forward pass bypasses the gate",
     "alora_invocation_tokens": "its forward pass bypasses the gate",
-    "ensure_weight_tying": "tied adapters share their weights but would get separate gates",
     "megatron_config": "the gate was not tested with Megatron's parallel layers",
 }
 # Initialisations that subtract an ungated B·A from the base weight, bypass the gate (MiCA), or remove layers (EVA).
@@ -36,8 +35,8 @@ class ILAConfig(LoraConfig):
 
     Every option of [`~peft.LoraConfig`] is accepted except those that would bypass the gate, which raise a
     `ValueError` here: `layer_replication`, `lora_bias`, KaSA, BD-LoRA, QA-LoRA, VeLoRA,
-    MonteCLoRA, Arrow, aLoRA, Megatron, `ensure_weight_tying`, and the initialisations PiSSA, OLoRA, CorDA, LoftQ,
-    LoRA-GA, MiCA and EVA.
+    MonteCLoRA, Arrow, aLoRA, Megatron, and the initialisations PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA and EVA.
+    `ensure_weight_tying` is refused when an adapter would be tied, by the model.
 
     Args:
         granularity (`str`):

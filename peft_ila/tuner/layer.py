@@ -36,7 +36,7 @@ class Gate(nn.Module):
 
     def __init__(self, score: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((1,), float(score)))
+        self.weight = nn.Parameter(torch.full((1,), float(score)), requires_grad=False)  # PEFT sets what trains
         self.mode: GateMode = "joint"
         self.kept = True
         self.probed = False
@@ -58,9 +58,21 @@ class Gate(nn.Module):
         """Whether γ is 1 exactly."""
         return self.mode == "open" or (self.mode == "hard" and self.kept)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the score trains."""
+        return self.mode in ("joint", "soft")
+
     def pre_forward_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Gate the input of `lora_B`. A bound method, so that copies and pickles keep gate and layer together."""
         return None if self.is_open else (self(args[0]), *args[1:])
+
+
+class _Gates(nn.ModuleDict):
+    """A layer's `lora_gate`. PEFT is shown only the gates that train: it calls a partly frozen adapter irregular."""
+
+    def items(self) -> Any:
+        return [(name, gate) for name, gate in super().items() if gate.trains]
 
 
 class _GatedModuleDict(nn.ModuleDict):
@@ -99,6 +111,13 @@ def is_gated(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer) and hasattr(module, "gates")
 
 
+def forget(layer: Any, adapter_name: str) -> None:
+    """Delete an adapter from a LoRA layer that is to get a new one of this name: what is active stays."""
+    active, layer._active_adapter = layer._active_adapter, []
+    layer.delete_adapter(adapter_name)
+    layer._active_adapter = active
+
+
 def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
     """Gate an adapter that `update_layer` has just created.
 
@@ -111,7 +130,7 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
     """
     if not is_gated(layer):
         layer.__class__ = _gated_class(layer.__class__)
-        layer.lora_gate = nn.ModuleDict()
+        layer.lora_gate = _Gates()
         layer.gates = {}
         layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         layer.other_param_names = (*layer.other_param_names, "gates")
@@ -134,9 +153,8 @@ def freeze_by_mode(layer: Any, adapter_name: str) -> None:
     """Tell PEFT which of the adapter's weights its gate's mode freezes, whatever activates it later."""
     gate = layer.gates[adapter_name]
     trains_lora = gate.mode == "joint" or gate.is_open
-    trains_score = gate.mode in ("joint", "soft")
     frozen = tuple(
-        name for name in layer.adapter_layer_names if not (trains_score if name == "lora_gate" else trains_lora)
+        name for name in layer.adapter_layer_names if not (gate.trains if name == "lora_gate" else trains_lora)
     )
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: frozen}
 
@@ -274,9 +292,19 @@ class _GatedVariant:
 def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
     # A single base: only then can an instance of `base` be turned into one of the subclass.
     class Gated(base):  # type: ignore[valid-type, misc]
+        def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+            if adapter_name in self.gates:  # PEFT adapts a base model again without deleting what is there
+                forget(self, adapter_name)
+            super().update_layer(adapter_name, *args, **kwargs)
+
+        def delete_adapter(self, adapter_name: str) -> None:
+            super().delete_adapter(adapter_name)
+            self.lora_B.ila_gates.pop(adapter_name, None)
+
         def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> torch.Tensor:
             delta = super().get_delta_weight(adapter, *args, **kwargs)
-            return delta if adapter in self.lora_variant else self.gates[adapter](delta)
+            gated = adapter in self.gates and adapter not in self.lora_variant
+            return self.gates[adapter](delta) if gated else delta
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name

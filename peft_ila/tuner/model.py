@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
 import peft
@@ -12,6 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -27,7 +28,13 @@ from ..ranking.importance import LayerImportance
 from ..units import unit_of
 from ..version import __version__
 from .config import GateMode, ILAConfig
-from .layer import Gate, add_gate, freeze_by_mode, is_gated, target_name
+from .layer import Gate, add_gate, forget, freeze_by_mode, is_gated, target_name
+
+_TIED = (
+    "ILA does not support `ensure_weight_tying` for embeddings and a head that adapters target: tied adapters share "
+    "their weights but would get separate gates. Leave both out of `target_modules`, or leave out "
+    "`ensure_weight_tying`."
+)
 
 
 class Factors(NamedTuple):
@@ -104,6 +111,9 @@ class ILAModel(LoraModel):
                 return module.gates[adapter_name]
         return None
 
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ValueError(_TIED)
+
     # PEFT makes the next three checks for adapters of the type LORA only.
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -127,6 +137,10 @@ class ILAModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_tokens(model, self.peft_config[adapter_name].trainable_token_indices)
         self._target_experts(model, adapter_name)
+        self.check_unmerged(adapter_name)
+        for module in model.modules():  # `get_peft_model` may be called again on a base model
+            if isinstance(module, LoraLayer) and adapter_name in module.r:
+                forget(module, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._settle(adapter_name)
 
@@ -158,6 +172,8 @@ class ILAModel(LoraModel):
         tuner: Any = model.base_model
         if type(tuner) is not LoraModel:
             raise TypeError(f"Only a model with LoRA adapters can be gated, got one with a {type(tuner).__name__}.")
+        if any(getattr(config, "target_modules_to_tie", None) for config in tuner.peft_config.values()):
+            raise ValueError(_TIED)
         configs = {
             name: ILAConfig.from_lora(cast(LoraConfig, config), **{"gate_mode": "open", **gate_options})
             for name, config in tuner.peft_config.items()
@@ -286,6 +302,17 @@ class ILAModel(LoraModel):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
+        self._freeze_beside_scores()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        soft = [name for name, config in self.peft_config.items() if config.gate_mode == "soft"]
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):  # `modules_to_save`, token indices
+                module.set_requires_grad(soft, requires_grad=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
         self._freeze_beside_scores()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -522,14 +549,18 @@ class ILAModel(LoraModel):
         """
         if adapter_name in self.peft_config:
             return
-        saved = []
-        for name in adapters:
-            saved += [(layer, name, _lora_b(layer, name).detach().clone()) for *_, layer in self._gated_layers(name)]
-            self._multiply_gates_into_b(name)
+        names = [own for name in dict.fromkeys(adapters) for own in self._adapter_names(name)]
+        layers = [(layer, name) for name in names for *_, layer in self._gated_layers(name)]
+        before = [(layer.gates[name].mode, _lora_b(layer, name).detach().clone()) for layer, name in layers]
         try:
+            for name in names:
+                self._multiply_gates_into_b(name)
+            for layer, name in layers:
+                layer.gates[name].mode = "open"  # PEFT combines some by B, others by the weight delta, which is gated
             super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
         finally:
-            for layer, name, weight in saved:
+            for (layer, name), (mode, weight) in zip(layers, before):
+                layer.gates[name].mode = mode
                 _lora_b(layer, name).data.copy_(weight)
         self.set_gate_mode("open", adapter_name)
 

@@ -1,13 +1,26 @@
-"""Registers ILA with PEFT, in memory. The only place that touches PEFT's type enum and tables."""
+"""Registers ILA with PEFT, in memory. The only place that touches PEFT's type enum, tables and LoRA-FA."""
 
 from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers import lorafa
 from peft.utils import register_peft_method
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 _NAME = "ILA"
+
+
+class LoraFAOptimizer(lorafa.LoraFAOptimizer):
+    """
+    PEFT's optimizer, as `create_lorafa_optimizer` makes it. It reads the parameters with "lora" in their names as
+    pairs of A and B, so the scores get other names here. It trains them by AdamW, like everything that is not LoRA.
+    """
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        for group in params:
+            group["names"] = [name.replace(".lora_gate.", ".gate.") for name in group["names"]]
+        super().__init__(params, **kwargs)
 
 
 def add_peft_type() -> None:
@@ -53,3 +66,4 @@ def register(config_cls: type, model_cls: type) -> None:
         "gate_mode",
         "gate_mask",
     ]
+    lorafa.LoraFAOptimizer = LoraFAOptimizer  # type: ignore[assignment, misc]

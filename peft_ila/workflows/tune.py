@@ -100,7 +100,7 @@ def _check_full(model_args: Any, tune_args: TuneArguments, directory: Path) -> N
 
 
 def _freeze(trainer: Any, importance: LayerImportance, units: list[str]) -> None:
-    importance.freeze_unselected(trainer.model, units=units, outside=True)
+    importance.freeze_unselected(trainer.model, units=units)
     if trainer.args.gradient_checkpointing:
         # as TRL does for adapters: reentrant checkpointing needs it below what trains, `FrozenPrefix` spares the other
         trainer.model.enable_input_require_grads()

@@ -66,15 +66,17 @@ def test_axolotl_lora(granularity, model, tmp_path):
 
 @pytest.mark.support("Other programs", "axolotl, full fine-tuning")
 @pytest.mark.parametrize("granularity", ["layer", "module"])
-def test_axolotl_full_fine_tuning(granularity, tmp_path):
-    importance, selected, _ = selection(granularity)
-    settings = written(recipe(importance, selected, "axolotl-full", build("llama").config), tmp_path)
-    parsed = axolotl_config(settings)
+@pytest.mark.parametrize("tie", [False, True])
+def test_axolotl_full_fine_tuning(granularity, tie, tmp_path):
+    pytest.importorskip("axolotl")
     from axolotl.utils.freeze import freeze_layers_except
 
-    ours, theirs = build("llama"), build("llama")
-    importance.freeze_unselected(ours, top_p=0.3)
-    freeze_layers_except(theirs, parsed.unfrozen_parameters)
+    ours, theirs = (tiny_llama(tie_word_embeddings=tie) for _ in range(2))
+    importance = ranked(tiny_llama(tie_word_embeddings=tie), granularity, target_modules=["q_proj", "lm_head"])
+    selected = [importance.units[0], "lm_head"]
+    settings = written(recipe(importance, selected, "axolotl-full", ours.config), tmp_path)
+    importance.freeze_unselected(ours, units=selected)
+    freeze_layers_except(theirs, axolotl_config(settings).unfrozen_parameters)
     assert [p.requires_grad for p in theirs.parameters()] == [p.requires_grad for p in ours.parameters()]
     assert not all(p.requires_grad for p in ours.parameters())
 

@@ -313,6 +313,26 @@ def test_two_adapters():
     torch.testing.assert_close(outputs(model), both, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("how", ["deleted", "adapted again"])
+def test_a_name_used_again_starts_anew(tmp_path, how, granularity):
+    model = gated("mixtral", "module", "soft", gate_init=-2.0)
+    config = ILAConfig(**options("mixtral"), granularity=granularity, gate_mode="soft", gate_init=-1.0)
+    if how == "deleted":
+        model.delete_adapter("default")
+        model.add_adapter("default", config)
+        model.set_adapter("default")
+    else:
+        model = get_peft_model(model.get_base_model(), config)
+    fresh = gated("mixtral", granularity, "soft")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(model.eval()), outputs(fresh))
+    assert len(set(map(id, model.gates().values()))) == len(fresh.gates())
+    model.to_lora(tmp_path)
+    plain = PeftModel.from_pretrained(build("mixtral"), tmp_path).eval()
+    torch.testing.assert_close(outputs(plain), outputs(model), rtol=1e-4, atol=1e-5)
+
+
 def test_unselected_experts_are_frozen():
     importance = ranked(build("mixtral"), "module", target_modules="all-linear")
     model = build("mixtral")
@@ -321,7 +341,7 @@ def test_unselected_experts_are_frozen():
     assert {name for name in importance.parameters if name not in selected} <= set(frozen)
     for name, parameter in model.named_parameters():
         own = name if name in importance.parameters else name.removesuffix(".weight")
-        assert parameter.requires_grad == (own not in importance.units or own in selected)
+        assert parameter.requires_grad == (own in selected)
 
 
 class Stack(nn.Module):

@@ -423,3 +423,37 @@ def test_every_layer_type_is_gated(target):
     torch.testing.assert_close(output, base)
     output.square().sum().backward()
     torch.testing.assert_close(gate.weight.grad, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("how", ["deleted", "adapted again", "adapted by LoRA"])
+@pytest.mark.parametrize("target", LAYER_TYPES)
+def test_a_name_used_again_starts_anew(target, how):
+    x = torch.arange(10).reshape(2, 5)
+    options = {"r": 4, "target_modules": [target], "init_lora_weights": False}
+    torch.manual_seed(0)
+    model = get_peft_model(Layers(), ILAConfig(**options, gate_init=-1.0))
+    model.add_adapter("other", ILAConfig(**options))
+    config = LoraConfig(**options) if "LoRA" in how else ILAConfig(**options, gate_init=-0.7)
+    if how == "deleted":
+        model.delete_adapter("default")
+        assert not any(".default" in name for name, _ in model.named_modules())
+        model.add_adapter("default", config)
+        model.set_adapter("default")
+        model.delete_adapter("other")
+    else:
+        model.delete_adapter("other")
+        model = get_peft_model(model.get_base_model(), config)
+    model.eval()
+    torch.manual_seed(0)
+    lora = get_peft_model(Layers(), LoraConfig(**options)).eval()
+    state = model.state_dict()
+    scores = [state.pop(name) for name in list(state) if "lora_gate" in name]
+    assert scores == ([] if "LoRA" in how else [torch.tensor([-0.7])])
+    lora.load_state_dict(state)
+    for module in lora.modules():
+        if hasattr(module, "scaling") and scores:
+            module.scaling["default"] *= torch.sigmoid(scores[0]).item()
+    with torch.no_grad():
+        expected = lora(x)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected)

@@ -106,6 +106,57 @@ def test_peft_calls_that_activate_adapters_keep_the_mode(llama):
     assert not trainable() & expected
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_nothing_but_the_scores_trains_in_soft_whatever_peft_activates(tmp_path, options):
+    soft = config(target_modules=["q_proj"], gate_mode="soft", **options)
+    get_peft_model(tiny_llama(), soft).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), soft)
+
+    def check():
+        names = [name for name, p in model.named_parameters() if p.requires_grad and ".other" not in name]
+        assert len(names) == 3 and all(".lora_gate.default." in name for name in names)
+
+    model.add_adapter("other", config(target_modules=["q_proj"], **options))
+    model.set_adapter("other")
+    model.set_adapter("default")
+    check()
+    model.set_adapter("other")
+    model.delete_adapter("other")
+    check()
+    model.set_requires_grad("default")
+    check()
+    model.load_adapter(tmp_path, "other", is_trainable=True)
+    check()
+    assert sum(p.requires_grad for p in model.parameters()) == 6  # the scores of both
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert sum(p.requires_grad for p in model.parameters()) == 3
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    check()
+
+
+@pytest.mark.parametrize("mode", ["open", "joint", "soft", "hard"])
+def test_status(llama, mode):
+    model = get_peft_model(llama, config())
+    model.add_adapter("other", config())
+    units = list(model.gates())
+    model.apply_mask(units[:2]) if mode == "hard" else model.set_gate_mode(mode)
+    lora = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))
+    lora.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    status, expected = (either.get_model_status() for either in (model, lora))
+    if mode == "open":
+        assert status.trainable_params == expected.trainable_params
+    if mode in ("open", "joint"):  # in the others some train and some do not
+        assert status.requires_grad == expected.requires_grad == {"default": True, "other": False}
+    assert (status.enabled, status.available_adapters) == (True, ["default", "other"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+    model.set_adapter("other")
+    model.set_adapter("default")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
 def test_modes_can_be_left_and_entered(llama, input_ids):
     model = get_peft_model(llama, config())
     spread_scores(model)
@@ -279,24 +330,106 @@ def test_several_adapters(llama, input_ids):
     assert not any(".fine." in name for name, _ in model.named_parameters())
 
 
-@pytest.mark.support("Operations", "`add_weighted_adapter`, `get_delta_weight`")
-@pytest.mark.parametrize("combination, exact", [("linear", False), ("cat", True), ("svd", False)])
-def test_weighted_adapters_are_gated(llama, combination, exact):
-    model = get_peft_model(llama, config())
-    model.add_adapter("other", config())
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("how", ["add", "load", "adapt again", "load again", "fewer targets"])
+def test_a_name_used_again_starts_anew(tmp_path, input_ids, how, granularity):
+    own = config(granularity=granularity, **({"target_modules": ["v_proj"]} if how == "fewer targets" else {}))
+    fresh = get_peft_model(tiny_llama(), own)
+    spread_scores(fresh)
+    fresh.save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), config(granularity="module" if granularity == "layer" else "layer"))
+    spread_scores(model, -5.0, -4.0)
+    if how in ("add", "load"):
+        model.delete_adapter("default")
+        assert not any("default" in name for name, _ in model.named_modules())
+        model.add_adapter("default", own) if how == "add" else model.load_adapter(tmp_path, "default")
+        model.set_adapter("default")
+    elif how == "load again":
+        model = PeftModel.from_pretrained(model.get_base_model(), tmp_path)
+    else:
+        model = get_peft_model(model.get_base_model(), own)
     spread_scores(model)
+    weights, expected = ({k: v for k, v in m.state_dict().items() if "lora_" in k} for m in (model, fresh))
+    assert weights.keys() == expected.keys()
+    fresh.load_state_dict(weights, strict=False)
+    assert torch.equal(model(input_ids).logits, fresh(input_ids).logits)
+    assert model.layer_importance() == fresh.layer_importance()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path)(input_ids).logits, model(input_ids).logits)
+
+
+def test_a_merged_adapter_is_not_replaced(llama):
+    model = get_peft_model(llama, config())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="Adapter 'default' is merged with its gates; call `unmerge_adapter` first"):
+        get_peft_model(model.get_base_model(), config())
+
+
+COMBINATIONS = ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+COMBINATIONS += ["ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
+
+
+@pytest.mark.support("Operations", "`add_weighted_adapter`, `get_delta_weight`")
+@pytest.mark.parametrize("mode", ["joint", "soft", "hard", "open"])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_weighted_adapters_are_gated(input_ids, combination, mode):
+    """Against plain LoRA whose B is multiplied by hand, under a name whose gates were others before."""
+    targets = ["q_proj", "up_proj", "embed_tokens"]
+    model = get_peft_model(tiny_llama(), config(target_modules=targets))
+    for name in ("other", "sum"):
+        model.add_adapter(name, config(target_modules=targets))
+    plain = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    lora = get_peft_model(tiny_llama(), plain)
+    lora.add_adapter("other", plain)
+    for name, mask in (("sum", [0]), ("other", [0, 3]), ("default", [1, 3])):
+        model.set_adapter(name)
+        spread_scores(model)
+        units = list(model.gates())
+        model.apply_mask([units[i] for i in mask]) if mode == "hard" else model.set_gate_mode(mode)
+    model.delete_adapter("sum")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    model.add_weighted_adapter(["default", "other"], [0.7, 0.2], "sum", combination_type=combination)
+    for name, parameter in lora.named_parameters():
+        parameter.data.copy_(before[name])
+        if "lora_B" in name or "lora_embedding_B" in name:
+            adapter = "other" if "other" in name else "default"
+            (unit,) = (unit for unit in model.gates(adapter) if f".{unit}." in name)
+            gate = model.gates(adapter)[unit]
+            kept = float(unit in (model.peft_config[adapter].gate_mask or []))
+            parameter.data *= {"open": 1.0, "hard": kept}.get(mode, torch.sigmoid(gate.weight).item())
+
+    options = {"combination_type": combination}
+    if combination not in ("linear", "cat", "svd"):
+        options["density"] = 0.5
+    for either in (model, lora):
+        torch.manual_seed(0)
+        either.add_weighted_adapter(["default", "other"], [0.7, 0.2], "sum", **options)
+        either.set_adapter("sum")
+    torch.testing.assert_close(model(input_ids).logits, lora(input_ids).logits)
+    with lora.disable_adapter():
+        assert not torch.allclose(model(input_ids).logits, lora(input_ids).logits, atol=1e-3)
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value)
     assert model.peft_config["sum"].gate_mode == "open"
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    expected = 0.7 * layer.get_delta_weight("default") + 0.2 * layer.get_delta_weight("other")
-    if exact:
-        torch.testing.assert_close(layer.get_delta_weight("sum"), expected)
-    single = model.base_model
-    single.add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")
-    torch.testing.assert_close(layer.get_delta_weight("copy"), layer.get_delta_weight("default"))
+    assert [model.peft_config[name].gate_mode for name in ("default", "other")] == [mode] * 2
+    assert {gate.mode for name in ("default", "other") for gate in model.gates(name).values()} == {mode}
+
+
+def test_weighted_adapters_that_peft_refuses_leave_all_as_it_was(llama, input_ids):
+    model = get_peft_model(llama, config())
+    model.add_adapter("dora", config(use_dora=True))
+    spread_scores(model)
+    expected = model(input_ids).logits
+    for names, message in ((["default", "dora"], "is a DoRA adapter"), (["default", "none"], "'none' does not exist")):
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(names, [1.0, 1.0], "sum", combination_type="linear")
+        assert torch.equal(model(input_ids).logits, expected)
+    single = get_peft_model(tiny_llama(), config())
+    single.load_state_dict({k: v for k, v in model.state_dict().items() if "dora" not in k})
+    twice = single.base_model
+    twice.add_weighted_adapter(["default", "default"], [0.5, 0.5], "copy", combination_type="cat")
+    assert torch.equal(single(input_ids).logits, expected)
+    twice.set_adapter("copy")
+    torch.testing.assert_close(single(input_ids).logits, expected)
 
 
 def test_folding_keeps_the_outputs(llama, input_ids):
@@ -377,6 +510,14 @@ def test_layer_importance(llama):
 def test_lm_head_is_a_unit_of_its_own(llama):
     model = get_peft_model(llama, config(target_modules=["q_proj", "lm_head"]))
     assert list(model.gates()) == ["model.layers.0", "model.layers.1", "model.layers.2", "lm_head"]
+
+
+def test_a_fresh_adapter_is_no_ranking(llama):
+    importance = get_peft_model(llama, config(target_modules=["q_proj"])).layer_importance()
+    for use in (importance.select, importance.to_lora_config):
+        with pytest.raises(ValueError, match=r"All 3 units have the same score, 4\.0"):
+            use(top_p=0.34)
+    assert len(importance.to_lora_config(top_p=1.0).layers_to_transform) == 3
 
 
 def test_plain_modules_without_layers():

@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import MontecloraConfig
 
-from peft_ila import ILAConfig
+from peft_ila import ILAConfig, ILAModel
 
+EMBEDDINGS = {"target_modules": ["embed_tokens", "lm_head"]}
 ACCEPTED = [
     ("target_modules: names", {"target_modules": ["q_proj", "up_proj"]}),
     ("target_modules: regex", {"target_modules": r".*layers\.[12]\.mlp\.(up|down)_proj"}),
@@ -30,13 +31,21 @@ ACCEPTED = [
     ("lora_dropout", {"lora_dropout": 0.5}),
     ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
     ("trainable_token_indices, tied embeddings", {"trainable_token_indices": [1, 2], "tie": True}),
-    ("tied lm_head and embeddings among the targets", {"target_modules": ["embed_tokens", "lm_head"], "tie": True}),
+    (
+        "ensure_weight_tying: modules_to_save",
+        {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True, "tie": True},
+    ),
+    (
+        "ensure_weight_tying: trainable_token_indices",
+        {"trainable_token_indices": [1, 2], "ensure_weight_tying": True, "tie": True},
+    ),
+    ("ensure_weight_tying: embeddings that are not tied", {**EMBEDDINGS, "ensure_weight_tying": True}),
+    ("tied lm_head and embeddings among the targets", {**EMBEDDINGS, "tie": True}),
 ]
 REFUSED = [
     ("layer_replication", {"layer_replication": [(0, 2)]}),
     ("lora_bias", {"lora_bias": True}),
     ("alora_invocation_tokens", {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}),
-    ("ensure_weight_tying", {"ensure_weight_tying": True}),
     ("use_qalora", {"use_qalora": True}),
     ("megatron_config", {"megatron_config": {"a": 1}}),
     ("kasa_config", {"kasa_config": {"a": 1}}),
@@ -130,3 +139,14 @@ def test_refused(options):
         options = {**options, "loftq_config": {"loftq_bits": 4}}
     with pytest.raises(ValueError, match=f"ILA does not support `{name}"):
         ILAConfig(**options)
+
+
+@pytest.mark.support("Options of `LoraConfig`", "`ensure_weight_tying: adapters on tied modules`", refused=True)
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj", "lm_head"], "embed_tokens|.*q_proj"])
+def test_tied_adapters_are_refused(targets):
+    options = {"target_modules": targets, "ensure_weight_tying": True}
+    with pytest.raises(ValueError, match="does not support `ensure_weight_tying` for embeddings and a head"):
+        get_peft_model(tiny_llama(tie_word_embeddings=True), ILAConfig(**options))
+    lora = get_peft_model(tiny_llama(tie_word_embeddings=True), LoraConfig(**options))
+    with pytest.raises(ValueError, match="does not support `ensure_weight_tying` for embeddings and a head"):
+        ILAModel.from_lora(lora)
