@@ -1,12 +1,15 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two threads, and differ on each machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_DATA_SETS = tempfile.TemporaryDirectory()  # what `datasets` makes of the tests' files is gone at the end
+os.environ["HF_DATASETS_CACHE"] = _DATA_SETS.name
 
 import pytest
 import torch
