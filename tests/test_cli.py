@@ -637,7 +637,7 @@ LINES = "Expected one JSON object a line"
         ('{"text": "a"}\n'.encode("utf-16"), f"cannot be read as a data set: .*{LINES}"),
         ('{"question": "a", "answer": "b"}\n', r"KeyError: 'text'. .* has the columns \['answer', 'question'\]"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', r"with missing values in \['completion'\]"),
-        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', r"with missing values in .*'text'\]. TRL takes `messages`"),
+        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', r"with missing values in .*'text'\]. TRL takes"),
         ('{"text": ["hello"]}\n', r"'list' object has no attribute 'endswith'. .* has the columns \['text'\]"),
         ("[1, 2]\n", r"'int' object has no attribute 'endswith'. .* has the columns \['text'\]"),
         ('{"messages": "hello"}\n', "No example of .* is left to train on: within `--max_length 1024`, none"),

@@ -63,6 +63,6 @@ def described(data: "dict[str, Dataset]") -> str:
         parts.append(f"{name} has the columns {short(sorted(dataset.column_names))}")
         parts += [f"with missing values in {short(sorted(missing))}"] * bool(missing)
     return (
-        f"{', '.join(parts)}. TRL takes `messages`, `prompt` and `completion`, or `text` (`--dataset_text_field` names "
-        "another column): https://huggingface.co/docs/trl/dataset_formats"
+        f"{', '.join(parts)}. TRL takes `messages`, `prompt` and `completion`, or `text` (`--dataset_text_field` "
+        "names another column): https://huggingface.co/docs/trl/dataset_formats"
     )

@@ -127,8 +127,8 @@ def _check_examples(trainer: Any, data: Any, name: str, purpose: str) -> None:
         return
     if not len(data):
         raise ValueError(
-            f"No example of {name} is left to {purpose} on: within `--max_length {trainer.args.max_length}`, none holds "
-            "a token of an answer."
+            f"No example of {name} is left to {purpose} on: within `--max_length {trainer.args.max_length}`, none "
+            "holds a token of an answer."
         )
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
     known = len(trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().weight)

@@ -329,7 +329,7 @@ def test_held_out_data_in_another_format(workspace, tmp_path):
         (None, "steps", "There is no data file .*bad.jsonl"),
         ("", "steps", "bad.jsonl cannot be read as a data set: it holds no examples"),
         ('{"text": "a"}\n', "steps", r"bad.jsonl has no `completion`, only \['text'\], but the training loss counts"),
-        ('{"body": "a"}\n', "steps", r"data.jsonl has the columns .*'prompt'\], .*bad.jsonl has the columns \['body'\]"),
+        ('{"body": "a"}\n', "steps", r"data.jsonl has the columns .*'prompt'\], .*bad.jsonl has .* \['body'\]"),
         ('{"prompt": "LONG", "completion": "w1"}\n', "epoch", "No example of .*bad.jsonl is left to evaluate on"),
     ],
 )
