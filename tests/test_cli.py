@@ -121,13 +121,14 @@ def test_settings_from_yaml(workspace, tmp_path):
     assert importance.metadata["learn_gates"]["steps"] == 4
 
 
-@pytest.mark.parametrize("budget, known", [("0.4", 0.4), ("2", 2)])
+@pytest.mark.parametrize("budget, known", [("0.4", 0.4), ("2", 2), ("1.0", 1.0)])
 def test_rank_by_descent(workspace, ranked, tmp_path, budget, known):
     settings = ["--method", "descent", "--budget", budget, "--initial_score", "2", "--gate_learning_rate", "0.3"]
     rank(workspace, tmp_path, "--adapter", str(ranked / "adapter"), *settings)
     importance = LayerImportance.load(tmp_path / "importance.json")
     found = importance.metadata["learn_gates"]
     assert (found["method"], found["steps_taken"], found["budget"]) == ("descent", 8, known)
+    assert type(found["budget"]) is type(known)
     assert (found["initial_score"], found["learning_rate"]) == (2.0, 0.3)
     assert importance.spread == []
 
@@ -457,6 +458,10 @@ def test_a_model_with_code_of_its_own(workspace, ranked, tmp_path):
         (["--min_agreement", "2"], r"`min_agreement` must be in \(0, 1\], got 2"),
         (["--budget", "0.3"], r"\['budget'\] are settings of `method=\"descent\"`"),
         (["--method", "descent", "--budget", "2.5"], "`budget` must be a whole number of units from 1"),
+        (
+            ["--method", "descent", "--budget", "most"],
+            "`--budget` must be a number of units or a share .*, got 'most'",
+        ),
     ],
 )
 def test_bad_settings_are_found_before_any_work(workspace, tmp_path, arguments, message):
