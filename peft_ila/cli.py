@@ -149,7 +149,9 @@ def rank(
     if not PartialState().is_main_process:
         return None
     output = training_args.output_dir
-    written = [f"{output}/importance.json", f"{output}/importance.png", f"{output}/adapter"]
+    picture = f"{output}/importance.png"
+    pictures = [picture] if os.path.exists(picture) else []  # none without matplotlib
+    written = [f"{output}/importance.json", *pictures, f"{output}/adapter"]
     if others.json:
         facts = {"stage_1": importance.metadata["stage_1"], "learn_gates": importance.metadata["learn_gates"]}
         return _as_json({"written": written, "url": url, **facts, "units": ranking_rows(importance)})
@@ -159,7 +161,7 @@ def rank(
         *_energy(importance.metadata["stage_1"]),
         ranking_table(importance),
         *([UNTRAINED] if importance.metadata["learn_gates"]["method"] == "untrained" else []),
-        f"Wrote {output}/importance.json, importance.png and adapter/.",
+        f"Wrote {output}/importance.json{', importance.png' if pictures else ''} and adapter/.",
         *([url] if url else []),
         f"Next: {shlex.join([*tune, '--output_dir', 'TUNED'])}",
         f"  or: {shlex.join(['peft-ila', 'convert', written[0], '--top_p', '0.3', '--output_dir', 'LORA'])}",
@@ -369,7 +371,7 @@ def _trl() -> Any:
     try:
         import trl
     except ImportError as error:
-        raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
+        raise ImportError("The command line needs TRL: pip install trl") from error
     return trl
 
 
@@ -530,6 +532,8 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if "does not work with lora_dropout" in text:  # PEFT's, of the fused experts of a model
+        text += " Pass `--lora_dropout 0`."
     if not isinstance(error, (OSError, ValueError, TypeError, ImportError)):
         text = f"{type(error).__name__}: {text} (`{TRACEBACK}=1` shows where)"
     # from files of others: no control sequences for the terminal

@@ -381,6 +381,19 @@ def test_an_ila_adapter_is_ranked_anew(workspace, ranked, tmp_path):
     assert second.scores == first.scores
 
 
+def test_a_masked_adapter_is_ranked_by_its_open_units(workspace, ranked, tmp_path, capsys):
+    model = PeftModel.from_pretrained(tiny_llama(), ranked / "adapter")
+    model.apply_mask(["model.layers.0", "model.layers.2"])
+    model.save_pretrained(tmp_path / "masked")
+    masked = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    masked += ["--adapter", str(tmp_path / "masked"), "--output_dir", str(tmp_path / "out"), *TRAINING]
+    error = error_of(["rank", *masked], capsys)
+    (command,) = re.findall(r"is masked.* by `peft-ila (export .*)`, and pass `--adapter PLAIN`", error)
+    main(command.replace("PLAIN", str(tmp_path / "plain")).split())
+    rank(workspace, tmp_path / "out", "--adapter", str(tmp_path / "plain"))
+    assert LayerImportance.load(tmp_path / "out" / "importance.json").units == ["model.layers.0", "model.layers.2"]
+
+
 def test_an_adapter_of_another_size_is_refused(workspace, ranked, tmp_path):
     tiny_llama(intermediate_size=32).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "model")
@@ -580,11 +593,47 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert error.startswith(f"peft-ila {arguments[0]}: error: ") and "\n" not in error
 
 
-@pytest.mark.parametrize("missing, extra", [("trl", "trl"), ("matplotlib", "plot")])
-def test_what_is_not_installed(tmp_path, monkeypatch, missing, extra, capsys):
-    monkeypatch.setitem(sys.modules, missing, None)
-    data = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", str(tmp_path / "out")]
-    assert f"pip install 'peft-ila[{extra}]'" in error_of(["rank", *data], capsys)
+def test_what_is_not_installed(ranked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    picture = str(tmp_path / "a.png")
+    error = error_of(["plot", str(ranked / "importance.json"), "--output", picture], capsys)
+    assert error.endswith("Plots need matplotlib: pip install matplotlib")
+    assert "pip install matplotlib" in error_of(["demo", "--output_dir", str(tmp_path / "out")], capsys)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert error_of(["rank", "--dataset_name", "D"], capsys).endswith("needs TRL: pip install trl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rank_without_matplotlib(workspace, tmp_path, monkeypatch, capsys, caplog):
+    """It leaves the picture out, also one of an earlier run, and says so."""
+    rank(workspace, tmp_path)
+    assert "importance.png" in (tmp_path / "adapter" / "README.md").read_text()
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rank(workspace, tmp_path)
+    assert "importance.png is left out. Plots need matplotlib: pip install matplotlib" in caplog.text
+    assert f"Wrote {tmp_path}/importance.json and adapter/." in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.png"))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "importance.png" not in card and "`model.layers.0`" in card
+    rank(workspace, tmp_path, "--json")
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert written == [str(tmp_path / name) for name in ("importance.json", "adapter")]
+
+
+def test_experts_need_no_dropout(workspace, tmp_path, capsys):
+    model = build("mixtral")
+    model.resize_token_embeddings(64)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "model")
+    data = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    options = [*data, "--max_steps", "1", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    assert "Pass `--lora_dropout 0`." in error_of(["rank", *options], capsys)
+    main(["rank", *options, "--lora_dropout", "0", "--gate_steps", "4"])
+    (next_,) = re.findall(r"Next: peft-ila (.*)\n", capsys.readouterr().out)
+    assert " --lora_dropout 0.0 " in next_
+    ranking = ["--importance", str(tmp_path / "out" / "importance.json"), "--top_k", "1"]
+    assert "Pass `--lora_dropout 0`." in error_of(["tune", *options, *ranking], capsys)
 
 
 DATA = '{"prompt": "w1", "completion": "w2 w3"}\n' * 8

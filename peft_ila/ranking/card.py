@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _HEADING = "## Layer importance"
+_PICTURE = "importance.png"
 TOP_ROWS = 40  # of a longer ranking, the card and the terminal show these
 _TAGS = ("peft-ila", "arxiv:2410.17875")
 
@@ -24,7 +25,7 @@ def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, f
     Add a section with the ranking to the model card in a directory, or make one. An earlier section is replaced.
 
     Args:
-        directory: Where `README.md` is, beside `importance.png` and `importance.json`, which the section names.
+        directory: Where `README.md` is, beside `importance.json` and, if there is a picture, `importance.png`.
         ranking: All units and their gates, the most important first.
     """
     file = Path(directory) / "README.md"
@@ -39,20 +40,19 @@ def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, f
     card.data["tags"] = sorted({*(tag for tag in known if isinstance(tag, str)), *_TAGS})
     before, _, after = f"\n{card.text}".partition(f"\n{_HEADING}\n")
     _, heading, after = after.partition("\n## ")  # what follows the section of an earlier ranking
-    card.text = f"{before.strip()}\n\n{_section(ranking)}{heading}{after}"
+    card.text = f"{before.strip()}\n\n{_section(ranking, (file.parent / _PICTURE).exists())}{heading}{after}"
     with whole_file(file) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
 
 
-def _section(ranking: Sequence[tuple[str, float]]) -> str:
+def _section(ranking: Sequence[tuple[str, float]], picture: bool) -> str:
     lines = [
         _HEADING,
         "",
         f"The {len(ranking)} units of this adapter, ranked by one gate each with "
         "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
         "",
-        "![Gates of the layers](importance.png)",
-        "",
+        *([f"![Gates of the layers]({_PICTURE})", ""] if picture else []),
         "| rank | unit | gate |",
         "|---|---|---|",
         *(f"| {rank} | {_code(unit)} | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),

@@ -215,6 +215,11 @@ def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
             f"The adapter {adapter} has one gate per {config.granularity}: pass `--granularity {config.granularity}`, "
             "or make a plain LoRA of it by `peft-ila export` first."
         )
+    elif config.gate_mode == "hard":
+        raise ValueError(
+            f"The adapter {adapter} is masked. To rank the units that its mask leaves open, make a plain LoRA of them "
+            f"by `peft-ila export {adapter} --output_dir PLAIN`, and pass `--adapter PLAIN`."
+        )
     config.init_lora_weights = True  # the weights are loaded
     return config
 
