@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -118,7 +119,6 @@ class PlanArguments(StepArguments):
         default=None, metadata={"help": "A ranking; without one, layers are spread evenly from the first one on."}
     )
     lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
-    json: bool = field(default=False, metadata={"help": "Print bytes as JSON instead of a table."})
 
 
 @dataclass
@@ -149,17 +149,19 @@ def rank(
     if not PartialState().is_main_process:
         return None
     output = training_args.output_dir
-    written = [f"{output}/importance.json", f"{output}/importance.png", f"{output}/adapter"]
+    picture = f"{output}/importance.png"
+    pictures = [picture] if os.path.exists(picture) else []  # none without matplotlib
+    written = [f"{output}/importance.json", *pictures, f"{output}/adapter"]
     if others.json:
         facts = {"stage_1": importance.metadata["stage_1"], "learn_gates": importance.metadata["learn_gates"]}
         return _as_json({"written": written, "url": url, **facts, "units": ranking_rows(importance)})
     ranking = ["--importance", written[0], "--top_p", "0.3"]
-    tune = ["peft-ila", "tune", *ranking, *_passed_on(model_args, script_args, training_args)]
+    tune = ["peft-ila", "tune", *ranking, *_passed_on(others.given)]
     lines = [
         *_energy(importance.metadata["stage_1"]),
         ranking_table(importance),
         *([UNTRAINED] if importance.metadata["learn_gates"]["method"] == "untrained" else []),
-        f"Wrote {output}/importance.json, importance.png and adapter/.",
+        f"Wrote {output}/importance.json{', importance.png' if pictures else ''} and adapter/.",
         *([url] if url else []),
         f"Next: {shlex.join([*tune, '--output_dir', 'TUNED'])}",
         f"  or: {shlex.join(['peft-ila', 'convert', written[0], '--top_p', '0.3', '--output_dir', 'LORA'])}",
@@ -167,25 +169,18 @@ def rank(
     return "\n".join(lines)
 
 
-# what makes `tune` load what `rank` loaded, see the same tokens, and take steps of the same size
-_PASSED_ON = frozenset(
-    """
-    model_name_or_path model_revision trust_remote_code dtype attn_implementation
-    load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage lora_r lora_alpha
-    dataset_name dataset_config dataset_train_split chat_template_path packing completion_only_loss
-    assistant_only_loss per_device_train_batch_size gradient_accumulation_steps max_length gradient_checkpointing
-    """.split()
-)
+# of what `tune` shares, what is only for the run of `rank`, or decided by the ranking; `hub_token` is a secret
+_NOT_PASSED_ON = re.compile("output_dir|resume_from_checkpoint|run_name|push_to_hub|hub_.*|lora_target_modules|json")
 
 
-def _passed_on(*groups: Any) -> list[str]:
-    """The same settings as flags for `tune`, but for defaults, and for what only YAML can say (`max_length: null`)."""
+def _passed_on(settings: dict[str, Any]) -> list[str]:
+    """The settings that `rank` was given as flags for `tune`, but for what only YAML can say (`max_length: null`)."""
+    of_rank = {option.name for option in fields(RankArguments)} - {option.name for option in fields(TuneArguments)}
     flags = []
-    for group in groups:
-        for option in fields(group):
-            value = getattr(group, option.name)
-            if option.name in _PASSED_ON and value not in (None, option.default):
-                flags += [f"--{option.name}", str(value)]
+    for name, value in settings.items():
+        if name not in of_rank and value is not None and not _NOT_PASSED_ON.fullmatch(name):
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            flags += [f"--{name}", *map(str, values)]
     return flags
 
 
@@ -199,7 +194,9 @@ def _energy(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> str | None:
+def tune(
+    script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments, others: argparse.Namespace
+) -> str | None:
     """Fine-tune the selected units, by a plain LoRA or in full, and write the adapter or the model to TUNED."""
     from .workflows.tune import tune as tune_selection
 
@@ -209,10 +206,15 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     output = training_args.output_dir
     if tune_args.full:
-        trained = f"{model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters trained"
+        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    else:
+        trainable, total = model.get_nb_trainable_parameters()
+    if others.json:
+        counts = {"trainable": trainable, "total": total, "steps": trainer.state.global_step}
+        return _as_json({"written": [output], **counts})
+    if tune_args.full:
         loading = f"Next, in Python: AutoModelForCausalLM.from_pretrained({output!r})"
-        return f"Wrote a model with {trained} to {output}.\n{loading}"
-    trainable, total = model.get_nb_trainable_parameters()
+        return f"Wrote a model with {trainable:,} of {total:,} parameters trained to {output}.\n{loading}"
     return f"Wrote a LoRA adapter with {trainable:,} of {total:,} parameters to {output}.\n{_loading(output)}"
 
 
@@ -260,8 +262,10 @@ def export(args: ExportArguments, others: argparse.Namespace) -> str:
 
     with lock_directory(required(args.output_dir, "output_dir")):
         export_adapter(others.adapter, str(args.output_dir))
-    files = f"{args.output_dir}/adapter_config.json and adapter_model.safetensors"
-    return f"Wrote {files}.\n{_loading(args.output_dir)}"
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    if others.json:
+        return _as_json({"written": [f"{args.output_dir}/{name}" for name in names]})
+    return f"Wrote {args.output_dir}/{' and '.join(names)}.\n{_loading(args.output_dir)}"
 
 
 def compare(args: CompareArguments, others: argparse.Namespace) -> str:
@@ -294,10 +298,10 @@ def compare(args: CompareArguments, others: argparse.Namespace) -> str:
 def plot(args: PlotArguments, others: argparse.Namespace) -> str:
     """Draw the heatmap of a ranking; a selection is outlined."""
     LayerImportance.load(others.importance).plot(args.output, **args.selection())
-    return f"Wrote {args.output}."
+    return _as_json({"written": [args.output]}) if others.json else f"Wrote {args.output}."
 
 
-def plan(args: PlanArguments) -> str:
+def plan(args: PlanArguments, others: argparse.Namespace) -> str:
     """Print what tuning all units or a share of them, and ranking them, needs of a GPU's memory."""
     from .workflows.models import model_config, model_name
     from .workflows.plan import plan as plan_memory
@@ -310,7 +314,7 @@ def plan(args: PlanArguments) -> str:
         **args.step(),
         r=args.lora_r,
     )
-    if args.json:
+    if others.json:
         return _as_json({row: {**vars(memory), "total": memory.total} for row, memory in needed.items()})
     return table(needed)
 
@@ -367,7 +371,7 @@ def _trl() -> Any:
     try:
         import trl
     except ImportError as error:
-        raise ImportError("The command line needs TRL: pip install 'peft-ila[trl]'") from error
+        raise ImportError("The command line needs TRL: pip install trl") from error
     return trl
 
 
@@ -389,9 +393,9 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
         parser.add_argument(
             "importance", nargs="+", help="Rankings, as `rank` wrote them, or names of published ones."
         )
-    if command in ("rank", "convert", "compare"):
-        # no dataclass has it: of a dataclass it would take the path behind it for its value
-        parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else, on stdout.")
+    if command != "demo":
+        text = "Print JSON, and nothing else, on stdout."
+        parser.add_argument("--json", type=_truth, nargs="?", const=True, default=False, help=text)
     if trains:
         parser.add_argument("--help_all", action="help", help="Show these and all of TRL's options, and exit.")
     return parser
@@ -418,15 +422,38 @@ def _training_parser(command: str) -> Any:
     return parser
 
 
-def _with_config_found(argv: list[str]) -> list[str]:
-    """The same with `~` expanded in the path behind `--config`, which must be that of a file."""
+# what TRL takes for the value of a flag
+_TRUTH = {
+    **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
+    **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+}
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in _TRUTH:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return _TRUTH[text.lower()]
+
+
+def _with_values(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The same with `True` behind each flag that has no value, so that it does not take a path for one."""
+    flags = {name for action in parser._actions if action.const is True for name in action.option_strings}
+    said = []
+    for arg, following in zip(argv, [*argv[1:], ""]):
+        said += [arg, "True"] if arg in flags and following.lower() not in _TRUTH else [arg]
+    return said
+
+
+def _config_first(argv: list[str]) -> tuple[list[str], list[str]]:
+    """`--config FILE`, if it was passed, with `~` expanded; and the other arguments."""
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in argv:
-        return argv
-    position = argv.index("--config") + 1
-    path = Path(argv[position]).expanduser() if position < len(argv) else None
+        return [], argv
+    position = argv.index("--config")
+    path = Path(argv[position + 1]).expanduser() if position + 1 < len(argv) else None
     if path is None or not path.is_file():
         raise ValueError(f"`--config` needs the path of a YAML file, got {path}.")
-    return [*argv[:position], str(path), *argv[position + 1 :]]
+    return ["--config", str(path)], argv[:position] + argv[position + 2 :]
 
 
 def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
@@ -438,9 +465,12 @@ def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
         raise SystemExit(0)
     own, trains = _COMMANDS[command].arguments, _COMMANDS[command].trains
     parser = _training_parser(command) if trains else _parser(command, [own])
+    config, argv = _config_first(argv)
+    argv = _with_values(parser, argv)
+    defaults = vars(parser.parse_known_args([])[0]) if trains else {}
     try:
         *arguments, unknown_keys, unknown = parser.parse_args_and_config(
-            _with_config_found(argv), return_remaining_strings=True, separate_remaining_strings=True
+            config + argv, return_remaining_strings=True, separate_remaining_strings=True
         )
     except yaml.YAMLError as error:
         raise ValueError(f"The file of `--config` is not YAML: {error}") from error
@@ -448,9 +478,12 @@ def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
         raise ValueError(f"The file of `--config` has unknown settings: {unknown_keys}.")
     if unknown:
         parser.error(f"unrecognized arguments: {unknown}")
-    if trains and (training := arguments[1]).learning_rate is None:
-        # SFTConfig's is for full tuning; the other is TRL's advice for LoRA
-        training.learning_rate = type(training).learning_rate if getattr(arguments[3], "full", False) else 2e-4
+    if trains:
+        training, found = arguments[1], vars(parser.parse_known_args(argv)[0])
+        arguments[-1].given = {name: value for name, value in found.items() if value != defaults[name]}
+        if training.learning_rate is None:
+            # SFTConfig's is for full tuning; the other is TRL's advice for LoRA
+            training.learning_rate = type(training).learning_rate if getattr(arguments[3], "full", False) else 2e-4
     return tuple(arguments)
 
 
@@ -499,6 +532,8 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if "does not work with lora_dropout" in text:  # PEFT's, of the fused experts of a model
+        text += " Pass `--lora_dropout 0`."
     if not isinstance(error, (OSError, ValueError, TypeError, ImportError)):
         text = f"{type(error).__name__}: {text} (`{TRACEBACK}=1` shows where)"
     # from files of others: no control sequences for the terminal

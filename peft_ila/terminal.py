@@ -39,6 +39,7 @@ _LOGGED = {
     "torchao": ("Failed to load", "Skipping import of cpp extensions"),
     "torchao.kernel.intmm": ("Detected no triton",),
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
+    "datasets.packaged_modules.json.json": ("Failed to load JSON from file",),
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
 }
 _WARNED = (

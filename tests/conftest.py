@@ -1,18 +1,24 @@
+import atexit
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on two threads, and differ on each machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="peft_ila-data-")
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_ila  # noqa: F401  registers ILA
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def tiny_llama(layers: int = 3, seed: int = 0, **kwargs) -> LlamaForCausalLM:

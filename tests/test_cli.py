@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from trainers import write_model_and_data
 from transformers import AutoTokenizer, LlamaConfig
+from trl import SFTTrainer
 
 from peft_ila import LayerImportance
 from peft_ila.cli import main
@@ -120,13 +121,14 @@ def test_settings_from_yaml(workspace, tmp_path):
     assert importance.metadata["learn_gates"]["steps"] == 4
 
 
-@pytest.mark.parametrize("budget, known", [("0.4", 0.4), ("2", 2)])
+@pytest.mark.parametrize("budget, known", [("0.4", 0.4), ("2", 2), ("1.0", 1.0)])
 def test_rank_by_descent(workspace, ranked, tmp_path, budget, known):
     settings = ["--method", "descent", "--budget", budget, "--initial_score", "2", "--gate_learning_rate", "0.3"]
     rank(workspace, tmp_path, "--adapter", str(ranked / "adapter"), *settings)
     importance = LayerImportance.load(tmp_path / "importance.json")
     found = importance.metadata["learn_gates"]
     assert (found["method"], found["steps_taken"], found["budget"]) == ("descent", 8, known)
+    assert type(found["budget"]) is type(known)
     assert (found["initial_score"], found["learning_rate"]) == (2.0, 0.3)
     assert importance.spread == []
 
@@ -379,6 +381,19 @@ def test_an_ila_adapter_is_ranked_anew(workspace, ranked, tmp_path):
     assert second.scores == first.scores
 
 
+def test_a_masked_adapter_is_ranked_by_its_open_units(workspace, ranked, tmp_path, capsys):
+    model = PeftModel.from_pretrained(tiny_llama(), ranked / "adapter")
+    model.apply_mask(["model.layers.0", "model.layers.2"])
+    model.save_pretrained(tmp_path / "masked")
+    masked = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    masked += ["--adapter", str(tmp_path / "masked"), "--output_dir", str(tmp_path / "out"), *TRAINING]
+    error = error_of(["rank", *masked], capsys)
+    (command,) = re.findall(r"is masked.* by `peft-ila (export .*)`, and pass `--adapter PLAIN`", error)
+    main(command.replace("PLAIN", str(tmp_path / "plain")).split())
+    rank(workspace, tmp_path / "out", "--adapter", str(tmp_path / "plain"))
+    assert LayerImportance.load(tmp_path / "out" / "importance.json").units == ["model.layers.0", "model.layers.2"]
+
+
 def test_an_adapter_of_another_size_is_refused(workspace, ranked, tmp_path):
     tiny_llama(intermediate_size=32).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "model")
@@ -456,6 +471,10 @@ def test_a_model_with_code_of_its_own(workspace, ranked, tmp_path):
         (["--min_agreement", "2"], r"`min_agreement` must be in \(0, 1\], got 2"),
         (["--budget", "0.3"], r"\['budget'\] are settings of `method=\"descent\"`"),
         (["--method", "descent", "--budget", "2.5"], "`budget` must be a whole number of units from 1"),
+        (
+            ["--method", "descent", "--budget", "most"],
+            "`--budget` must be a number of units or a share .*, got 'most'",
+        ),
     ],
 )
 def test_bad_settings_are_found_before_any_work(workspace, tmp_path, arguments, message):
@@ -574,48 +593,109 @@ def test_errors_are_one_line(arguments, message, capsys):
     assert error.startswith(f"peft-ila {arguments[0]}: error: ") and "\n" not in error
 
 
-@pytest.mark.parametrize("missing, extra", [("trl", "trl"), ("matplotlib", "plot")])
-def test_what_is_not_installed(tmp_path, monkeypatch, missing, extra, capsys):
-    monkeypatch.setitem(sys.modules, missing, None)
-    data = ["--model_name_or_path", "M", "--dataset_name", "D", "--output_dir", str(tmp_path / "out")]
-    assert f"pip install 'peft-ila[{extra}]'" in error_of(["rank", *data], capsys)
+def test_what_is_not_installed(ranked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    picture = str(tmp_path / "a.png")
+    error = error_of(["plot", str(ranked / "importance.json"), "--output", picture], capsys)
+    assert error.endswith("Plots need matplotlib: pip install matplotlib")
+    assert "pip install matplotlib" in error_of(["demo", "--output_dir", str(tmp_path / "out")], capsys)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert error_of(["rank", "--dataset_name", "D"], capsys).endswith("needs TRL: pip install trl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rank_without_matplotlib(workspace, tmp_path, monkeypatch, capsys, caplog):
+    """It leaves the picture out, also one of an earlier run, and says so."""
+    rank(workspace, tmp_path)
+    assert "importance.png" in (tmp_path / "adapter" / "README.md").read_text()
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rank(workspace, tmp_path)
+    assert "importance.png is left out. Plots need matplotlib: pip install matplotlib" in caplog.text
+    assert f"Wrote {tmp_path}/importance.json and adapter/." in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.png"))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "importance.png" not in card and "`model.layers.0`" in card
+    rank(workspace, tmp_path, "--json")
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert written == [str(tmp_path / name) for name in ("importance.json", "adapter")]
+
+
+def test_experts_need_no_dropout(workspace, tmp_path, capsys):
+    model = build("mixtral")
+    model.resize_token_embeddings(64)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "model")
+    data = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    options = [*data, "--max_steps", "1", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    assert "Pass `--lora_dropout 0`." in error_of(["rank", *options], capsys)
+    main(["rank", *options, "--lora_dropout", "0", "--gate_steps", "4"])
+    (next_,) = re.findall(r"Next: peft-ila (.*)\n", capsys.readouterr().out)
+    assert " --lora_dropout 0.0 " in next_
+    ranking = ["--importance", str(tmp_path / "out" / "importance.json"), "--top_k", "1"]
+    assert "Pass `--lora_dropout 0`." in error_of(["tune", *options, *ranking], capsys)
+
+
+DATA = '{"prompt": "w1", "completion": "w2 w3"}\n' * 8
+
+
+@pytest.mark.parametrize(
+    "content, options, ids",
+    [
+        ('{"body": "w1 w2"}\n', ["--dataset_text_field", "body"], [7, 8, 1]),
+        (
+            '{"conversations": [{"from": "user", "value": "w1"}, {"from": "assistant", "value": "w2"}]}\n',
+            [],
+            [3, 5, 7, 1, 4, 5, 8, 1],
+        ),
+        ('{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}\n', [], [7, 8, 9]),
+        ('{"prompt": "", "completion": "w1 w2"}\n' + DATA, [], [7, 8, 1]),
+        ('{"text": "w1 w2", "note": 1}\n{"text": "w1 w2", "note": [1]}\n', [], [7, 8, 1]),
+        ('[{"text": "w1 w2"}]', [], [7, 8, 1]),
+    ],
+)
+def test_what_the_trainer_reads_is_ranked(workspace, tmp_path, monkeypatch, content, options, ids):
+    """All of TRL's formats, each as the trainer tokenises it."""
+    seen = []
+    original = SFTTrainer.compute_loss
+
+    def observed(self, model, inputs, *args, **kwargs):
+        seen.extend(row[row != 0].tolist() for row in inputs["input_ids"])
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", observed)
+    (tmp_path / "data.jsonl").write_text(content * 8 if content.endswith("\n") else content)
+    rank(workspace, tmp_path / "out", "--dataset_name", str(tmp_path / "data.jsonl"), *options)
+    assert ids in seen and len(LayerImportance.load(tmp_path / "out" / "importance.json").units) == 3
+
+
+def test_a_part_of_a_file(tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(5)))
+    assert load_dataset(str(tmp_path / "data.jsonl"), split="train[:2]")["text"] == ["0", "1"]
+    with pytest.raises(ValueError, match=r"data.jsonl is a file without a split 'test'. Train on it by"):
+        load_dataset(str(tmp_path / "data.jsonl"), split="test")
+
+
+LINES = "Expected one JSON object a line"
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "holds no examples"),
-        ("\n\n", "holds no examples"),
-        ('{"text": "a"}\nnot json\n', "line 2 is not JSON"),
-        (
-            "[1, 2]\n",
-            "line 1 is not a JSON object but list. Expected one JSON object a line; `datasets.Dataset.from_csv",
-        ),
-        (
-            "prompt,completion\na,b\n",
-            "line 1 is not JSON: .*Expected one JSON object a line; `datasets.Dataset.from_csv",
-        ),
-        (
-            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
-            r"line 1: the example has the keys \['chosen', 'prompt',",
-        ),
-        ('{"question": "a", "answer": "b"}\n', r"line 1: the example has the keys \['answer', 'question'\]. Expected"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "line 2: `completion` is None"),
-        ('{"messages": [{"role": "user"}]}\n', r"line 1: `messages` holds \{'role': 'user'\}, which is not a message"),
-        ('{"messages": "hello"}\n', "line 1: `messages` is 'hello'"),
-        ('{"messages": []}\n', r"line 1: `messages` is \[\]"),
-        ('{"text": ["hello"]}\n', r"line 1: `text` is \['hello'\]"),
-        ('{"messages": [{"role": "user", "content": null}]}\n', r"line 1: `messages` holds .*not a message with"),
-        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', "line 2: `text` is None"),
-        (
-            '{"text": "a", "x": 1}\n{"text": "a", "x": [1]}\n',
-            "line 2: `x` is a list, but a number in an example before",
-        ),
-        ('{"text": "a", "x": [1]}\n{"text": "a", "x": ["b"]}\n', "bad.jsonl have values of different kinds"),
-        ("[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
-        ('{"text": "a"}\n{"text": [' + "1, " * 9999 + "1]}", "line 2: `text` is "),
-        ('{"text": "ä"}\n'.encode("latin-1"), "line 1 is not UTF-8"),
-        ('{"text": "a"}\n'.encode("utf-16"), "line 1 is not UTF-8"),
+        ("", "cannot be read as a data set: it holds no examples"),
+        ("\n\n", "cannot be read as a data set: .*no data"),
+        ('{"text": "a"}\nnot json\n', f"cannot be read as a data set: JSON parse error.* in row 1. {LINES}"),
+        ("prompt,completion\na,b\n", f"JSON parse error: .*{LINES}; `datasets.Dataset.from_csv"),
+        ("[" * 100_000, f"cannot be read as a data set: .*depth.*{LINES}"),
+        ('{"text": "ä"}\n'.encode("latin-1"), "cannot be trained on .*UnicodeDecodeError: 'utf-8' codec"),
+        ('{"text": "a"}\n'.encode("utf-16"), f"cannot be read as a data set: .*{LINES}"),
+        ('{"question": "a", "answer": "b"}\n', r"KeyError: 'text'. .* has the columns \['answer', 'question'\]"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', r"with missing values in \['completion'\]"),
+        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', r"with missing values in .*'text'\]. TRL takes"),
+        ('{"text": ["hello"]}\n', r"'list' object has no attribute 'endswith'. .* has the columns \['text'\]"),
+        ("[1, 2]\n", r"'int' object has no attribute 'endswith'. .* has the columns \['text'\]"),
+        ('{"messages": "hello"}\n', "No example of .* is left to train on: within `--max_length 1024`, none"),
+        ('{"messages": [{"role": "user"}]}\n', r"cannot be trained on .*has the columns \['messages'\]"),
         (None, "There is no data file"),
     ],
 )
@@ -626,7 +706,7 @@ def test_bad_data(workspace, tmp_path, content, message, capsys):
     arguments = ["rank", "--model_name_or_path", str(workspace / "model"), "--dataset_name", str(path), *TRAINING]
     error = error_of([*arguments, "--output_dir", str(tmp_path / "out")], capsys)
     assert re.search(message, error), error
-    assert "\n" not in error and len(error) < 500
+    assert str(path) in error and "\n" not in error and len(error) < 700
     assert not (tmp_path / "out" / "importance.json").exists()
 
 
@@ -636,7 +716,7 @@ def test_data_with_a_byte_order_mark(tmp_path):
 
 
 def test_a_directory_as_data(tmp_path):
-    with pytest.raises(ValueError, match="is an empty directory. Pass a `.jsonl` file"):
+    with pytest.raises(OSError, match="doesn't contain any data files"):
         load_dataset(str(tmp_path))
     (tmp_path / "notes.bin").write_bytes(b"\0")
     with pytest.raises((ValueError, OSError)):

@@ -18,11 +18,12 @@ import transformers
 import trl
 from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from trainers import write_model_and_data
+from trainers import ila, write_model_and_data
+from transformers import AutoModelForCausalLM
 
 import peft_ila
 from peft_ila import LayerImportance
-from peft_ila.cli import _COMMANDS, _parser, main
+from peft_ila.cli import _COMMANDS, _parse, _parser, main
 from peft_ila.terminal import TRL_OPTIONS, silence_others
 
 UNITS = [f"model.layers.{i}" for i in range(4)]
@@ -197,7 +198,8 @@ def test_compare_draws_what_overlaps(tmp_path, rankings, capsys):
 def test_plot_outlines_a_selection(tmp_path, rankings, capsys):
     picture = tmp_path / "heatmap.svg"
     (tmp_path / "config.yaml").write_text("top_p: 0.5\n")
-    for selection in (["--top_k", "2"], ["--threshold", "0.9"], ["--config", str(tmp_path / "config.yaml")]):
+    config = str(tmp_path / "config.yaml")
+    for selection in (["--top_k", "2"], ["--threshold", "0.9"], ["--config", config], [f"--config={config}"]):
         main(["plot", rankings[0], *selection, "--output", str(picture)])
         assert capsys.readouterr().out == f"Wrote {picture}.\n"
         number = len(LayerImportance.load(rankings[0]).select(threshold=0.9)) if "--threshold" in selection else 2
@@ -222,6 +224,41 @@ def test_convert_as_json(rankings, tmp_path, capsys):
         "format": "trl",
         "units": [UNITS[0], UNITS[1], UNITS[3]],
     }
+
+
+def test_plot_and_export_as_json(rankings, tmp_path, capsys):
+    picture = str(tmp_path / "a.png")
+    main(["plot", "--json", rankings[0], "--output", picture])
+    assert json.loads(capsys.readouterr().out) == {"written": [picture]}
+    config = peft_ila.ILAConfig(r=2, target_modules=["q_proj"], gate_mode="open", init_lora_weights=False)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "ila")
+    main(["export", str(tmp_path / "ila"), "--json", "True", "--output_dir", str(tmp_path / "plain")])
+    (written,) = json.loads(capsys.readouterr().out).values()
+    assert sorted(written) == sorted(str(path) for path in (tmp_path / "plain").iterdir())
+
+
+@pytest.mark.parametrize("extra, trained", [([], "lora_"), (["--full"], "model.layers.0.")])
+def test_tune_as_json(workspace, rankings, tmp_path, extra, trained, capsys):
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    ranking = ["--importance", str(tmp_path / "ranking.json"), "--top_k", "1"]
+    ila().layer_importance().save(tmp_path / "ranking.json")
+    main(["tune", *data, *ranking, "--json", "--output_dir", str(tmp_path / "out"), *TRAINING.split(), *extra])
+    result = json.loads(capsys.readouterr().out)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    trainable = sum(value.numel() for name, value in model.named_parameters() if trained in name)
+    total = sum(value.numel() for value in model.parameters())
+    assert result == {"written": [str(tmp_path / "out")], "trainable": trainable, "total": total, "steps": 6}
+
+
+def test_a_flag_takes_no_path_for_its_value(rankings, tmp_path, capsys):
+    main(["compare", "--json", "False", *rankings])
+    assert "by chance" in capsys.readouterr().out
+    ila().layer_importance().save(tmp_path / "ranking.json")
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    arguments = ["--memory_budget", "24GB", "--model_name_or_path", str(tmp_path / "model"), "--output_dir"]
+    for flags in (["--load_in_4bit"], ["--gradient_checkpointing", "False", "--json"]):
+        main(["convert", *flags, str(tmp_path / "ranking.json"), *arguments, str(tmp_path / "lora")])
+        assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 3
 
 
 def test_json_of_a_config_file(rankings, tmp_path, capsys):
@@ -286,19 +323,34 @@ def test_rank_shows_progress_and_what_to_type_next(workspace, tmp_path, capsys, 
 
 
 def test_tune_is_told_what_rank_was(workspace, tmp_path, capsys, monkeypatch):
+    """All that was passed and that both share, as a flag or from YAML; not where the results go."""
     importance = LayerImportance(UNITS, [4, 3, 2, 1], metadata={"stage_1": {}, "learn_gates": {"method": "descent"}})
     monkeypatch.setattr("peft_ila.workflows.sft.rank_by_sft", lambda *arguments: (importance, None))
-    data = "--model_name_or_path M --dataset_name D --dataset_config C --max_length 32 --gradient_checkpointing False"
-    load = "--trust_remote_code True --dtype bfloat16 --load_in_4bit True --bnb_4bit_quant_type fp4"
-    main(["rank", *data.split(), *load.split(), "--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-3"])
+    flags = (
+        "--model_name_or_path M --dataset_name D --dataset_config C --max_length 32 --gradient_checkpointing False "
+        "--trust_remote_code True --dtype bfloat16 --load_in_4bit True --bnb_4bit_quant_type fp4 --use_rslora True "
+        "--use_dora True --lora_dropout 0.0 --loss_type dft --eos_token <eos> --learning_rate 0.001 --seed 7 "
+        "--dataset_text_field body --eval_strategy epoch --eval_dataset_name E --lora_modules_to_save lm_head embed"
+    )
+    (tmp_path / "config.yaml").write_text("lora_r: 8\nlr_scheduler_kwargs: {num_cycles: 2}\ngate_steps: 9\n")
+    own = (
+        f"--config {tmp_path / 'config.yaml'} --output_dir {tmp_path / 'out'} --method descent --budget 0.5 "
+        "--granularity module --lora_target_modules q_proj --run_name R --push_to_hub --hub_token SECRET "
+        "--hub_model_id me/M --resume_from_checkpoint True"
+    )
+    main(["rank", *flags.split(), *own.split()])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
-    program, command, *flags = shlex.split(line.removeprefix("Next: "))
+    program, command, *passed = shlex.split(line.removeprefix("Next: "))
     assert (program, command) == ("peft-ila", "tune")
-    passed = dict(zip(flags[::2], flags[1::2]))
-    assert passed.pop("--importance") == f"{tmp_path}/out/importance.json"
-    assert passed.pop("--top_p") == "0.3" and passed.pop("--output_dir") == "TUNED"
-    given = [*data.split(), *load.split()]
-    assert passed == dict(zip(given[::2], given[1::2]))
+    start = ["--importance", f"{tmp_path}/out/importance.json", "--top_p", "0.3"]
+    assert passed[:4] == start and passed[-2:] == ["--output_dir", "TUNED"]
+
+    def options(arguments):
+        return set(re.findall(r"--\w+(?: (?!--)\S+)*", " ".join(arguments)))
+
+    assert options(passed[4:-2]) == options(flags.split()) | {'--lr_scheduler_kwargs {"num_cycles": 2}', "--lora_r 8"}
+    tuned = _parse("tune", passed)
+    assert tuned[1].lr_scheduler_kwargs == {"num_cycles": 2} and tuned[2].lora_modules_to_save == ["lm_head", "embed"]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +397,7 @@ def test_a_setting_of_a_config_file_that_is_unknown(rankings, tmp_path):
         main(["plot", rankings[0], "--config", str(tmp_path / "config.yaml")])
 
 
-def test_only_known_lines_are_silenced(caplog):
+def test_only_known_lines_are_silenced(caplog, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         silence_others()
@@ -359,9 +411,13 @@ def test_only_known_lines_are_silenced(caplog):
     for name, text in (
         ("torchao", "Failed to load /a.so: no"),
         ("torchao", "a kernel is slow"),
+        ("datasets.packaged_modules.json.json", "Failed to load JSON from file 'a'"),  # and the error says it again
         ("x", "Failed to load"),
     ):
-        logging.getLogger(name).warning(text)
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "propagate", True)
+        monkeypatch.setattr(logger, "parent", logging.root)
+        logger.warning(text)
     assert [record.getMessage() for record in caplog.records] == ["a kernel is slow", "Failed to load"]
 
 

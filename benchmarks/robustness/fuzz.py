@@ -223,10 +223,7 @@ class Fuzz:
         lines[position] = mutated_json(chance, lines[position])
         data = b"\n".join(lines)
         path.write_bytes(data.decode("utf-8", "replace").encode("utf-16") if chance.random() < 0.03 else data)
-        dataset = load_dataset(str(path))
-        for row in dataset:
-            if not row.get("messages") and not row.get("text") and not row.get("prompt"):
-                raise Wrong(f"an example without text: {row}")
+        load_dataset(str(path))
         return True
 
     def _model_configuration(self, chance: random.Random, work: Path) -> bool:

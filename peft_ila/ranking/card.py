@@ -14,6 +14,7 @@ from ..files import whole_file
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
+_PICTURE = "importance.png"
 TOP_ROWS = 40  # of a longer ranking, the card and the terminal show these
 _TAGS = ("peft-ila", "arxiv:2410.17875")
 
@@ -23,10 +24,10 @@ def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, f
     Add a section with the ranking to the model card in a directory.
 
     Args:
-        directory: Where `README.md` is, beside `importance.png` and `importance.json`, which the section names.
+        directory: Where `README.md` is, beside `importance.json` and, if there is a picture, `importance.png`.
         ranking: All units and their gates, the most important first.
     """
-    add_section(directory, "Layer importance", _section(ranking))
+    add_section(directory, "Layer importance", _section(ranking, (Path(directory) / _PICTURE).exists()))
 
 
 def add_section(directory: str | os.PathLike[str], title: str, text: str) -> None:
@@ -49,13 +50,12 @@ def add_section(directory: str | os.PathLike[str], title: str, text: str) -> Non
         temporary.write_text(str(card), encoding="utf-8")
 
 
-def _section(ranking: Sequence[tuple[str, float]]) -> str:
+def _section(ranking: Sequence[tuple[str, float]], picture: bool) -> str:
     lines = [
         f"The {len(ranking)} units of this adapter, ranked by one gate each with "
         "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
         "",
-        "![Gates of the layers](importance.png)",
-        "",
+        *([f"![Gates of the layers]({_PICTURE})", ""] if picture else []),
         "| rank | unit | gate |",
         "|---|---|---|",
         *(f"| {rank} | {_code(unit)} | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),

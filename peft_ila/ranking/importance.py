@@ -1,6 +1,7 @@
 """LayerImportance: the scores of all units, and what is done with them. Changes with what a ranking can be asked."""
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from ..export.lora import Targets
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "peft_ila.LayerImportance"
 _VERSION = 1
@@ -367,6 +370,7 @@ class LayerImportance:
     def save_card(self, directory: str | os.PathLike[str]) -> None:
         """
         Add the ranking to an adapter's directory: a section of its model card, `importance.png`, `importance.json`.
+        Without matplotlib, there is no picture.
 
         Call it after `model.save_pretrained(directory)`, which writes the card that the section goes into. The
         section of an earlier ranking is replaced.
@@ -374,7 +378,12 @@ class LayerImportance:
         from .card import write_card
 
         self.save(Path(directory) / "importance.json")
-        self.plot(Path(directory) / "importance.png")
+        picture = Path(directory) / "importance.png"
+        try:
+            self.plot(picture)
+        except ImportError as error:
+            picture.unlink(missing_ok=True)  # of an earlier ranking
+            logger.warning(f"{picture.name} is left out. {error}")
         gates = dict(zip(self.units, self.gates))
         write_card(directory, [(unit, gates[unit]) for unit in self.ranking()])
 

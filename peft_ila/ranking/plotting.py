@@ -181,7 +181,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'peft-ila[plot]'") from error
+        raise ImportError("Plots need matplotlib: pip install matplotlib") from error
 
 
 def _figure(path: str | os.PathLike[str] | None) -> "Figure":

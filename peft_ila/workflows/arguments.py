@@ -93,9 +93,9 @@ class RankArguments(EvaluationArguments):
     )
     initial_score: float | None = field(default=None, metadata={"help": "Of descent: where all scores start; 4.0."})
     gate_learning_rate: float | None = field(default=None, metadata={"help": "Of descent, of the scores; 0.1."})
-    budget: float | None = field(
+    budget: float | str | None = field(  # the command line gives what was written, which says a share or a number
         default=None,
-        metadata={"help": "Of descent: the share of the units to keep, or from 1 on their number."},
+        metadata={"help": "Of descent: the units to keep, as a share such as 0.3 or 1.0, or a number such as 8."},
     )
 
     def stability_settings(self) -> dict[str, Any]:
@@ -119,17 +119,23 @@ class RankArguments(EvaluationArguments):
 
     def gate_settings(self) -> dict[str, Any]:
         """As [`learn_gates`] takes them."""
-        budget = self.budget
-        if budget is not None and budget >= 1 and budget == int(budget):
-            budget = int(budget)
         return {
             "method": self._method(),
             "steps": self.gate_steps,
             "min_agreement": self.min_agreement or None,
             "initial_score": self.initial_score,
             "learning_rate": self.gate_learning_rate,
-            "budget": budget,
+            "budget": self._budget(),
         }
+
+    def _budget(self) -> float | None:
+        if not isinstance(self.budget, str):
+            return self.budget
+        try:
+            return int(self.budget) if self.budget.isdecimal() else float(self.budget)
+        except ValueError:
+            message = f"`--budget` must be a number of units or a share of them, got {short(self.budget)}."
+            raise ValueError(message) from None
 
 
 @dataclass

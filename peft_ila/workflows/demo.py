@@ -20,7 +20,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 from ..embedded import dialogues, smollm2, write_jsonl
 from ..measure import saved_tensor_bytes
 from ..ranking.importance import LayerImportance
-from ..ranking.plotting import kept_curve
+from ..ranking.plotting import check_matplotlib, kept_curve
 from ..ranking.table import comparison_rows, comparison_table, ranking_table
 from .arguments import RankArguments, TuneArguments
 from .convert import convert
@@ -57,6 +57,7 @@ def demo(output_dir: Path) -> None:
     Args:
         output_dir: Where to write the data, the rankings, the heatmaps and the adapters.
     """
+    check_matplotlib()
     start = time.perf_counter()
     model = str(smollm2())
     parts = _write_data(output_dir / "data")

@@ -12,7 +12,6 @@ from transformers import Trainer
 from ..export.adapters import adapter_directory
 from ..files import read_json, whole_directory, whole_file
 from ..ranking.importance import LayerImportance
-from ..ranking.plotting import check_matplotlib
 from ..search.gates import check_settings, learn_gates, rankable
 from ..search.stability import EpsilonStability
 from .resuming import STAGE_1, CheckpointGuard, Run, check_finished, is_true, lock_output_dir, train_or_resume
@@ -33,11 +32,11 @@ def rank(
     """
     Fine-tune until stable, learn the gates, and write the ranking and the adapter: the whole of ILA's search.
 
-    `importance.json`, `importance.png` and `adapter/` (with a model card) go to the trainer's output directory. With
-    `resume_from_checkpoint=True` in its training arguments, the same call goes on from what a killed run has left
-    there, in either stage, and ends with the same files; `_run.json` holds the settings that must be the same. What an
-    earlier run has left is replaced when there is something to replace it by. Under several processes all of them
-    must call it.
+    `importance.json`, `importance.png` (if matplotlib is installed) and `adapter/` (with a model card) go to the
+    trainer's output directory. With `resume_from_checkpoint=True` in its training arguments, the same call goes on
+    from what a killed run has left there, in either stage, and ends with the same files; `_run.json` holds the
+    settings that must be the same. What an earlier run has left is replaced when there is something to replace it by.
+    Under several processes all of them must call it.
 
     ```py
     >>> config = ILAConfig(target_modules="all-linear", gate_mode="open")
@@ -59,7 +58,6 @@ def rank(
         [`LayerImportance`]: The ranking that was written.
 
     Raises:
-        ImportError: matplotlib is missing.
         OSError: Another run holds the output directory, or a file cannot be read or written.
         TypeError: The trainer's model is not an ILA model.
         ValueError: A setting is out of range, the output directory holds a run that was not finished or one with
@@ -82,11 +80,8 @@ def check_output(args: Any, adapter: str | None = None) -> None:
         adapter: The adapter to rank as it is.
 
     Raises:
-        ImportError: matplotlib is missing.
         ValueError: The directory holds a run that was not finished, the adapter itself, or what is in the way.
     """
-    check_matplotlib()
-
     directory = Path(args.output_dir)
     _check_targets(directory, adapter)
     if adapter or not args.resume_from_checkpoint:
@@ -135,6 +130,8 @@ def rank_in(
     _save_adapter(trainer, run, stage_1, importance)
     if trainer.is_world_process_zero():
         for name in (PICTURE, RANKING):  # as the card has them; the ranking says that the run is done
+            if not (done / name).exists():
+                continue  # there is no matplotlib
             with whole_file(run.directory / name) as temporary:
                 shutil.copyfile(done / name, temporary)
     return importance

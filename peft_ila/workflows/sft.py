@@ -24,7 +24,7 @@ from ..tuner.config import ILAConfig
 from ..tuner.model import disable_cpu_4bit_packing
 from ..units import Granularity
 from .arguments import RankArguments, required
-from .data import load_dataset, load_held_out
+from .data import described, is_file, load_dataset
 from .models import model_config, model_name
 from .rank import check_output, rank_in
 from .resuming import lock_output_dir
@@ -78,11 +78,8 @@ def sft_trainer(
         )
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        split = (script_args.dataset_config, script_args.dataset_test_split)
-        if eval_dataset_name:
-            eval_dataset = load_held_out(eval_dataset_name, train_dataset, *split)
-        else:
-            eval_dataset = load_dataset(dataset, *split)
+        split = "train" if eval_dataset_name and is_file(eval_dataset_name) else script_args.dataset_test_split
+        eval_dataset = load_dataset(eval_dataset_name or dataset, script_args.dataset_config, split)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -100,14 +97,29 @@ def sft_trainer(
             peft_config=peft_config,
             callbacks=list(callbacks),
         )
-    except (OSError, ValueError, TypeError, ImportError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a chat template that refuses the data, impossible sizes, …
-        raise ValueError(f"{name} cannot be trained on {dataset}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # columns that TRL does not know, a chat template that refuses the data, …
+        clear = isinstance(error, (OSError, ValueError, ImportError, torch.OutOfMemoryError))
+        if clear and not isinstance(error, UnicodeError):
+            raise
+        data = {dataset: train_dataset, **({eval_dataset_name or "its split": eval_dataset} if eval_dataset else {})}
+        reason = f"{type(error).__name__}: {error}. {described(data)}"
+        raise ValueError(f"{name} cannot be trained on {dataset}: {reason}") from error
+    _check_comparable(trainer, eval_dataset, eval_dataset_name or dataset)
     _check_examples(trainer, trainer.train_dataset, dataset, "train")
     _check_examples(trainer, trainer.eval_dataset, eval_dataset_name or dataset, "evaluate")
     disable_cpu_4bit_packing(trainer.accelerator.unwrap_model(trainer.model))  # which an evaluation would spoil
     return trainer
+
+
+def _check_comparable(trainer: Any, eval_dataset: Any, name: str) -> None:
+    """Find held-out data whose loss would count other tokens than that of the training data."""
+    if eval_dataset is None or not trainer.completion_only_loss:
+        return
+    if not {"completion", "completion_mask", "labels"}.intersection(eval_dataset.column_names):
+        raise ValueError(
+            f"{name} has no `completion`, only {sorted(eval_dataset.column_names)}, but the training loss counts "
+            "completions only: the two losses would be of different tokens. Bring both data sets into one format."
+        )
 
 
 def _check_examples(trainer: Any, data: Any, name: str, purpose: str) -> None:
@@ -115,8 +127,8 @@ def _check_examples(trainer: Any, data: Any, name: str, purpose: str) -> None:
         return
     if not len(data):
         raise ValueError(
-            f"No example of {name} is left to {purpose} on: with `--max_length {trainer.args.max_length}`, nothing is "
-            "left of any answer."
+            f"No example of {name} is left to {purpose} on: within `--max_length {trainer.args.max_length}`, none "
+            "holds a token of an answer."
         )
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
     known = len(trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().weight)
@@ -202,6 +214,11 @@ def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
         raise ValueError(
             f"The adapter {adapter} has one gate per {config.granularity}: pass `--granularity {config.granularity}`, "
             "or make a plain LoRA of it by `peft-ila export` first."
+        )
+    elif config.gate_mode == "hard":
+        raise ValueError(
+            f"The adapter {adapter} is masked. To rank the units that its mask leaves open, make a plain LoRA of them "
+            f"by `peft-ila export {adapter} --output_dir PLAIN`, and pass `--adapter PLAIN`."
         )
     config.init_lora_weights = True  # the weights are loaded
     return config

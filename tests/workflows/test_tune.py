@@ -312,14 +312,24 @@ def test_rank_evaluates_stage_1_and_ranks_its_best_model(workspace, tmp_path):
     assert "with another `eval_dataset`: " in error_of(workspace, "rank", tmp_path / "whole", *options, *other)
 
 
+def test_held_out_data_in_another_format(workspace, tmp_path):
+    """Where the loss of both is on all tokens, it may be any that the trainer takes."""
+    held_out = tmp_path / "text.jsonl"
+    held_out.write_text('{"text": "w1 w2"}\n')
+    options = ["--completion_only_loss", "False", "--eval_dataset_name", str(held_out)]
+    run(workspace, "tune", tmp_path / "out", "--top_k", "1", *FAST, *LORA, *evaluating(workspace), *options)
+    assert any("eval_loss" in entry for entry in state(tmp_path / "out" / "checkpoint-4")["log_history"])
+
+
 @pytest.mark.parametrize("name", ["rank", "tune"])
 @pytest.mark.parametrize(
     "content, strategy, message",
     [
         ('{"text": "a"}\n', "no", "`--eval_dataset_name` is of no use without `--eval_strategy steps` or `epoch`."),
         (None, "steps", "There is no data file .*bad.jsonl"),
-        ("", "steps", "bad.jsonl holds no examples"),
-        ('{"text": "a"}\n', "steps", "holds `text`, but the data to train on `prompt` and `completion`: their losses"),
+        ("", "steps", "bad.jsonl cannot be read as a data set: it holds no examples"),
+        ('{"text": "a"}\n', "steps", r"bad.jsonl has no `completion`, only \['text'\], but the training loss counts"),
+        ('{"body": "a"}\n', "steps", r"data.jsonl has the columns .*'prompt'\], .*bad.jsonl has .* \['body'\]"),
         ('{"prompt": "LONG", "completion": "w1"}\n', "epoch", "No example of .*bad.jsonl is left to evaluate on"),
     ],
 )
