@@ -7,13 +7,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typing_extensions import assert_type
 
-from peft_ila import EpsilonStability, FrozenPrefix, ILAConfig, ILAModel, LayerImportance, learn_gates
+from peft_ila import EpsilonStability, FrozenPrefix, ILAConfig, ILAModel, LayerImportance, learn_gates, rank
 from peft_ila.embedded import smollm2
 from peft_ila.export.plain import export_adapter
 from peft_ila.ranking.table import plot_overlaps
 from peft_ila.workflows.budget import select_within
 from peft_ila.workflows.plan import plan
-from peft_ila.workflows.rank import rank
 
 base = AutoModelForCausalLM.from_pretrained(smollm2())
 config = ILAConfig(r=8, lora_alpha=16, target_modules="all-linear", granularity="layer", gate_mode="open")

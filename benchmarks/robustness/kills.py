@@ -23,8 +23,7 @@ import safetensors.torch
 import torch
 
 from benchmarks.record import save
-from peft_ila import LayerImportance
-from peft_ila.workflows.rank import rank
+from peft_ila import LayerImportance, rank
 
 SCENARIOS = {
     "with checkpoints": {"save_strategy": "steps", "save_steps": 2},

@@ -11,9 +11,8 @@ from trainers import ila, lora_weights, options, plain_trainer, sft_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 from trl import SFTConfig, SFTTrainer
 
-from peft_ila import ILAConfig, LayerImportance, learn_gates
+from peft_ila import ILAConfig, LayerImportance, learn_gates, rank
 from peft_ila.units import unit_of
-from peft_ila.workflows.rank import rank
 
 
 @pytest.mark.support("Trainers", "a ranking before any training, `method='untrained'`")

@@ -8,8 +8,7 @@ from conftest import tiny_llama
 from peft import PeftModel
 from trainers import ila, plain_trainer, sft_trainer
 
-from peft_ila import EpsilonStability, LayerImportance
-from peft_ila.workflows.rank import rank
+from peft_ila import EpsilonStability, LayerImportance, rank
 
 
 @pytest.mark.support("Operations", "`peft-ila rank` as a function, `workflows.rank.rank`")
