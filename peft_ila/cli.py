@@ -27,6 +27,7 @@ from .ranking.importance import LayerImportance
 from .ranking.table import comparison_rows, comparison_table, plot_overlaps, ranking_rows, ranking_table
 from .terminal import EXIT_CODES, TRL_OPTIONS, HelpFormatter, silence_others, versions
 from .workflows.arguments import (
+    LORA_R,
     BudgetArguments,
     RankArguments,
     SelectionArguments,
@@ -53,7 +54,7 @@ class ConvertArguments(StepArguments, BudgetArguments):
         default=None,
         metadata={"help": "The ranked model, to check the result by injection; by default where the ranking says."},
     )
-    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
 
@@ -117,7 +118,7 @@ class PlanArguments(StepArguments):
     importance: str | None = field(
         default=None, metadata={"help": "A ranking; without one, layers are spread evenly from the first one on."}
     )
-    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
     json: bool = field(default=False, metadata={"help": "Print bytes as JSON instead of a table."})
 
 

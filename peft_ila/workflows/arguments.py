@@ -176,9 +176,12 @@ class BudgetArguments(SelectionArguments):
         return {}
 
 
+LORA_R = 16  # TRL's default
+
+
 @dataclass
 class StepArguments:
-    """The training step whose memory is counted, see [`plan`]."""
+    """The training step whose memory is counted, see [`plan`], with TRL's defaults."""
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "The number of examples of a step."})
     max_length: int = field(default=1024, metadata={"help": "Their number of tokens."})
