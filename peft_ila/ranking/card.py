@@ -51,7 +51,7 @@ def _section(ranking: Sequence[tuple[str, float]]) -> str:
         f"The {len(ranking)} units of this adapter, ranked by one gate each with "
         "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
         "",
-        "![Gates of the layers](importance.png)",
+        "![Importance of the layers](importance.png)",
         "",
         "| rank | unit | gate |",
         "|---|---|---|",

@@ -28,6 +28,7 @@ _FONT = 8
 
 def heatmap(
     gates: Mapping[str, float],
+    label: str,
     unsure: Collection[str] = (),
     selected: Collection[str] = (),
     model: str | None = None,
@@ -38,6 +39,7 @@ def heatmap(
 
     Args:
         gates: The gate of each unit, in the order of the model.
+        label: What the colours mean.
         unsure: The units to mark by a dot: selected or not by a coin toss; without `selected`, in the top 30 % or not.
         selected: The units to outline.
         model: The model's name or path, for the title.
@@ -85,7 +87,7 @@ def heatmap(
     every[0].set_title(title, fontsize=10, parse_math=False)
     if columns[0] != math.inf:
         every[-1].set_xlabel("decoder layer", fontsize=_FONT)
-    _bar(image, every, "gate γ = σ(s)", bands * height)
+    _bar(image, every, label, bands * height)
     _legend(figure, len(selected), len(gates), bool(unsure))
     _write(figure, path)
     return figure
