@@ -225,6 +225,8 @@ def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
     """
     Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program.
 
+    It holds no weights. To turn a trained ILA adapter into a plain LoRA, use `peft-ila export`.
+
     Batch size, length, 4 bits and checkpointing say what a training step is, for `--memory_budget` alone.
     """
     importance = LayerImportance.load(others.importance)
@@ -255,7 +257,11 @@ def _using(path: Path, program: Format) -> str:
 
 
 def export(args: ExportArguments, others: argparse.Namespace) -> str:
-    """Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent."""
+    """
+    Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent.
+
+    To write the configuration of a new LoRA from a ranking, use `peft-ila convert`.
+    """
     from .export.plain import export_adapter
     from .tuner.config import ILAConfig  # noqa: F401  registers ILA, whose adapters are read
 

@@ -145,6 +145,13 @@ def test_help_fits_two_screens(command, capsys, monkeypatch):
         assert any(line.startswith(f"  --{name} ") or line == f"  --{name}" for line in lines), name
 
 
+@pytest.mark.parametrize("command, other", [("convert", "export"), ("export", "convert")])
+def test_convert_and_export_point_to_each_other(command, other, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"use `peft-ila {other}`." in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_names_the_commands_and_the_exit_codes(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

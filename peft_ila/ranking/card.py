@@ -1,4 +1,4 @@
-"""The ranking in an adapter's model card. Changes with the hub's cards."""
+"""The ranking in an adapter's model card."""
 
 import os
 import re

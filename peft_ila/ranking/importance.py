@@ -1,4 +1,4 @@
-"""LayerImportance: the scores of all units, and what is done with them. Changes with what a ranking can be asked."""
+"""LayerImportance: the scores of all units, and what is done with them."""
 
 import json
 import math

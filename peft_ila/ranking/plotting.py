@@ -1,4 +1,4 @@
-"""The pictures of rankings: the heatmap, how rankings overlap, what they keep. Changes with how they look."""
+"""The pictures of rankings: the heatmap, how rankings overlap, what they keep."""
 
 import itertools
 import math

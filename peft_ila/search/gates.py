@@ -1,4 +1,4 @@
-"""learn_gates, stage 2 in a user's own trainer. Changes with what a ranking is asked to say."""
+"""learn_gates, stage 2 in a user's own trainer."""
 
 import math
 from collections.abc import Sized

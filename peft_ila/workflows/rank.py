@@ -1,4 +1,4 @@
-"""Both stages with their files and their resuming: what `peft-ila rank` does. Changes with the order of the work."""
+"""Both stages with their files and their resuming: what `peft-ila rank` does."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`peft-ila rank` on a model and a data set by name, with TRL's trainer and arguments. Changes with TRL."""
+"""`peft-ila rank` on a model and a data set by name, with TRL's trainer and arguments."""
 
 import json
 import re
