@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .search.stability import EpsilonStability
     from .tuner.config import ILAConfig
     from .tuner.model import ILAModel
+    from .workflows.rank import rank
 
 _HOMES = {
     "EpsilonStability": "search.stability",
@@ -23,6 +24,7 @@ _HOMES = {
     "ILAModel": "tuner.model",
     "LayerImportance": "ranking.importance",
     "learn_gates": "search.gates",
+    "rank": "workflows.rank",
 }
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "LayerImportance",
     "__version__",
     "learn_gates",
+    "rank",
 ]
 
 
@@ -43,16 +46,21 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _is_command_line() -> bool:
     """
-    Whether this process is `peft-ila` or `python -m peft_ila.cli`.
+    Whether this process is `peft-ila`, `python -m peft_ila` or `python -m peft_ila.cli`.
 
     PEFT and torch take seconds to import, and several commands need neither. So there, and only there, the method is
     not registered at once, but by whatever imports `tuner`.
     """
     program = (getattr(sys, "argv", None) or [""])[0]
     if program == "-m":  # the module that is run is being looked for
-        return ("-m", "peft_ila.cli") in pairwise(sys.orig_argv)
+        module = next((value for flag, value in pairwise(sys.orig_argv) if flag == "-m"), None)
+        return module in ("peft_ila", "peft_ila.cli")
     return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and not os.path.isdir(program)
 
 

@@ -28,6 +28,7 @@ from .ranking.importance import LayerImportance
 from .ranking.table import comparison_rows, comparison_table, plot_overlaps, ranking_rows, ranking_table
 from .terminal import EXIT_CODES, TRL_OPTIONS, HelpFormatter, silence_others, versions
 from .workflows.arguments import (
+    LORA_R,
     BudgetArguments,
     RankArguments,
     SelectionArguments,
@@ -54,7 +55,7 @@ class ConvertArguments(StepArguments, BudgetArguments):
         default=None,
         metadata={"help": "The ranked model, to check the result by injection; by default where the ranking says."},
     )
-    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
 
@@ -118,7 +119,7 @@ class PlanArguments(StepArguments):
     importance: str | None = field(
         default=None, metadata={"help": "A ranking; without one, layers are spread evenly from the first one on."}
     )
-    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
 
 
 @dataclass
@@ -226,6 +227,8 @@ def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
     """
     Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program.
 
+    It holds no weights. To turn a trained ILA adapter into a plain LoRA, use `peft-ila export`.
+
     Batch size, length, 4 bits and checkpointing say what a training step is, for `--memory_budget` alone.
     """
     importance = LayerImportance.load(others.importance)
@@ -256,7 +259,11 @@ def _using(path: Path, program: Format) -> str:
 
 
 def export(args: ExportArguments, others: argparse.Namespace) -> str:
-    """Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent."""
+    """
+    Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent.
+
+    To write the configuration of a new LoRA from a ranking, use `peft-ila convert`.
+    """
     from .export.plain import export_adapter
     from .tuner.config import ILAConfig  # noqa: F401  registers ILA, whose adapters are read
 

@@ -1,4 +1,4 @@
-"""What the command line shows around the work: help, versions, no noise of others. Changes with TRL's parser."""
+"""What the command line shows around the work: help, versions, no noise of others."""
 
 import argparse
 import copy

@@ -21,6 +21,7 @@ ORDER = [
     "workflows",
     "terminal",
     "cli",
+    "__main__",
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

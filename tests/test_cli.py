@@ -81,12 +81,16 @@ def test_rank_trains_nothing_unless_asked(workspace, ranked, tmp_path, capsys):
     assert importance.metadata["stage_1"] == {"steps": 0, "stable": False}
     weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert not any(value.any() for name, value in weights.items() if "lora_B" in name)
-    error = error_of([*command, "--window", "3"], capsys)
+    error = error_of([*command, "--method", "untrained", "--window", "3"], capsys)
     assert "`--window` ends stage 1, which `--method untrained` does not have" in error
     assert "`--eval_strategy` evaluates stage 1" in error_of([*command, "--eval_strategy", "epoch"], capsys)
     main([*command, "--adapter", str(ranked / "adapter"), "--output_dir", str(tmp_path / "of an adapter")])
     importance = LayerImportance.load(tmp_path / "of an adapter" / "importance.json")
     assert importance.metadata["learn_gates"]["method"] == "attribution"
+    main([*command, "--epsilon", "100", "--output_dir", str(tmp_path / "stable")])  # what ends stage 1 asks for it
+    importance = LayerImportance.load(tmp_path / "stable" / "importance.json")
+    assert importance.metadata["learn_gates"]["method"] == "attribution"
+    assert importance.metadata["stage_1"]["steps"] > 0
 
 
 def test_rank_prints_a_table(workspace, tmp_path, capsys):
@@ -314,7 +318,7 @@ def test_tune(workspace, ranked, tmp_path, share, capsys):
     assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B." in name)
 
 
-STEP_OF_BUDGET = {"batch_size": 8, "max_length": 32, "r": 4}
+STEP_OF_BUDGET = {"max_length": 32, "gradient_checkpointing": False, "r": 4}
 
 
 def layers(path) -> set[str]:

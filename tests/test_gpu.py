@@ -10,9 +10,8 @@ from trainers import ila, lora_weights, plain_trainer, sft_trainer, write_model_
 from transformers import BitsAndBytesConfig
 from transformers.models.llama import modeling_llama
 
-from peft_ila import EpsilonStability, ILAConfig, LayerImportance, learn_gates
+from peft_ila import EpsilonStability, ILAConfig, LayerImportance, learn_gates, rank
 from peft_ila.cli import main
-from peft_ila.workflows.rank import rank
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

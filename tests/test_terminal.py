@@ -22,6 +22,7 @@ from trainers import ila, write_model_and_data
 from transformers import AutoModelForCausalLM
 
 import peft_ila
+import peft_ila.workflows.rank as rank_module
 from peft_ila import LayerImportance
 from peft_ila.cli import _COMMANDS, _parse, _parser, main
 from peft_ila.terminal import TRL_OPTIONS, silence_others
@@ -71,7 +72,7 @@ def rank(workspace, output, *extra) -> None:
 def imported_by(*arguments: str) -> set[str]:
     """The modules that a command imports in a process of its own."""
     process = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "peft_ila.cli", *arguments], capture_output=True, text=True
+        [sys.executable, "-X", "importtime", "-m", "peft_ila", *arguments], capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr[-2000:]
     return {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time:" in line}
@@ -92,7 +93,7 @@ def test_convert_imports_no_trainer(rankings, tmp_path):
 
 
 def test_the_script_imports_no_trainer(rankings):
-    """As pip installs it; `python -m peft_ila.cli` is another way in."""
+    """As pip installs it; `python -m peft_ila` is another way in."""
     script = (
         "import sys; sys.argv = ['/usr/bin/peft-ila', 'compare', *sys.argv[1:]]\n"
         "from peft_ila.cli import main\n"
@@ -143,6 +144,13 @@ def test_help_fits_two_screens(command, capsys, monkeypatch):
     assert "130 Ctrl-C." in " ".join(lines)
     for name in _COMMANDS[command].arguments.__dataclass_fields__:
         assert any(line.startswith(f"  --{name} ") or line == f"  --{name}" for line in lines), name
+
+
+@pytest.mark.parametrize("command, other", [("convert", "export"), ("export", "convert")])
+def test_convert_and_export_point_to_each_other(command, other, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"use `peft-ila {other}`." in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_names_the_commands_and_the_exit_codes(capsys):
@@ -436,7 +444,9 @@ def test_other_programs_register_the_method_at_once(tmp_path, monkeypatch):
     for program, interpreter, waits in (
         (str(script), ["python", str(script), "compare"], True),
         ("-m", ["python", "-X", "dev", "-m", "peft_ila.cli", "compare"], True),
+        ("-m", ["python", "-m", "peft_ila", "compare"], True),
         ("-m", ["python", "-m", "other", "peft_ila.cli"], False),
+        ("-m", ["python", "-m", "other", "-m", "peft_ila"], False),
         (str(folder), ["python", str(folder)], False),
         ("train.py", ["python", "train.py", "-m", "peft_ila.cli"], False),
         ("-c", ["python", "-c", "import peft_ila"], False),
@@ -455,3 +465,9 @@ def test_public_names_are_there_in_the_command_line():
     )
     program = shutil.which("peft-ila") or str(Path(sys.executable).parent / "peft-ila")
     subprocess.run([sys.executable, "-c", script, program], check=True)
+
+
+def test_public_names_are_listed():
+    assert {*peft_ila.__all__} <= {*dir(peft_ila)}
+    assert all(getattr(peft_ila, name) for name in peft_ila.__all__)
+    assert peft_ila.rank is rank_module.rank

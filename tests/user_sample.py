@@ -7,13 +7,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typing_extensions import assert_type
 
-from peft_ila import EpsilonStability, FrozenPrefix, ILAConfig, ILAModel, LayerImportance, learn_gates
+from peft_ila import EpsilonStability, FrozenPrefix, ILAConfig, ILAModel, LayerImportance, learn_gates, rank
 from peft_ila.embedded import smollm2
 from peft_ila.export.plain import export_adapter
 from peft_ila.ranking.table import plot_overlaps
 from peft_ila.workflows.budget import select_within
 from peft_ila.workflows.plan import plan
-from peft_ila.workflows.rank import rank
 
 base = AutoModelForCausalLM.from_pretrained(smollm2())
 config = ILAConfig(r=8, lora_alpha=16, target_modules="all-linear", granularity="layer", gate_mode="open")
@@ -34,6 +33,9 @@ assert_type(importance.overlap(other, top_p=0.75), float)
 assert_type(LayerImportance.mean([importance, other]), LayerImportance)
 assert_type(importance.to_recipe("axolotl", top_p=0.3), dict[str, Any])
 assert_type(importance.freeze_unselected(base, top_p=0.75), list[str])
+assert_type(importance.freeze_unselected(base, 0.75, outside=True), list[str])
+assert_type(importance.freeze_unselected(base, units=importance.select(0.3)), list[str])
+importance.freeze_unselected(base, top_q=0.75)  # type: ignore[call-arg]
 assert_type(importance.coin_tosses(top_p=0.3), list[str])
 assert_type(select_within(base.config, importance, "24GB", batch_size=4, r=16), list[str])
 assert_type(plan(base.config, importance, r=16)["30%"].total, int)
@@ -41,6 +43,7 @@ plot_overlaps([("A", importance), ("B", other)], "overlap.png")
 importance.save("importance.json")
 importance.save_card("adapter")
 assert_type(importance.plot("importance.png", top_p=0.3), Figure)
+assert_type(importance.plot(top_k=3, min_probability=0.9), Figure)
 plain: LoraConfig = importance.to_lora_config(top_p=0.3, r=16, lora_alpha=32, model=base)
 
 gated = ILAModel.from_lora(PeftModel.from_pretrained(base, "adapter"))

@@ -23,8 +23,7 @@ import safetensors.torch
 import torch
 
 from benchmarks.record import save
-from peft_ila import LayerImportance
-from peft_ila.workflows.rank import rank
+from peft_ila import LayerImportance, rank
 
 SCENARIOS = {
     "with checkpoints": {"save_strategy": "steps", "save_steps": 2},
@@ -126,12 +125,12 @@ def attempt(make: Callable[..., Any], directory: Path, scenario: str, last: int 
     """
     options = SCENARIOS[scenario]
     if scenario == "after an earlier run":
-        rank(make(directory, seed=1, max_steps=3, **options), steps=4)
+        rank(make(directory, seed=1, max_steps=3, **options), method="attribution", steps=4)
     killed = False
     trainer = make(directory, **options)
     with operations().counted(directory, last):
         try:
-            rank(trainer, steps=4)
+            rank(trainer, method="attribution", steps=4)
         except Killed as error:
             killed = True
             error.__traceback__ = None
@@ -141,11 +140,11 @@ def attempt(make: Callable[..., Any], directory: Path, scenario: str, last: int 
     if killed:
         _check_whole(directory)
         try:
-            rank(make(directory, resume_from_checkpoint=True, **options), steps=4)
+            rank(make(directory, resume_from_checkpoint=True, **options), method="attribution", steps=4)
         except ValueError as error:
             if "holds a run with another `" not in str(error):
                 raise
-            rank(make(directory, **options), steps=4)  # it is the earlier run that is there
+            rank(make(directory, **options), method="attribution", steps=4)  # it is the earlier run that is there
     return number
 
 

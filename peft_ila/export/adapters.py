@@ -1,4 +1,4 @@
-"""Adapters on disk: read with care, written as PEFT writes them. Changes with PEFT's files."""
+"""Adapters on disk: read with care, written as PEFT writes them."""
 
 import copy
 import os

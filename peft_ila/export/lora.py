@@ -1,4 +1,4 @@
-"""From selected units to a configuration of PEFT that targets exactly them. Changes with how PEFT reads targets."""
+"""From selected units to a configuration of PEFT that targets exactly them."""
 
 import copy
 import re

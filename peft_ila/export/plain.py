@@ -1,4 +1,4 @@
-"""From a gated adapter to the plain LoRA adapter that computes the same. Changes with how PEFT saves adapters."""
+"""From a gated adapter to the plain LoRA adapter that computes the same."""
 
 import os
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""From selected units to the settings of other training programs. Changes with axolotl, LLaMA-Factory and TRL."""
+"""From selected units to the settings of other training programs."""
 
 import os
 from collections.abc import Sequence

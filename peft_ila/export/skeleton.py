@@ -1,4 +1,4 @@
-"""Models without weights, to see what PEFT does with a configuration. Changes with how transformers builds models."""
+"""Models without weights, to see what PEFT does with a configuration."""
 
 import copy
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""The ranking in an adapter's model card. Changes with the hub's cards."""
+"""The ranking in an adapter's model card."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def _section(ranking: Sequence[tuple[str, float]], picture: bool) -> str:
         f"The {len(ranking)} units of this adapter, ranked by one gate each with "
         "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
         "",
-        *([f"![Gates of the layers]({_PICTURE})", ""] if picture else []),
+        *([f"![Importance of the layers]({_PICTURE})", ""] if picture else []),
         "| rank | unit | gate |",
         "|---|---|---|",
         *(f"| {rank} | {_code(unit)} | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),

@@ -1,4 +1,4 @@
-"""LayerImportance: the scores of all units, and what is done with them. Changes with what a ranking can be asked."""
+"""LayerImportance: the scores of all units, and what is done with them."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..choices import RecipeFormat
 from ..files import read_json, whole_file
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PretrainedConfig
+    from typing_extensions import Unpack
 
     from ..export.lora import Targets
 
@@ -29,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = "peft_ila.LayerImportance"
 _VERSION = 1
+
+
+class Selection(TypedDict, total=False):
+    """What [`LayerImportance.select`] takes beside `top_p`."""
+
+    top_k: int | None
+    threshold: float | None
+    min_probability: float | None
+    units: Sequence[str] | None
 
 
 @dataclass
@@ -339,10 +349,7 @@ class LayerImportance:
         self,
         path: str | os.PathLike[str] | None = None,
         top_p: float | None = None,
-        top_k: int | None = None,
-        threshold: float | None = None,
-        min_probability: float | None = None,
-        units: Sequence[str] | None = None,
+        **selection: "Unpack[Selection]",
     ) -> "Figure":
         """
         Draw the gates as a heatmap: decoder layers along x, for modules the linear names along y; many layers go on
@@ -352,7 +359,8 @@ class LayerImportance:
 
         Args:
             path (`str`, *optional*): The picture to write; matplotlib tells the format from its suffix.
-            top_p, top_k, threshold, min_probability, units: What to outline, see [`select`]; by default nothing.
+            top_p (`float`, *optional*): The share of the units to outline; by default none is outlined.
+            **selection: Further arguments of [`select`].
 
         Raises:
             ImportError: matplotlib is missing.
@@ -360,12 +368,15 @@ class LayerImportance:
         """
         from .plotting import heatmap
 
-        selection = (top_p, top_k, threshold, min_probability, units)
-        selected = self.select(*selection) if any(value is not None for value in selection) else []
-        if not selected:
-            top_p = 0.3
-        unsure = self.coin_tosses(top_p, top_k) if self.spread and threshold is None and units is None else []
-        return heatmap(dict(zip(self.units, self.gates)), unsure, selected, self.metadata.get("model"), path)
+        every: dict[str, Any] = {"top_p": top_p, **selection}
+        given = {name: value for name, value in every.items() if value is not None}
+        selected = self.select(**given) if given else []
+        share = {name: value for name, value in (given or {"top_p": 0.3}).items() if name in ("top_p", "top_k")}
+        unsure = self.coin_tosses(**share) if self.spread and share else []
+        facts = self.metadata.get("learn_gates")
+        by_descent = isinstance(facts, dict) and facts.get("method") == "descent"
+        label = "gate γ = σ(s)" if by_descent else "importance σ(s)"
+        return heatmap(dict(zip(self.units, self.gates)), label, unsure, selected, self.metadata.get("model"), path)
 
     def save_card(self, directory: str | os.PathLike[str]) -> None:
         """
@@ -387,7 +398,7 @@ class LayerImportance:
         gates = dict(zip(self.units, self.gates))
         write_card(directory, [(unit, gates[unit]) for unit in self.ranking()])
 
-    def push_to_hub(self, model: "PeftModel", repo_id: str, **kwargs: Any) -> "CommitInfo":
+    def push_model_to_hub(self, model: "PeftModel", repo_id: str, **kwargs: Any) -> "CommitInfo":
         """
         Upload the model's adapters with a card that holds the ranking, see [`save_card`].
 
@@ -403,13 +414,12 @@ class LayerImportance:
             self.save_card(directory)
             return upload(directory, repo_id, **kwargs)
 
+    push_to_hub = push_model_to_hub  # its name before, which was documented
+
     def to_lora_config(
         self,
         top_p: float | None = None,
-        top_k: int | None = None,
-        threshold: float | None = None,
-        min_probability: float | None = None,
-        units: Sequence[str] | None = None,
+        *,
         model: "nn.Module | PretrainedConfig | None" = None,
         config_cls: "type[PeftConfig] | None" = None,
         **kwargs: Any,
@@ -423,14 +433,14 @@ class LayerImportance:
         of the names when it injects them: in some models it takes those of linear modules for fused experts.
 
         Args:
-            top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
+            top_p (`float`, *optional*): The share of the units to select.
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
                 The base model or its configuration: the result is then injected into it on the meta device, and
                 returned only if PEFT hits exactly the selected modules. It is not changed.
             config_cls (`type`, *optional*):
                 Another configuration class of PEFT that can target single layers, such as [`~peft.AdaLoraConfig`],
                 [`~peft.LoKrConfig`] or [`~peft.OFTConfig`].
-            **kwargs: Further options of the configuration, such as `r` and `lora_alpha`.
+            **kwargs: Further arguments of [`select`], and options of the configuration, such as `r` and `lora_alpha`.
 
         Raises:
             TypeError: `config_cls` cannot target single layers.
@@ -438,10 +448,14 @@ class LayerImportance:
         """
         from ..export.lora import LoraConfig, to_lora_config
 
-        selected = self.select(top_p, top_k, threshold, min_probability, units)
+        selected = self._selected(top_p, kwargs)
         kwargs.setdefault("task_type", self.metadata.get("task_type"))
         kwargs.setdefault("base_model_name_or_path", self.metadata.get("model"))
         return to_lora_config(self._targets(), selected, model, config_cls or LoraConfig, **kwargs)
+
+    def _selected(self, top_p: float | None, options: dict[str, Any]) -> list[str]:
+        """What is selected by `top_p` and by those of the options that [`select`] takes, which are removed."""
+        return self.select(top_p, **{name: options.pop(name) for name in Selection.__optional_keys__ & options.keys()})
 
     def _targets(self) -> "Targets":
         from ..export.lora import Targets
@@ -452,10 +466,7 @@ class LayerImportance:
         self,
         program: RecipeFormat,
         top_p: float | None = None,
-        top_k: int | None = None,
-        threshold: float | None = None,
-        min_probability: float | None = None,
-        units: Sequence[str] | None = None,
+        *,
         model: "nn.Module | PretrainedConfig | None" = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -466,37 +477,36 @@ class LayerImportance:
             program (`str`):
                 `"axolotl"` (LoRA), `"axolotl-full"` (full fine-tuning: `unfrozen_parameters`), `"llamafactory"`
                 (LoRA) or `"trl"` (LoRA, the flags of its scripts).
-            top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
+            top_p (`float`, *optional*): The share of the units to select.
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
                 The base model or its configuration, see [`to_lora_config`]; `"axolotl-full"` needs it.
-            **kwargs: `r`, `lora_alpha` and `lora_dropout` of LoRA.
+            **kwargs: Further arguments of [`select`], and LoRA's `r`, `lora_alpha` and `lora_dropout`.
 
         Raises:
             ValueError: A bad selection, `"axolotl-full"` without a model, or targets that the program cannot name.
         """
         from ..export.recipes import recipe
 
-        selected = self.select(top_p, top_k, threshold, min_probability, units)
+        selected = self._selected(top_p, kwargs)
         return recipe(self._targets(), selected, program, model, **kwargs)
 
     def freeze_unselected(
         self,
         model: "nn.Module",
         top_p: float | None = None,
-        top_k: int | None = None,
-        threshold: float | None = None,
-        min_probability: float | None = None,
-        units: Sequence[str] | None = None,
+        *,
         outside: bool = True,
+        **selection: "Unpack[Selection]",
     ) -> list[str]:
         """
         Freeze all but the selected units, for full fine-tuning, as `peft-ila tune --full` does.
 
         Args:
             model (`torch.nn.Module`): The plain model that was ranked, without adapters.
-            top_p, top_k, threshold, min_probability, units: What to select, see [`select`].
+            top_p (`float`, *optional*): The share of the units to select.
             outside (`bool`): Whether to freeze what belongs to no unit too, such as embeddings, norms and the head.
                 With `False`, these train along if they did before.
+            **selection: Further arguments of [`select`].
 
         Returns:
             `list[str]`: The names of the frozen parameters.
@@ -506,7 +516,7 @@ class LayerImportance:
         """
         from ..export.freezing import freeze
 
-        selected = set(self.select(top_p, top_k, threshold, min_probability, units))
+        selected = set(self.select(top_p, **selection))
         if outside:
             return freeze(model, selected, all_but=True)
         return freeze(model, [unit for unit in self.units if unit not in selected])

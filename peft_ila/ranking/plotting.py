@@ -1,4 +1,4 @@
-"""The pictures of rankings: the heatmap, how rankings overlap, what they keep. Changes with how they look."""
+"""The pictures of rankings: the heatmap, how rankings overlap, what they keep."""
 
 import itertools
 import math
@@ -28,24 +28,24 @@ _FONT = 8
 
 def heatmap(
     gates: Mapping[str, float],
+    label: str,
     unsure: Collection[str] = (),
     selected: Collection[str] = (),
     model: str | None = None,
     path: str | os.PathLike[str] | None = None,
     subject: str = "importance",
-    label: str = "gate γ = σ(s)",
 ) -> "Figure":
     """
     See [`LayerImportance.plot`].
 
     Args:
         gates: The gate, or another value, of each unit, in the order of the model.
+        label: What the colour bar says.
         unsure: The units to mark by a dot: selected or not by a coin toss; without `selected`, in the top 30 % or not.
         selected: The units to outline.
         model: The model's name or path, for the title.
         path: The picture to write.
         subject: What the title says.
-        label: What the colour bar says.
 
     Returns:
         The figure. Its axes are bands of layers, from the first layer on, and the colour bar.

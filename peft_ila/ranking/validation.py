@@ -1,4 +1,4 @@
-"""What a ranking must be, whether it was made or read. Changes with the fields of a ranking."""
+"""What a ranking must be, whether it was made or read."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

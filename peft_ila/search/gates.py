@@ -1,4 +1,4 @@
-"""learn_gates, stage 2 in a user's own trainer. Changes with what a ranking is asked to say."""
+"""learn_gates, stage 2 in a user's own trainer."""
 
 import math
 from collections.abc import Sized
@@ -25,7 +25,7 @@ def learn_gates(
     min_agreement: float | None = 0.8,
     loss_batches: int = 8,
     seed: int | None = None,
-    method: Method = "attribution",
+    method: Method | None = None,
     initial_score: float | None = None,
     learning_rate: float | None = None,
     budget: float | None = None,
@@ -67,7 +67,9 @@ def learn_gates(
             same before training.
         seed (`int`, *optional*): For the order of the data, by default the trainer's `seed` and `data_seed`. The
             same seed gives the same scores.
-        method (`str`): `"attribution"`, `"descent"` or `"untrained"`.
+        method (`str`, *optional*):
+            `"attribution"`, `"descent"` or `"untrained"`. By default the one that fits the adapter: "untrained" if it
+            is fresh, "attribution" if it has been trained.
         initial_score (`float`, *optional*): Of "descent", by default the adapter's `gate_init` (4.0 is the paper's,
             recalled).
         learning_rate (`float`, *optional*): Of "descent", of the scores; 0.1 by default, assumed.
@@ -88,6 +90,8 @@ def learn_gates(
     """
     check_settings(steps, min_agreement, loss_batches, seed, method, initial_score, learning_rate, budget)
     ila = rankable(trainer)
+    trained = ila.is_trained()
+    method = method or ("attribution" if trained else "untrained")
     steps = STEPS[method] if steps is None else steps
     units = len(ila.gates())
     search: Attribution | Descent
@@ -97,7 +101,7 @@ def learn_gates(
         search = Descent(units, steps, start, 0.1 if learning_rate is None else learning_rate, budget)
     else:
         search = (Untrained if method == "untrained" else Attribution)(units, steps, min_agreement)
-    check_trained(ila, method)
+    check_trained(trained, method)
 
     hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
     with measuring(trainer, ila, seed) as measurement, tqdm(total=steps, desc="Stage 2", disable=hidden) as bar:
@@ -172,7 +176,7 @@ def check_settings(
     min_agreement: float | None = None,
     loss_batches: int = 1,
     seed: int | None = None,
-    method: str = "attribution",
+    method: str | None = None,
     initial_score: float | None = None,
     learning_rate: float | None = None,
     budget: float | None = None,
@@ -183,7 +187,7 @@ def check_settings(
     Raises:
         ValueError: One is out of range, or of no use to the method.
     """
-    if method not in STEPS:
+    if method is not None and method not in STEPS:
         raise ValueError(f"`method` must be one of {tuple(STEPS)}, got {method!r}.")
     for name, value, least in (("steps", steps, ROUND), ("loss_batches", loss_batches, 1)):
         if value is not None and (not is_integer(value) or value < least):
@@ -197,15 +201,14 @@ def check_settings(
     if method == "descent":
         check_descent(**own)
     elif own:
-        raise ValueError(f'{sorted(own)} are settings of `method="descent"`, of no use to {method!r}.')
+        raise ValueError(f'{sorted(own)} are settings of `method="descent"`; pass it, or leave them out.')
 
 
-def check_trained(ila: ILAModel, method: Method) -> None:
+def check_trained(trained: bool, method: Method) -> None:
     """
     Raises:
         ValueError: The adapter has been trained where the method needs a fresh one, or the other way round.
     """
-    trained = ila.is_trained()
     if method == "untrained" and trained:
         raise ValueError(
             '`method="untrained"` ranks by a fresh adapter, whose B is 0, but this one has been trained (or '

@@ -1,4 +1,4 @@
-"""EpsilonStability ends stage 1. Changes with what counts as a stable loss."""
+"""EpsilonStability ends stage 1."""
 
 import logging
 import math

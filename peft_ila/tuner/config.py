@@ -1,4 +1,4 @@
-"""ILAConfig: everything LoraConfig takes, and how the gates act. Changes with what a gate can live with."""
+"""ILAConfig: everything LoraConfig takes, and how the gates act."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args

@@ -4,7 +4,7 @@ The gate multiplies the rank-r activation between `lora_A` and `lora_B`, never t
 output makes autograd keep a tensor of the output's size (1.20 times the memory of a LoRA step on SmolLM2, against
 0.77 here). Every LoRA layer of PEFT that calls `lora_B(lora_A(x))`, quantised or not, is gated by the same hook. LoRA
 of a parameter (fused experts), which has no activation of its own, is gated at one of its two factors, and a variant
-such as DoRA, which is no product, at its difference from the base layer. Changes with PEFT's LoRA layers.
+such as DoRA, which is no product, at its difference from the base layer.
 """
 
 import contextlib

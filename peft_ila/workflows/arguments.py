@@ -74,8 +74,8 @@ class RankArguments(EvaluationArguments):
         metadata={
             "help": "'untrained' measures what a fresh adapter promises, without training: to choose what to tune; "
             "the default. 'attribution' fine-tunes until stable (stage 1), then measures what each delta is worth: to "
-            "see what fine-tuning changes, and the default with `adapter` or `tuned_model`. 'descent' learns the "
-            "scores after stage 1, as the paper does."
+            "see what fine-tuning changes, and the default with `adapter`, `tuned_model` or a setting of stage 1. "
+            "'descent' learns the scores after stage 1, as the paper does."
         },
     )
     gate_steps: int | None = field(
@@ -107,7 +107,7 @@ class RankArguments(EvaluationArguments):
         """
         settings = {"epsilon": self.epsilon, "window": self.window, "patience": self.patience}
         given = {name: value for name, value in settings.items() if value is not None}
-        if given and self._method() == "untrained":
+        if given and self.method == "untrained":
             raise ValueError(
                 f"`--{next(iter(given))}` ends stage 1, which `--method untrained` does not have. To fine-tune until "
                 "stable and rank what was learned, pass `--method attribution`."
@@ -115,7 +115,8 @@ class RankArguments(EvaluationArguments):
         return given
 
     def _method(self) -> Method:
-        return self.method or ("attribution" if self.adapter or self.tuned_model else "untrained")
+        learned = self.adapter or self.tuned_model or self.stability_settings()
+        return self.method or ("attribution" if learned else "untrained")
 
     def gate_settings(self) -> dict[str, Any]:
         """As [`learn_gates`] takes them."""
@@ -181,9 +182,12 @@ class BudgetArguments(SelectionArguments):
         return {}
 
 
+LORA_R = 16  # TRL's default
+
+
 @dataclass
 class StepArguments:
-    """The training step whose memory is counted, see [`plan`]."""
+    """The training step whose memory is counted, see [`plan`], with TRL's defaults."""
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "The number of examples of a step."})
     max_length: int = field(default=1024, metadata={"help": "Their number of tokens."})

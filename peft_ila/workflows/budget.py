@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from ..export.skeleton import meta_skeleton
 from ..ranking.importance import LayerImportance
 from ..units import split_layer
+from .arguments import LORA_R, StepArguments
 from .plan import ADAMW, Memory, Step
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,12 @@ def select_within(
     config: PretrainedConfig,
     importance: LayerImportance,
     memory_budget: int | str,
-    batch_size: int = 1,
-    max_length: int = 1024,
-    load_in_4bit: bool = False,
-    gradient_checkpointing: bool = False,
+    batch_size: int = StepArguments.per_device_train_batch_size,
+    max_length: int = StepArguments.max_length,
+    load_in_4bit: bool = StepArguments.load_in_4bit,
+    gradient_checkpointing: bool = StepArguments.gradient_checkpointing,
     dtype: torch.dtype = torch.bfloat16,
+    r: int = LORA_R,
     **lora: Any,
 ) -> list[str]:
     """
@@ -52,7 +54,8 @@ def select_within(
         batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype:
             Of the training step, see [`plan`]. With checkpointing the inputs of all layers are kept, whichever is the
             lowest; the callback [`FrozenPrefix`] spares those below it, which is not counted.
-        **lora: `r` and other options of [`~peft.LoraConfig`].
+        r (`int`): LoRA's rank.
+        **lora: Other options of [`~peft.LoraConfig`].
 
     Returns:
         `list[str]`: For [`LayerImportance.to_lora_config`], as `units`.
@@ -61,6 +64,7 @@ def select_within(
         ValueError: The budget is no size, or too small for any unit; no unit has any importance; or see [`plan`].
     """
     budget = size_in_bytes(memory_budget)
+    lora["r"] = r
     worth = {unit: value for unit, value in zip(importance.units, additive(importance)) if value > 0}
     if not worth:
         raise ValueError("The ranking has no unit of positive importance, so there is nothing to select.")

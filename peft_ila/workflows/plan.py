@@ -19,6 +19,7 @@ from ..measure import saved_tensors
 from ..ranking.importance import LayerImportance
 from ..tuner.config import ILAConfig
 from ..tuner.model import ILAModel
+from .arguments import LORA_R, StepArguments
 
 SHARES = (1.0, 0.75, 0.5, 0.3, 0.1)
 # of bitsandbytes' NF4 without nested quantisation: 4 bits, and 4 bytes of scale for each 64 weights
@@ -69,12 +70,13 @@ class Memory:
 def plan(
     config: PretrainedConfig,
     importance: LayerImportance | None = None,
-    batch_size: int = 1,
-    max_length: int = 1024,
-    load_in_4bit: bool = False,
-    gradient_checkpointing: bool = False,
+    batch_size: int = StepArguments.per_device_train_batch_size,
+    max_length: int = StepArguments.max_length,
+    load_in_4bit: bool = StepArguments.load_in_4bit,
+    gradient_checkpointing: bool = StepArguments.gradient_checkpointing,
     dtype: torch.dtype = torch.bfloat16,
     shares: Sequence[float] = SHARES,
+    r: int = LORA_R,
     **lora: Any,
 ) -> dict[str, Memory]:
     """
@@ -97,7 +99,8 @@ def plan(
             Of the weights that are not quantised, and of the activations: in half precision the step is taken under
             autocast, as trainers take it with `bf16=True`.
         shares (`list[float]`): Of the units to tune.
-        **lora: `r` and other options of [`~peft.LoraConfig`].
+        r (`int`): LoRA's rank.
+        **lora: Other options of [`~peft.LoraConfig`].
 
     Returns:
         `dict`: By the share, such as `"30%"`; `"rank"`, the search without training; and `"rank, stage 2"`, that of
@@ -106,6 +109,7 @@ def plan(
     Raises:
         ValueError: No causal language model can be built of the configuration, or the ranking is of another one.
     """
+    lora["r"] = r
     skeleton = meta_skeleton(config, importance.units if importance else ())
     if importance is None:
         importance = _layers(skeleton, lora)

@@ -111,7 +111,7 @@ def prune(
     settings |= {"gate_steps": gate_steps, "gate_learning_rate": gate_learning_rate}
     _check_settings(**settings)
     ila = rankable(trainer)
-    check_trained(ila, "attribution")
+    check_trained(ila.is_trained(), "attribution")
     if min_kept is not None and trainer.eval_dataset is None:
         raise ValueError("`min_kept` needs held-out data: give the trainer an `eval_dataset`, or pass `top_p`.")
     if output_dir is not None:
@@ -219,7 +219,7 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
 
 def _draw(pruning: Pruning, directory: Path) -> None:
     model = pruning.importance.metadata["model"]
-    heatmap(pruning.ranks, model=model, path=directory / "ranks.png", subject="kept rank", label="kept rank")
+    heatmap(pruning.ranks, "kept rank", model=model, path=directory / "ranks.png", subject="kept rank")
     if not pruning.curve:
         return
     curves = {"before the gates are learned": [[point.gain for point in pruning.curve]]}

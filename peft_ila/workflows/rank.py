@@ -1,4 +1,4 @@
-"""Both stages with their files and their resuming: what `peft-ila rank` does. Changes with the order of the work."""
+"""Both stages with their files and their resuming: what `peft-ila rank` does."""
 
 import json
 import os
@@ -30,7 +30,11 @@ def rank(
     **gate_settings: Any,
 ) -> LayerImportance:
     """
-    Fine-tune until stable, learn the gates, and write the ranking and the adapter: the whole of ILA's search.
+    Rank the units, and write the ranking and the adapter: the whole of ILA's search.
+
+    By default nothing is trained: the ranking is from a fresh adapter, `method="untrained"`. With an
+    [`EpsilonStability`], passed or among the trainer's callbacks, or with `method="attribution"`, the adapter is first
+    fine-tuned until stable (stage 1), then its gates are learned (stage 2).
 
     `importance.json`, `importance.png` (if matplotlib is installed) and `adapter/` (with a model card) go to the
     trainer's output directory. With `resume_from_checkpoint=True` in its training arguments, the same call goes on
@@ -44,15 +48,15 @@ def rank(
     >>> importance = rank(trainer, EpsilonStability(epsilon=0.05))
     ```
 
-    With `method="untrained"` there is no stage 1, and the adapter is the fresh one.
-
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer whose model has one active ILA adapter, in mode "open".
         stability ([`EpsilonStability`], *optional*):
-            What ends stage 1, by default the one that is among the trainer's callbacks, or else its defaults.
+            What ends stage 1, by default the one among the trainer's callbacks, or else one with its defaults.
         adapter (`str`, *optional*): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
         metadata (`dict`, *optional*): Further entries of the ranking's metadata.
-        **gate_settings: Of [`learn_gates`], such as `method`, `steps` and `budget`.
+        **gate_settings:
+            Of [`learn_gates`], such as `method`, `steps` and `budget`. The default method is "untrained" for a fresh
+            adapter, and "attribution" if a stability or an adapter is given or the trainer's adapter has been trained.
 
     Returns:
         [`LayerImportance`]: The ranking that was written.
@@ -97,14 +101,19 @@ def rank_in(
 ) -> LayerImportance:
     """[`rank`] in an output directory that is locked and checked."""
     check_settings(**gate_settings)
-    rankable(trainer)
+    ila = rankable(trainer)
+    own = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EpsilonStability))
+    stability = stability or next(own, None)
+    if gate_settings.get("method") is None:
+        learned = adapter or stability or ila.is_trained()
+        gate_settings["method"] = "attribution" if learned else "untrained"
     metadata = metadata or {}
     try:
         json.dumps(metadata)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`metadata` must hold JSON values only: {error}.") from error
     args: Any = trainer.args
-    untrained = gate_settings.get("method") == "untrained"
+    untrained = gate_settings["method"] == "untrained"
     data = {name: metadata.get(name) for name in ("dataset", "eval_dataset")}
     facts = {**data, "adapter": adapter, "untrained": untrained}
     resumes = bool(args.resume_from_checkpoint) and adapter is None
@@ -123,7 +132,7 @@ def rank_in(
         if run.done and trainer.is_world_process_zero():
             run.record(done=False)  # it goes on from a checkpoint that was named
         trainer.add_callback(CheckpointGuard(run))
-        stage_1 = _stage_1(trainer, stability)
+        stage_1 = _stage_1(trainer, stability or EpsilonStability())
         _save_adapter(trainer, run, stage_1)
     importance = learn_gates(trainer, **gate_settings)
     importance.metadata |= {**metadata, "stage_1": stage_1}
@@ -149,12 +158,8 @@ def _check_targets(directory: Path, adapter: str | None) -> None:
         raise ValueError(f"The adapter {adapter} would be replaced by the ranked one; choose another `output_dir`.")
 
 
-def _stage_1(trainer: Any, stability: EpsilonStability | None) -> dict[str, Any]:
-    callbacks = trainer.callback_handler.callbacks
-    if stability is None:
-        own = (callback for callback in callbacks if isinstance(callback, EpsilonStability))
-        stability = next(own, None) or EpsilonStability()
-    if stability not in callbacks:
+def _stage_1(trainer: Any, stability: EpsilonStability) -> dict[str, Any]:
+    if stability not in trainer.callback_handler.callbacks:
         trainer.add_callback(stability)
     if not train_or_resume(trainer):
         stability.on_train_begin(trainer.args, trainer.state, trainer.control)  # it reads the losses of the run

@@ -1,4 +1,4 @@
-"""What a run leaves in its output directory, and where the next one goes on. Changes with the files of a run."""
+"""What a run leaves in its output directory, and where the next one goes on."""
 
 import json
 import re

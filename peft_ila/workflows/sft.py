@@ -1,4 +1,4 @@
-"""`peft-ila rank` on a model and a data set by name, with TRL's trainer and arguments. Changes with TRL."""
+"""`peft-ila rank` on a model and a data set by name, with TRL's trainer and arguments."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def rank_by_sft(
     script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments
 ) -> tuple[LayerImportance, str | None]:
     """
-    [`~workflows.rank.rank`] with TRL's `SFTTrainer` on a model and a data set by name: `peft-ila rank`.
+    [`rank`] with TRL's `SFTTrainer` on a model and a data set by name: `peft-ila rank`.
 
     Args:
         script_args ([`~trl.ScriptArguments`]): The data set.

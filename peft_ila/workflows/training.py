@@ -1,4 +1,4 @@
-"""Training with any trainer, and what can go wrong meanwhile as errors of one kind. Changes with transformers."""
+"""Training with any trainer, and what can go wrong meanwhile as errors of one kind."""
 
 import pickle
 import warnings

@@ -27,7 +27,7 @@ def check(directory):
         "| 3 | `model.layers.2` | 0.269 |",
     ]
     assert card.text.count("## Layer importance") == 1
-    assert "![Gates of the layers](importance.png)" in card.text
+    assert "![Importance of the layers](importance.png)" in card.text
     assert (directory / "importance.png").read_bytes().startswith(b"\x89PNG")
     assert LayerImportance.load(directory / "importance.json").scores == [0.5, 2.0, -1.0]
 
@@ -105,8 +105,10 @@ def test_what_is_pushed(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    result = model.layer_importance().push_to_hub(model, "mine", token="t", private=True, commit_message="ranked")
-    assert result == "url"
+    result = model.layer_importance().push_model_to_hub(
+        model, "mine", token="t", private=True, commit_message="ranked"
+    )
+    assert result == "url" and LayerImportance.push_to_hub is LayerImportance.push_model_to_hub
     assert calls == [
         ("t", "mine", {"private": True, "exist_ok": True}),
         ("me/mine", {"commit_message": "ranked"}),

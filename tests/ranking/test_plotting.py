@@ -111,6 +111,13 @@ def test_lightness_grows_with_the_gate():
     assert (np.diff(0.299 * red + 0.587 * green + 0.114 * blue) > 0).all()  # as pictures are made grey, ITU-R BT.601
 
 
+@pytest.mark.parametrize("method", ["attribution", "untrained", "descent", None])
+def test_the_colours_are_gates_after_descent_only(method):
+    metadata = {"learn_gates": {"method": method}} if method else {}
+    *_, bar = LayerImportance(["h.0", "h.1"], [0.0, 1.0], metadata).plot().axes
+    assert bar.get_ylabel() == ("gate γ = σ(s)" if method == "descent" else "importance σ(s)")
+
+
 def test_pictures_are_opaque(tmp_path):
     from matplotlib.image import imread
 

@@ -531,7 +531,7 @@ def test_measured_losses(tmp_path, tokenizer, dialogues):
         ({"seed": True}, "`seed` must be a whole number .* got True"),
         ({"seed": 1.5}, "`seed` must be a whole number .* got 1.5"),
         ({"method": "path"}, r"`method` must be one of \('attribution', 'descent', 'untrained'\), got 'path'"),
-        ({"budget": 0.3}, r"\['budget'\] are settings of `method=\"descent\"`, of no use to 'attribution'"),
+        ({"budget": 0.3}, r"\['budget'\] are settings of `method=\"descent\"`; pass it, or leave them out"),
         ({"method": "descent", "budget": 4}, "`budget` must be a whole number of units from 1 to 3, .* got 4"),
         ({"method": "descent", "budget": True}, "`budget` must be .* got True"),
         ({"method": "descent", "budget": 1.5}, "`budget` must be .* got 1.5"),

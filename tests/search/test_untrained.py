@@ -11,9 +11,8 @@ from trainers import ila, lora_weights, options, plain_trainer, sft_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-from peft_ila import ILAConfig, LayerImportance, learn_gates
+from peft_ila import ILAConfig, LayerImportance, learn_gates, rank
 from peft_ila.units import unit_of
-from peft_ila.workflows.rank import rank
 
 
 @pytest.mark.support("Trainers", "a ranking before any training, `method='untrained'`")
@@ -98,9 +97,8 @@ def test_embeddings_move_by_their_other_factor(tmp_path, tokenizer, dialogues):
     torch.manual_seed(0)
     config = ILAConfig(r=4, target_modules=["q_proj", "embed_tokens"], granularity="module", gate_mode="open")
     trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=get_peft_model(tiny_llama(), config), max_steps=2)
-    with pytest.raises(ValueError, match="The adapter has not been trained"):
-        learn_gates(trainer)
-    importance = learn_gates(trainer, steps=4, method="untrained")
+    importance = learn_gates(trainer, steps=4)
+    assert importance.metadata["learn_gates"]["method"] == "untrained"
     assert dict(zip(importance.units, importance.scores))["model.embed_tokens"] > -1
     trainer.train()
     with pytest.raises(ValueError, match="ranks by a fresh adapter"):
@@ -127,6 +125,15 @@ def test_errors_both_ways(tmp_path, tokenizer, dialogues):
     with pytest.raises(ValueError, match="ranks by a fresh adapter, whose B is 0, but this one has been trained"):
         learn_gates(trainer, method="untrained")
     assert all(torch.equal(value, weights[name]) for name, value in lora_weights(trainer.model).items())
+
+
+def test_the_method_fits_the_adapter(tmp_path, tokenizer, dialogues):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, max_steps=4)
+    for method in ("untrained", "attribution"):
+        importance = learn_gates(trainer, steps=4)
+        assert importance.metadata["learn_gates"]["method"] == method
+        assert importance.scores == learn_gates(trainer, steps=4, method=method).scores
+        trainer.train()
 
 
 @pytest.mark.parametrize("mode", ["joint", "soft"])
@@ -172,12 +179,12 @@ def test_experts_and_dora(tmp_path, tokenizer, dialogues, dora):
 
 def test_the_whole_of_rank_without_stage_1(tmp_path, tokenizer, dialogues):
     trainer = sft_trainer(tmp_path, tokenizer, dialogues, save_strategy="steps", save_steps=1)
-    importance = rank(trainer, method="untrained", steps=4)
+    importance = rank(trainer, steps=4)
     assert trainer.state.global_step == 0
     assert importance.metadata["stage_1"] == {"steps": 0, "stable": False}
     assert LayerImportance.load(tmp_path / "importance.json") == importance
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "importance.json", "importance.png", "_run.json"}
     resumed = sft_trainer(tmp_path, tokenizer, dialogues, resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="holds a run with another `untrained`: True, now False"):
-        rank(resumed)
-    assert rank(resumed, method="untrained", steps=4).scores == importance.scores
+        rank(resumed, method="attribution")
+    assert rank(resumed, steps=4).scores == importance.scores

@@ -13,13 +13,13 @@ from peft_ila import LayerImportance
 from peft_ila.export.skeleton import meta_skeleton
 from peft_ila.measure import saved_tensor_bytes
 from peft_ila.workflows.budget import additive, select_within, size_in_bytes
-from peft_ila.workflows.plan import Step
+from peft_ila.workflows.plan import Step, plan
 
 CONFIGS = {
     "llama": LlamaConfig(**{**SMALL, "hidden_size": 64, "vocab_size": 512, "num_hidden_layers": 4}),
     "gpt2": GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=512, bos_token_id=1, eos_token_id=1),
 }
-STEP = {"batch_size": 2, "max_length": 64}
+STEP = {"batch_size": 2, "max_length": 64, "gradient_checkpointing": False}
 
 
 def ranking(name, scores, method="attribution", granularity="layer", **options) -> LayerImportance:
@@ -156,6 +156,13 @@ def test_what_cannot_be_selected(of_llama):
         select_within(CONFIGS["llama"], ranking("llama", [-1.0] * 4), "24GB")
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 1024"):
         select_within(CONFIGS["llama"], importance, "24GB", batch_size=0)
+
+
+def test_the_step_is_that_of_plan_by_default():
+    importance = ranking("llama", [0.0] * 4)
+    total = plan(CONFIGS["llama"], importance, shares=(1.0,))["100%"].total
+    assert len(select_within(CONFIGS["llama"], importance, total)) == 4
+    assert len(select_within(CONFIGS["llama"], importance, total - 1)) == 3
 
 
 def test_sizes():

@@ -91,7 +91,7 @@ def test_stage_2(input_ids):
     )
     for gate in model.gates().values():
         gate.probed = True
-    planned = plan(config, batch_size=2, max_length=64, shares=(0.5,), r=8)
+    planned = plan(config, batch_size=2, max_length=64, gradient_checkpointing=False, shares=(0.5,), r=8)
     assert [line.split("  ")[0] for line in table(planned).splitlines()] == [
         "GB",
         "50%",
@@ -109,7 +109,7 @@ def test_the_search_without_training():
     model = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), LoraConfig(**OPTIONS))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)  # as `learn_gates(method="untrained")` has it
-    memory = plan(config, batch_size=2, max_length=64, shares=(1.0,), r=8)["rank"]
+    memory = plan(config, batch_size=2, max_length=64, gradient_checkpointing=False, shares=(1.0,), r=8)["rank"]
     assert memory.activations + memory.logits - 2 * (2 * 64 * 512 * 4) == pytest.approx(kept(model), rel=0.05)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (memory.trainable, memory.gradients, memory.optimizer) == (trained, 4 * trained, 0)
@@ -129,7 +129,9 @@ def test_4_bit(tmp_path):
         if hasattr(parameter, "quant_state")
     )
     weights = sum(parameter.numel() * parameter.element_size() for parameter in real.parameters()) + scales
-    planned = plan(model.config, batch_size=2, max_length=64, load_in_4bit=True, shares=(1.0,), r=8)
+    planned = plan(
+        model.config, batch_size=2, max_length=64, load_in_4bit=True, gradient_checkpointing=False, shares=(1.0,), r=8
+    )
     assert planned["100%"].weights == weights
     lora = get_peft_model(real, LoraConfig(**OPTIONS))
     memory = planned["100%"]
@@ -145,6 +147,9 @@ def test_the_command(tmp_path, capsys):
     own = figures["50%"]
     held = sum(own[key] for key in ("weights", "adapter", "optimizer", "activations"))
     assert own["total"] == held + max(own["logits"], own["recomputed"] + own["gradients"])
+    main([*arguments[:3], "--json"])
+    own = plan(tiny_llama().config)  # by the same defaults
+    assert json.loads(capsys.readouterr().out) == {row: {**vars(m), "total": m.total} for row, m in own.items()}
     with pytest.raises(SystemExit, match="The batch size and the length must be at least 1, got 0 and 32"):
         main([*arguments, "--per_device_train_batch_size", "0"])
 

@@ -8,8 +8,7 @@ from conftest import tiny_llama
 from peft import PeftModel
 from trainers import ila, plain_trainer, sft_trainer
 
-from peft_ila import EpsilonStability, LayerImportance
-from peft_ila.workflows.rank import rank
+from peft_ila import EpsilonStability, LayerImportance, rank
 
 
 @pytest.mark.support("Operations", "`peft-ila rank` as a function, `workflows.rank.rank`")
@@ -46,7 +45,7 @@ def test_a_killed_run_goes_on(tmp_path, tokenizer, dialogues, monkeypatch, kille
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
         return sft_trainer(tmp_path / directory, tokenizer, dialogues, **saving, **kwargs)
 
-    expected = rank(make("whole"), steps=6)
+    expected = rank(make("whole"), method="attribution", steps=6)
     trainer = make("broken")
 
     def interrupted(*args, **kwargs):
@@ -59,16 +58,16 @@ def test_a_killed_run_goes_on(tmp_path, tokenizer, dialogues, monkeypatch, kille
     else:
         monkeypatch.setattr("peft_ila.search.gates._run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rank(trainer, steps=6)
+        rank(trainer, method="attribution", steps=6)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is of a run that was not finished; go on with it by"):
-        rank(make("broken"), steps=6)
-    resumed = rank(make("broken", resume_from_checkpoint=True), steps=6)
+        rank(make("broken"), method="attribution", steps=6)
+    resumed = rank(make("broken", resume_from_checkpoint=True), method="attribution", steps=6)
     assert resumed.scores == expected.scores and resumed.metadata["stage_1"] == expected.metadata["stage_1"]
 
 
 def test_an_adapter_is_ranked_as_it_is_and_by_descent(tmp_path, tokenizer, dialogues):
-    first = rank(sft_trainer(tmp_path / "first", tokenizer, dialogues), steps=4)
+    first = rank(sft_trainer(tmp_path / "first", tokenizer, dialogues), method="attribution", steps=4)
     other = ila()
     trainer = sft_trainer(tmp_path / "second", tokenizer, dialogues, model=other)
     again = rank(trainer, adapter=str(tmp_path / "first" / "adapter"), steps=4)
@@ -101,4 +100,6 @@ def test_bad_settings_are_found_before_any_work(tmp_path, tokenizer, dialogues):
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     with pytest.raises(ValueError, match="`budget` must be a whole number of units from 1"):
         rank(trainer, method="descent", budget=0)
+    with pytest.raises(ValueError, match=r"\['budget'\] are settings of `method=\"descent\"`"):
+        rank(trainer, budget=0.3)
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())

@@ -1,0 +1,5 @@
+"""`python -m peft_ila` is `peft-ila`."""
+
+from .cli import main
+
+main()
