@@ -170,7 +170,7 @@ def others(figures: Figures) -> None:
 def rates(figures: Figures) -> None:
     """The sweeps by which learning rates were chosen."""
     sets = ", ".join(NAMES[data] for data in TUNING_SETS)
-    print(f"### Learning rates (seed {TUNING_SEED}, mean held-out loss of {sets})\n")
+    print(f"### Learning rates\n\nMean held-out loss of {sets}, seed {TUNING_SEED}. The best rate is bold.\n")
     by_group: dict[str, dict[float, list[float]]] = {}
     for row in figures.swept:
         by_group.setdefault(row["group"], {}).setdefault(row["learning_rate"], []).append(row["loss"])
