@@ -109,8 +109,8 @@ def dialogues() -> list[dict]:
 _SUPPORT_HEAD = """\
 # What is supported
 
-`make support` writes this page from the outcomes of the tests; each row names the test file. *Refused* means an error at
-construction that says what to do. *Not run* means that a package or a device was missing on the machine.
+`make support` writes this page from the outcomes of the tests; each row names the test file. *Refused* means an error
+at construction that says what to do. *Not run* means that a package or a device was missing on the machine.
 """
 
 
@@ -136,8 +136,8 @@ def _breadth() -> str:
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(figures["counts"].items()))
     versions = figures["made_by"]["versions"]
     return f"""
-`python -m benchmarks.breadth` gated and exported the model classes of transformers {versions["transformers"]} on the meta device and
-compared with what plain PEFT injects: {counts}
+`python -m benchmarks.breadth` gated and exported the model classes of transformers {versions["transformers"]} on the
+meta device and compared with what plain PEFT injects: {counts}
 ({sum(figures["counts"].values())} tried). *Not built* means not from its default configuration.
 """
 

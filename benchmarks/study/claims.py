@@ -65,7 +65,7 @@ CLAIMS = (
     Claim("30 % of the parameters, by modules", "10 to 30 % are enough", _gained("modules 30"), 0.98),
     Claim("20 % of the parameters, by modules", "10 to 30 % are enough", _gained("modules 20"), 0.98),
     Claim("10 % of the parameters, by modules", "10 to 30 % are enough", _gained("modules 10"), 0.98),
-    Claim("30 % at a higher rank, with as many trainable parameters as all: more than all", "", _gained("raised 30"), 1.0),
+    Claim("30 % at a higher rank, with as many parameters as all: more than all", "", _gained("raised 30"), 1.0),
     Claim("30 %: chosen layers minus random ones", "better", _less("layers 30", ("layers 30", "random")), 0.0),
     Claim("30 %: chosen modules minus random ones", "better", _less("modules 30", ("modules 30", "random")), 0.0),
     Claim("10 %: chosen modules minus random ones", "better", _less("modules 10", ("modules 10", "random")), 0.0),
