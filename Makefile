@@ -1,5 +1,6 @@
 # make install   .venv with the package, its extras and its tests
 # make test      lint, then the tests; at most 12 minutes on 2 cores
+# make support   the tests, and docs/support.md from their outcomes
 # make demo      the whole method on a real model; at most 10 minutes on 2 cores
 # make lint      ruff and mypy
 # make test-matrix   a part of the tests on each Python of this machine, with the oldest and the newest packages
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # the development set-up wants what is installed, nothing from a hub
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install test test-matrix demo lint docs
+.PHONY: install test support test-matrix demo lint docs
 
 install: .venv/installed
 
@@ -30,8 +31,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/mypy --strict --config-file= --cache-dir .mypy_cache/user tests/user_sample.py
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --support-table=docs/support.md
+	$(PYTEST)
+
+support: install
+	$(PYTEST) --support-table=docs/support.md
 
 test-matrix:
 	$(PYTHON) tests/matrix.py

@@ -115,8 +115,8 @@ def dialogues() -> list[dict]:
 _SUPPORT_HEAD = """\
 # What is supported
 
-Written by `make test` from what its tests did; each row names the file of the tests that stand for it. *Refused*: an
-error at construction that says what to do. *Not run*: a package or a device was missing where this table was made.
+`make support` writes this page from the outcomes of the tests; each row names the test file. *Refused* means an error
+at construction that says what to do. *Not run* means that a package or a device was missing on the machine.
 """
 
 
@@ -142,9 +142,9 @@ def _breadth() -> str:
     counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(figures["counts"].items()))
     versions = figures["made_by"]["versions"]
     return f"""
-Of the model classes of transformers {versions["transformers"]}, gated and exported on the meta device by `python -m
-benchmarks.breadth`, which compares with what plain PEFT injects: {counts}
-({sum(figures["counts"].values())} tried so far). *Not built*: from its default configuration.
+`python -m benchmarks.breadth` gated and exported the model classes of transformers {versions["transformers"]} on the
+meta device and compared with what plain PEFT injects: {counts}
+({sum(figures["counts"].values())} tried). *Not built* means not from its default configuration.
 """
 
 

@@ -55,8 +55,8 @@ tests/test_readme.py::test_the_commands_are_known
 HEAD = """\
 # Versions
 
-Written by `make test-matrix`: a part of the tests, on the Pythons of one machine without a GPU, with the oldest
-packages that `pyproject.toml` allows and with the newest ones that were verified (`constraints.txt`).
+`make test-matrix` writes this page. It runs a part of the tests on the Pythons of one machine without a GPU, with the
+oldest packages that `pyproject.toml` allows and with the newest ones that were verified (`constraints.txt`).
 """
 
 

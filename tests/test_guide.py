@@ -2,7 +2,6 @@
 
 import math
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,17 @@ from trainers import ila, options, plain_trainer
 from transformers import Trainer, TrainingArguments
 
 from peft_ila import ILAConfig
-from peft_ila.cli import _parse
 
 DOCS = Path(__file__).parent.parent / "docs"
-GUIDE = (DOCS / "guide.md").read_text(encoding="utf-8")
 
 
 def recipe(page: str) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.S)
-    return code
+    """The last one of a page."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.S)[-1]
 
 
 @pytest.mark.support("Trainers", "plain PyTorch loop")
 def test_a_plain_loop(input_ids):
-    (recipe,) = re.findall(r"## A plain loop\n+```python\n(.*?)```", GUIDE, flags=re.S)
     model = get_peft_model(tiny_llama(), ILAConfig(target_modules=["q_proj"], init_lora_weights=False))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     names = {
@@ -36,7 +32,7 @@ def test_a_plain_loop(input_ids):
         "penalty": 0.0,  # these deltas are random: any pressure is greater than what they are worth
         "loader": [{"input_ids": input_ids, "labels": input_ids}] * 3,
     }
-    exec(recipe, names)
+    exec(recipe("howto/loop.md"), names)
     assert names["importance"].units == ["model.layers.0", "model.layers.1", "model.layers.2"]
     assert len(set(names["importance"].scores)) == 3
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -80,15 +76,3 @@ def test_4_bit(tmp_path, tokenizer, dialogues):
     trainer.train()
     assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
     assert names["model"].base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
-
-
-def test_the_commands_are_known():
-    text = "\n".join(
-        code for page in DOCS.rglob("*.md") for code in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
-    )
-    text = text.replace("\\\n", " ").replace(" ... ", " ")  # what is left out, is
-    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
-    commands = [line for line in lines if line[:1] == ["peft-ila"]]
-    assert len(commands) >= 7
-    for command in commands:
-        _parse(command[1], command[2:])

@@ -1,4 +1,4 @@
-"""What the README shows, runs."""
+"""What the README and the quick start show, runs; the commands of all pages are known."""
 
 import os
 import re
@@ -11,32 +11,46 @@ import pytest
 from conftest import THREADS_OF_BIG_MODELS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def printed_last(example: str, directory: Path) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS_OF_BIG_MODELS)}
+    result = subprocess.run([sys.executable, "-c", example], cwd=directory, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.splitlines()[-1]
 
 
 @pytest.mark.smollm2
 def test_the_python_example_runs(tmp_path):
     (example,) = blocks("python")
-    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS_OF_BIG_MODELS)}
-    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = result.stdout.splitlines()
-    assert "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']" in lines[-1]
-    assert lines[-1].split("]")[0].count(",") == 8  # nine of thirty layers
+    ranking, layers = printed_last(example, tmp_path).removesuffix("]").split("] [")
+    assert ranking.count("model.layers.") == 5
+    assert layers.count(",") == 8  # nine of thirty layers
+
+
+@pytest.mark.smollm2
+def test_the_example_of_the_quick_start_runs(tmp_path):
+    example, _ = blocks("python", DOCS / "quickstart.md")
+    last = printed_last(example, tmp_path)
+    assert "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']" in last
+    assert last.split("]")[0].count(",") == 8
     assert (tmp_path / "importance.json").exists() and (tmp_path / "importance.png").exists()
 
 
 def test_the_commands_are_known():
     from peft_ila.cli import _parse
 
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    text = "\n".join(code for page in [README, *DOCS.rglob("*.md")] for code in blocks("bash", page))
+    text = text.replace("\\\n", " ").replace(" ... ", " ")
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
-    commands = [command for command in commands if command and command[0] == "peft-ila"]
-    assert [command[1] for command in commands] == ["rank", "convert", "tune", "export", "compare", "plot", "plan"]
+    commands = [command for command in commands if command[:1] == ["peft-ila"]]
+    assert {command[1] for command in commands} >= {"rank", "convert", "tune", "export", "compare", "plot", "plan"}
     for command in commands:
         _parse(command[1], command[2:])
 
@@ -60,8 +74,9 @@ def test_the_pythons_that_the_package_names_were_seen():
 
 
 def test_every_file_is_on_the_map():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     for path in (ROOT / "peft_ila").rglob("*.py"):
-        assert path.stem.startswith("__") or f"`{path.stem}`" in README or f"{path.name}`" in README, path.name
+        assert path.stem.startswith("__") or f"`{path.stem}`" in page or f"{path.name}`" in page, path.name
 
 
 def headings(document: Path) -> list[str]:

@@ -186,9 +186,11 @@ def test_the_seeds_of_a_set_are_no_independent_runs():
     assert estimate({}.get, values) is None
 
 
-def test_the_tables_are_those_of_the_figures():
-    page = Path("docs/reproduction.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", ["README.md", "docs/reproduction.md"])
+def test_the_tables_are_those_of_the_figures(path):
+    page = Path(path).read_text(encoding="utf-8")
     models = [Figures.load(Path("benchmarks/results") / name) for name in ("study", "study_gemma")]
+    assert "made by benchmarks/study/tables.py" in page
     assert insert(models, page) == page
 
 

@@ -1,8 +1,8 @@
 """
-The tables of the study's figures, as Markdown, between the marks in `docs/reproduction.md`.
+The tables of the study's figures, as Markdown, between the marks in `README.md` and `docs/reproduction.md`.
 
     python -m benchmarks.study.tables benchmarks/results/study benchmarks/results/study_gemma \
-        --into docs/reproduction.md
+        --into README.md docs/reproduction.md
 """
 
 import argparse
@@ -25,10 +25,10 @@ from peft_ila.files import whole_file
 
 BEGIN, END = "<!-- {}, made by benchmarks/study/tables.py -->\n", "<!-- end -->"
 INTRODUCTION = """
-"Gained" is the gain in held-out loss as a share of that of LoRA on all modules (r = 8). A run is a data set and a
-seed; means are over data sets, of the means over their seeds, and ± is the standard error over the data sets, which
-are few: three, five where a ranking is carried over. Where two are compared, it is of paired differences. "random" is
-the mean of five draws for 30 % of the modules of SmolLM2 on the alignment sets, of one draw elsewhere.
+"Gained" is the gain in held-out loss as a share of the gain of LoRA on all modules (r = 8). A run is one data set with
+one seed. Means are taken over the seeds of a set, then over the sets. ± is the standard error over the sets, of which
+there are few: three, or five where a ranking is used on another set. Comparisons use paired differences. "random" is
+the mean of five draws for 30 % of SmolLM2's modules on the alignment sets, and one draw elsewhere.
 """
 TASKS = (("HellaSwag, norm.", "hellaswag acc_norm"), ("ARC-easy", "arc_easy acc"), ("PIQA", "piqa acc"))
 
@@ -58,12 +58,12 @@ def searches(figures: Figures, group: str, title: str) -> None:
         return [arm, own.runs if own else 0, own, *cells, *against]
 
     columns = ["ranking", "runs", "gained", *(NAMES[data] for data in ALIGNMENT)]
-    table([*columns, "less the full search's", "less random draws'"], map(row, arms))
+    table([*columns, "minus the full search", "minus random"], map(row, arms))
 
 
 def carried(figures: Figures) -> None:
     """Rankings of one set, tuned on another."""
-    print("### Does a ranking carry over? (30 % of the parameters, modules)\n")
+    print("### Does a ranking work on other data? (modules, 30 % of the parameters)\n")
     group = "modules 30"
 
     def row(label: str, arm: str, runs: list[Run]) -> list[Any]:
@@ -78,12 +78,12 @@ def carried(figures: Figures) -> None:
         if f"of {data}" in figures.arms(group)
     ]
     rows += [row(arm, arm, every) for arm in ("mean of other sets", "random")]
-    table(["ranking", *(f"tuned on {NAMES[data]}" for data in SETS), "less the set's own"], rows)
+    table(["ranking", *(f"tuned on {NAMES[data]}" for data in SETS), "minus the set's own"], rows)
 
 
 def budgets(figures: Figures) -> None:
     """Everything that was tuned, with its parameters."""
-    print("### At equal parameters, and at fewer\n")
+    print("### At equal and at fewer parameters\n")
     shown = ("again", *BOTH, "random", "bottom", "uniform", "EVA", "AdaLoRA")
     rows = []
     for group in dict.fromkeys(key[0] for key in figures.tuned):
@@ -94,25 +94,25 @@ def budgets(figures: Figures) -> None:
             parameters, rate = statistics.mean(x["parameters"] for x in found), found[0]["learning_rate"]
             number = own.runs if own else 0
             rows.append([group, arm, f"{rate:g}", f"{parameters:,.0f}", number, own, figures.less(group, arm)])
-    columns = ["group", "ranking", "learning rate", "parameters", "runs", "gained", "less LoRA on all"]
+    columns = ["group", "ranking", "learning rate", "parameters", "runs", "gained", "minus LoRA on all"]
     table(columns, rows)
 
 
 def forgetting(figures: Figures) -> None:
     """A part frozen, against LoRA on all: the gain, the perplexity of plain text, and the tasks of lm-eval."""
-    print("### A part frozen: what is gained, and what must not be lost\n")
+    print("### Freezing a part: gain and forgetting\n")
     tasks = TASKS if figures.untuned.get("accuracies") else ()
     lora = {text: figures.known(LORA, "perplexities", text) for text in TEXTS}
     lora |= {name: figures.known(("all", "again"), "accuracies", name) for _, name in tasks}
     base = {text: {run: figures.base[run]["perplexities"][text] for run in RUNS} for text in TEXTS}
     before = [f"{_perplexity(lora[text])} (before tuning {_perplexity(base[text])})" for text in TEXTS]
-    print("Against LoRA on all in the same runs: the change in perplexity", end="")
+    print("Each figure is the change against LoRA on all in the same runs: in perplexity", end="")
     if tasks:
-        print(", and in the accuracies that lm-eval finds on 1,000 questions each (of one model ± 0.015)", end="")
+        print(", and in accuracy by lm-eval on 1,000 questions each (one model: ± 0.015)", end="")
     print(f". LoRA's own perplexities are {' and '.join(before)}", end="")
     if tasks:
         known = [f"{estimate(lora[name].get)} ({figures.untuned['accuracies'][name]:.3f})" for _, name in tasks]
-        print(f", its accuracies {', '.join(known)}", end="")
+        print(f", its accuracies (before tuning) {', '.join(known)}", end="")
     print(".\n")
     rows = []
     for group, arm in dict.fromkeys(key[:2] for key in figures.tuned):
@@ -123,11 +123,11 @@ def forgetting(figures: Figures) -> None:
         kept = [difference(figures.known((group, arm), "accuracies", n).get, lora[n].get) for _, n in tasks]
         rows.append([group, arm, len(own[TEXTS[0]]), figures.less(group, arm), *changes, *kept])
     columns = [*(f"{NAMES[text]}, %" for text in TEXTS), *(name for name, _ in tasks)]
-    table(["tuned", "ranking", "runs", "gained, less LoRA on all", *columns], rows)
+    table(["tuned", "ranking", "runs", "gained, minus LoRA on all", *columns], rows)
 
 
 def _change(losses: dict[Run, float], others: dict[Run, float]) -> dict[Run, float]:
-    """That of the perplexity, in per cent."""
+    """The change in perplexity, in per cent."""
     return {run: 100 * math.expm1(loss - others[run]) for run, loss in losses.items() if run in others}
 
 
@@ -139,19 +139,19 @@ def _perplexity(losses: dict[Run, float]) -> str:
 def agreement(figures: Figures) -> None:
     """How much rankings of different data have in common."""
     print("### Are the important units the same?\n")
-    print("Of decoder layers by the sums of their modules' scores; two sets are of one seed, and of one draw of A.\n")
+    print("A layer's score is the sum of its modules' scores. Pairs of two sets share the seed and the initial A.\n")
     rows = [
         [search, "layers" if layers else "modules", label, len(own[0]), *map(statistics.mean, own)]
         for search, layers in itertools.product(BOTH, (False, True))
         for label, own in figures.overlaps(layers, search).items()
     ]
     table(["search", "units", "pairs of rankings", "n", "overlap@75", "overlap@30", "Spearman"], rows)
-    print("By chance, the overlap (of the intersection and the union) is 0.60 and 0.18.\n")
+    print("The overlap is the intersection over the union; by chance it is 0.60 and 0.18.\n")
 
 
 def others(figures: Figures) -> None:
     """How near the other searches come to the full search of the same run."""
-    print("### How near do other searches come to the full search's ranking?\n")
+    print("### How close do other rankings come to the full search's?\n")
     rows = []
     for name in dict.fromkeys(name for _, _, name in figures.scores if name != "full search"):
         found: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
@@ -170,7 +170,7 @@ def others(figures: Figures) -> None:
 def rates(figures: Figures) -> None:
     """The sweeps by which learning rates were chosen."""
     sets = ", ".join(NAMES[data] for data in TUNING_SETS)
-    print(f"### Learning rates (seed {TUNING_SEED}, mean held-out loss of {sets})\n")
+    print(f"### Learning rates\n\nMean held-out loss of {sets}, seed {TUNING_SEED}. The best rate is bold.\n")
     by_group: dict[str, dict[float, list[float]]] = {}
     for row in figures.swept:
         by_group.setdefault(row["group"], {}).setdefault(row["learning_rate"], []).append(row["loss"])
@@ -212,6 +212,22 @@ def verdicts(models: list[Figures]) -> None:
     table(["claim", "the paper", *names, "verdict"], claims.rows(models))
 
 
+def summary(models: list[Figures]) -> None:
+    """What a selection gains, chosen and random: the first model's figures."""
+    shown = {
+        "75 % of the modules": "modules 75",
+        "30 % of the modules": "modules 30",
+        "10 % of the modules": "modules 10",
+        "30 % of the decoder layers": "layers 30",
+    }
+
+    def row(tuned: str) -> list[Any]:
+        own = (estimate(functools.partial(models[0].gained, shown[tuned], arm)) for arm in ("full search", "random"))
+        return [tuned, *own]
+
+    table(["LoRA on", "chosen by importance", "chosen at random"], map(row, shown))
+
+
 def every_table(models: list[Figures]) -> None:
     """Those of each model in turn."""
     print(INTRODUCTION.strip(), end="\n\n")
@@ -220,8 +236,8 @@ def every_table(models: list[Figures]) -> None:
         print(f"## {figures.made_by['model']}\n")
         print(f"{steps} steps of 8 examples of at most 192 tokens. {machines(figures)}.\n")
         curves(figures)
-        searches(figures, "modules 30", "Which search? Modules with 30 % of the parameters")
-        searches(figures, "layers 30", "Which search? Decoder layers with 30 % of the parameters")
+        searches(figures, "modules 30", "Which search finds the best modules? (30 % of the parameters)")
+        searches(figures, "layers 30", "Which search finds the best decoder layers? (30 % of the parameters)")
         if "mean of other sets" in figures.arms("modules 30"):
             carried(figures)
         agreement(figures)
@@ -232,13 +248,15 @@ def every_table(models: list[Figures]) -> None:
 
 
 def insert(models: list[Figures], page: str) -> str:
-    """The page with its tables between their marks."""
-    for name, write in (("the claims", verdicts), ("the tables", every_table)):
+    """A page with the tables that it has marks for."""
+    for name, write in (("the summary", summary), ("the claims", verdicts), ("the tables", every_table)):
+        begin = BEGIN.format(name)
+        before, found, rest = page.partition(begin)
+        if not found:
+            continue
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             write(models)
-        begin = BEGIN.format(name)
-        before, _, rest = page.partition(begin)
         page = f"{before}{begin}{output.getvalue().strip()}\n{END}{rest.partition(END)[2]}"
     return page
 
@@ -246,11 +264,13 @@ def insert(models: list[Figures], page: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="the directories of one model each")
-    parser.add_argument("--into", type=Path, required=True, help="the page with the marks")
+    parser.add_argument("--into", type=Path, nargs="+", required=True, help="the pages with the marks")
     args = parser.parse_args()
-    page = insert([Figures.load(results) for results in args.results], args.into.read_text(encoding="utf-8"))
-    with whole_file(args.into) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    models = [Figures.load(results) for results in args.results]
+    for path in args.into:
+        page = insert(models, path.read_text(encoding="utf-8"))
+        with whole_file(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
