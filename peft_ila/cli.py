@@ -18,7 +18,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from .terminal import EXIT_CODES, TRL_OPTIONS, HelpFormatter, silence_others, ve
 from .workflows.arguments import (
     LORA_R,
     BudgetArguments,
+    PruneArguments,
     RankArguments,
     SelectionArguments,
     StepArguments,
@@ -275,6 +276,38 @@ def export(args: ExportArguments, others: argparse.Namespace) -> str:
     return f"Wrote {args.output_dir}/{' and '.join(names)}.\n{_loading(args.output_dir)}"
 
 
+def prune(
+    script_args: Any, training_args: Any, model_args: Any, prune_args: PruneArguments, others: argparse.Namespace
+) -> str | None:
+    """
+    Keep the directions of a trained LoRA that matter, and write a smaller plain LoRA to SMALL.
+
+    Held-out data (`--eval_dataset_name`) decide how much to keep.
+    """
+    from accelerate import PartialState
+
+    from .workflows.prune import FILES, summary
+    from .workflows.sft import prune_by_sft
+
+    pruning, url = prune_by_sft(script_args, training_args, model_args, prune_args, others.adapter)
+    if not PartialState().is_main_process:
+        return None
+    output = training_args.output_dir
+    written = [f"{output}/{name}" for name in FILES if os.path.exists(f"{output}/{name}")]
+    if others.json:
+        facts = {name: value for name, value in asdict(pruning).items() if name not in ("directions", "importance")}
+        return _as_json({"written": written, "url": url, **facts})
+    curve = [f"{point.share:>8.0%}  {point.loss:>8.4f}  {point.gain:>6.3f}" for point in pruning.curve]
+    lines = [
+        *(["   share      loss    kept", *curve] if curve else []),
+        summary(pruning),
+        f"Wrote {', '.join(written)}.",
+        *([url] if url else []),
+        _loading(output),
+    ]
+    return "\n".join(lines)
+
+
 def compare(args: CompareArguments, others: argparse.Namespace) -> str:
     """
     Print overlap and rank correlation of each pair of rankings.
@@ -367,6 +400,13 @@ _COMMANDS = {
         "    --model_name_or_path MODEL --dataset_name DATA --output_dir TUNED [OPTIONS]",
     ),
     "export": _Command(export, ExportArguments),
+    "prune": _Command(
+        prune,
+        PruneArguments,
+        trains=True,
+        usage="ADAPTER --model_name_or_path MODEL --dataset_name DATA\n"
+        "    --eval_dataset_name HELD_OUT --output_dir SMALL [OPTIONS]",
+    ),
     "compare": _Command(compare, CompareArguments),
     "plot": _Command(plot, PlotArguments),
     "plan": _Command(plan, PlanArguments),
@@ -394,6 +434,8 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
     )
     if command in ("convert", "plot"):
         parser.add_argument("importance", help="A ranking, as `rank` wrote it, or the name of a published one.")
+    if command == "prune":
+        parser.add_argument("adapter", help="The directory, or the repository, of a trained LoRA or ILA adapter.")
     if command == "export":
         parser.add_argument("adapter", help="The directory of an ILA adapter, such as OUT/adapter.")
     if command == "compare":

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..choices import Method
+from ..choices import Method, PruneGranularity
 from ..units import Granularity
 
 
@@ -137,6 +137,36 @@ class RankArguments(EvaluationArguments):
         except ValueError:
             message = f"`--budget` must be a number of units or a share of them, got {short(self.budget)}."
             raise ValueError(message) from None
+
+
+@dataclass
+class PruneArguments(EvaluationArguments):
+    """Arguments of `peft-ila prune`, see [`prune`]."""
+
+    top_p: float | None = field(
+        default=None, metadata={"help": "The share of the adapter's parameters to keep, in (0, 1]."}
+    )
+    min_kept: float | None = field(
+        default=None,
+        metadata={"help": "Keep the smallest share that keeps this part of the gain in held-out loss, in (0, 1]."},
+    )
+    granularity: PruneGranularity = field(
+        default="component",
+        metadata={"help": "What is kept as a whole: a 'component' (one rank-1 direction), a 'module' or a 'layer'."},
+    )
+    measure_steps: int = field(default=16, metadata={"help": "The number of training steps to measure on."})
+    gate_steps: int = field(
+        default=24, metadata={"help": "The number of training steps to learn the gates on; 0: gates stay at 1."}
+    )
+    gate_learning_rate: float = field(default=0.05, metadata={"help": "Adam's learning rate for the gates."})
+    uniform_rank: bool = field(
+        default=False, metadata={"help": "Write all modules with one rank, padded with zeros, not with their own."}
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """As [`prune`] takes them."""
+        settings = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "eval_dataset_name"}
+        return {"steps": settings.pop("measure_steps"), **settings}
 
 
 @dataclass

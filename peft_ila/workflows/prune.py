@@ -65,7 +65,7 @@ def prune(
     steps: int = 16,
     gate_steps: int = 24,
     gate_learning_rate: float = 0.05,
-    ranks: Ranks = "mixed",
+    uniform_rank: bool = False,
     seed: int | None = None,
 ) -> Pruning:
     """
@@ -98,7 +98,7 @@ def prune(
         steps (`int`): How many training steps to measure on.
         gate_steps (`int`): How many training steps to learn the gates on; 0 leaves the gates at 1.
         gate_learning_rate (`float`): Adam's learning rate for the gates; it falls to 0.
-        ranks (`str`): `"mixed"` writes each module with its own rank, `"uniform"` pads all to the greatest with zeros.
+        uniform_rank (`bool`): Write all modules with one rank, padded with zeros, for programs that take no other.
         seed (`int`, *optional*): For the order of the data, by default the trainer's.
 
     Raises:
@@ -109,19 +109,19 @@ def prune(
     """
     settings: dict[str, Any] = {"top_p": top_p, "min_kept": min_kept, "granularity": granularity, "steps": steps}
     settings |= {"gate_steps": gate_steps, "gate_learning_rate": gate_learning_rate}
-    _check_settings(**settings)
+    check_prune_settings(**settings)
     ila = rankable(trainer)
     check_trained(ila.is_trained(), "attribution")
     if min_kept is not None and trainer.eval_dataset is None:
         raise ValueError("`min_kept` needs held-out data: give the trainer an `eval_dataset`, or pass `top_p`.")
     if output_dir is not None:
-        check_output(output_dir)
+        check_pruned_output(output_dir)
     settings["seed"] = trainer.args.seed if seed is None else seed
     with _restored_on_error(ila), measuring(trainer, ila, seed) as measurement:
         found = Search(trainer, measurement, granularity).run(top_p, min_kept, steps, gate_steps, gate_learning_rate)
     pruning = _pruning(ila, found, settings)
     if output_dir is not None and trainer.is_world_process_zero():
-        _save(ila, pruning, Path(output_dir), ranks)
+        _save(ila, pruning, Path(output_dir), "uniform" if uniform_rank else "mixed")
     return pruning
 
 
@@ -136,14 +136,16 @@ def _restored_on_error(ila: ILAModel) -> Iterator[None]:
         raise
 
 
-def _check_settings(
+def check_prune_settings(
     top_p: float | None,
     min_kept: float | None,
     granularity: str,
     steps: int,
     gate_steps: int,
     gate_learning_rate: float,
+    uniform_rank: bool = False,
 ) -> None:
+    """Check arguments of [`prune`], for callers that have other work to do before."""
     if top_p is not None and min_kept is not None:
         raise ValueError("Pass `top_p` or `min_kept`, not both.")
     for name, share in (("top_p", top_p), ("min_kept", min_kept)):
@@ -158,15 +160,11 @@ def _check_settings(
         raise ValueError(f"`gate_learning_rate` must be greater than 0, got {gate_learning_rate}.")
 
 
-def check_output(output_dir: str | os.PathLike[str]) -> None:
-    """
-    Check, before any work, that no other adapter would be replaced.
-
-    Raises:
-        ValueError: The directory holds one.
-    """
+def check_pruned_output(output_dir: str | os.PathLike[str], adapter: Path | None = None) -> None:
+    """Check, before any work, that no other adapter would be replaced, nor the one that is pruned."""
     directory = Path(output_dir)
-    if (directory / CONFIG_NAME).exists() and not (directory / RESULT).exists():
+    other = (directory / CONFIG_NAME).exists() and not (directory / RESULT).exists()
+    if other or (adapter and adapter.resolve() == directory.resolve()):
         raise ValueError(f"{directory} holds an adapter that would be replaced; choose another `output_dir`.")
 
 

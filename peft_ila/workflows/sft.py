@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import TrainerCallback, set_seed
+from transformers import IntervalStrategy, TrainerCallback, set_seed
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from ..export.adapters import adapter_directory, read_config
@@ -23,11 +23,13 @@ from ..search.stability import EpsilonStability
 from ..tuner.config import ILAConfig
 from ..tuner.model import disable_cpu_4bit_packing
 from ..units import Granularity
-from .arguments import RankArguments, required
+from .arguments import PruneArguments, RankArguments, required
 from .data import described, is_file, load_dataset
 from .models import model_config, model_name
+from .prune import Pruning, check_prune_settings, check_pruned_output, prune
 from .rank import check_output, rank_in
 from .resuming import lock_output_dir
+from .training import load_adapter
 
 
 def lora_config(model_args: Any) -> Any:
@@ -198,19 +200,62 @@ def rank_by_sft(
             config = ILAConfig.from_lora(lora, granularity=rank_args.granularity, gate_mode="open")
         trainer = sft_trainer(script_args, training_args, model_args, config, rank_args.eval_dataset_name)
         importance = rank_in(trainer, stability, adapter, metadata, **settings)
-    url = None
-    if push and trainer.is_world_process_zero():
-        name = training_args.hub_model_id or output_dir.resolve().name
-        url = str(upload(output_dir / "adapter", name, training_args.hub_token, training_args.hub_private_repo))
-    return importance, url
+    return importance, _pushed(trainer, output_dir / "adapter") if push else None
 
 
-def _gated_config(adapter: str, granularity: Granularity) -> ILAConfig:
-    """The configuration that puts gates on an adapter that is there already."""
+def prune_by_sft(
+    script_args: Any, training_args: Any, model_args: Any, prune_args: PruneArguments, adapter: str
+) -> tuple[Pruning, str | None]:
+    """
+    [`prune`] with TRL's `SFTTrainer` on a model, an adapter and a data set by name: `peft-ila prune`.
+
+    Args:
+        script_args ([`~trl.ScriptArguments`]): The data set.
+        training_args ([`~trl.SFTConfig`]): Batches, precision and the output directory. With `push_to_hub`, the pruned
+            adapter is uploaded with its card.
+        model_args ([`~trl.ModelConfig`]): The model and its quantisation.
+        prune_args ([`PruneArguments`]): How much to keep.
+        adapter (`str`): A directory or a repository with a LoRA or ILA adapter.
+
+    Returns:
+        What was kept, and where it was uploaded to.
+
+    Raises:
+        FileNotFoundError: There is no such model, adapter or data file.
+        ValueError: See [`prune`]; or the model, the adapter and the data do not fit.
+    """
+    settings, output_dir = prune_args.settings(), Path(training_args.output_dir)
+    try:
+        check_prune_settings(**settings)
+    except ValueError as error:  # beside the trainer's settings, one has a name of its own
+        raise ValueError(str(error).replace("`steps`", "`measure_steps`")) from error
+    if prune_args.eval_dataset_name and training_args.eval_strategy == "no":
+        training_args.eval_strategy = IntervalStrategy.EPOCH  # so that the held-out data are loaded
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    with lock_output_dir(output_dir):
+        source = adapter_directory(adapter)
+        check_pruned_output(output_dir, source)
+        config = _gated_config(adapter)
+        trainer = sft_trainer(script_args, training_args, model_args, config, prune_args.eval_dataset_name)
+        load_adapter(trainer, source)
+        pruning = prune(trainer, output_dir, **settings)
+    return pruning, _pushed(trainer, output_dir) if push else None
+
+
+def _pushed(trainer: Any, directory: Path) -> str | None:
+    if not trainer.is_world_process_zero():
+        return None
+    args = trainer.args
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    return str(upload(directory, name, args.hub_token, args.hub_private_repo))
+
+
+def _gated_config(adapter: str, granularity: Granularity | None = None) -> ILAConfig:
+    """The configuration that puts gates on an adapter that is there already; `None`: of any granularity."""
     config = read_config(adapter_directory(adapter))
     if not isinstance(config, ILAConfig):
-        config = ILAConfig.from_lora(config, granularity=granularity, gate_mode="open")
-    elif config.granularity != granularity:
+        config = ILAConfig.from_lora(config, granularity=granularity or "module", gate_mode="open")
+    elif granularity and config.granularity != granularity:
         raise ValueError(
             f"The adapter {adapter} has one gate per {config.granularity}: pass `--granularity {config.granularity}`, "
             "or make a plain LoRA of it by `peft-ila export` first."
