@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .search.stability import EpsilonStability
     from .tuner.config import ILAConfig
     from .tuner.model import ILAModel
+    from .workflows.prune import prune
     from .workflows.rank import rank
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "ILAModel": "tuner.model",
     "LayerImportance": "ranking.importance",
     "learn_gates": "search.gates",
+    "prune": "workflows.prune",
     "rank": "workflows.rank",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "LayerImportance",
     "__version__",
     "learn_gates",
+    "prune",
     "rank",
 ]
 

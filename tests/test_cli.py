@@ -23,6 +23,7 @@ from trl import SFTTrainer
 from peft_ila import LayerImportance
 from peft_ila.cli import main
 from peft_ila.export.skeleton import meta_skeleton
+from peft_ila.search.directions import Directions
 from peft_ila.workflows.budget import select_within
 from peft_ila.workflows.data import load_dataset
 from peft_ila.workflows.plan import plan
@@ -138,6 +139,43 @@ def test_rank_by_descent(workspace, ranked, tmp_path, budget, known):
 
 
 @pytest.mark.support("Trainers", "killed at any moment, resumed by the same command")
+def test_prune(workspace, ranked, input_ids, tmp_path, capsys, monkeypatch):
+    small = tmp_path / "small"
+    data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
+    command = ["prune", str(ranked / "adapter"), *data, "--output_dir", str(small), *TRAINING, "--measure_steps", "4"]
+    held_out = ["--eval_dataset_name", str(workspace / "data.jsonl"), "--per_device_eval_batch_size", "8"]
+
+    with monkeypatch.context() as patched:  # killed before anything is written
+        patched.setattr(Directions, "learn_gates", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            main([*command, *held_out])
+    assert not small.exists()
+    main([*command, *held_out, "--min_kept", "0.8"])
+    out = capsys.readouterr().out
+    assert "of its gain in held-out loss" in out and "Next, in Python: PeftModel.from_pretrained" in out
+    pruning = json.loads((small / "pruning.json").read_text())
+    assert pruning["curve"][-1]["gain"] == 1 and pruning["result"]["gain"] >= 0.8
+    model = PeftModel.from_pretrained(tiny_llama(), small)
+    assert type(model.peft_config["default"]) is LoraConfig
+    assert model(input_ids).logits.isfinite().all()
+
+    # again, without held-out data, and as JSON
+    main([*command, "--top_p", "0.3", "--uniform_rank", "True", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["result"] is None and facts["share"] <= 0.3 and facts["curve"] == []
+    assert LoraConfig.from_pretrained(small).rank_pattern == {}
+
+    for arguments, message in (
+        ([*command, "--top_p", "2"], "`top_p` must be in"),
+        ([*command, "--measure_steps", "0"], "`measure_steps` must be"),
+        ([*command, "--min_kept", "0.9"], "`min_kept` needs held-out data"),
+        (["prune", str(small), *command[2:]], "holds an adapter that would be replaced"),
+        (["prune", str(workspace), *command[2:]], "There is no adapter in"),
+    ):
+        with pytest.raises(SystemExit, match=f"peft-ila prune: error: .*{message}"):
+            main(arguments)
+
+
 @pytest.mark.parametrize("killed_at", ["checkpoint-2", "adapter"])
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, killed_at):
     """SIGKILL in stage 1, and between the stages or in stage 2; then the same command with one flag more."""

@@ -1,6 +1,7 @@
 """Pruning a trained adapter: which directions of its deltas to keep, and the smaller adapter on disk."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from ..search.gates import check_trained, rankable
 from ..search.measurement import measuring
 from ..search.pruning import Found, Kept, Search
 from ..tuner.model import ILAModel
+
+logger = logging.getLogger(__name__)
 
 RESULT = "pruning.json"
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULT, "importance.json", "ranks.png", "kept.png", "README.md")
@@ -211,8 +214,11 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
         pruning.importance.save(temporary / "importance.json")
         content = {key: value for key, value in asdict(pruning).items() if key != "importance"}
         (temporary / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        _draw(pruning, temporary)
-        add_section(temporary, "Pruning", _card(pruning))
+        try:
+            _draw(pruning, temporary)
+        except ImportError as error:
+            logger.warning(f"The pictures are left out. {error}")
+        add_section(temporary, "Pruning", _card(pruning, temporary))
 
 
 def _draw(pruning: Pruning, directory: Path) -> None:
@@ -237,11 +243,13 @@ def summary(pruning: Pruning) -> str:
     )
 
 
-def _card(pruning: Pruning) -> str:
+def _card(pruning: Pruning, directory: Path) -> str:
     lines = [f"{summary(pruning)} By [peft-ila](https://huggingface.co/papers/2410.17875); figures: `{RESULT}`.", ""]
-    lines += ["![Kept rank of each module](ranks.png)", ""]
+    pictures = {"ranks.png": "Kept rank of each module", "kept.png": "Kept gain by share of the parameters"}
+    for name, text in pictures.items():
+        if (directory / name).exists():
+            lines += [f"![{text}]({name})", ""]
     if pruning.curve:
-        lines += ["![Kept gain by share of the parameters](kept.png)", ""]
         lines += ["| share of the parameters | held-out loss | part of the gain |", "|---|---|---|"]
         lines += [f"| {point.share:.1%} | {point.loss:.4f} | {point.gain:.3f} |" for point in pruning.curve]
     return "\n".join(lines).rstrip() + "\n"
