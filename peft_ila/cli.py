@@ -286,7 +286,7 @@ def prune(
     """
     from accelerate import PartialState
 
-    from .workflows.prune import FILES, summary
+    from .workflows.prune import FILES, pruning_table
     from .workflows.sft import prune_by_sft
 
     pruning, url = prune_by_sft(script_args, training_args, model_args, prune_args, others.adapter)
@@ -297,10 +297,8 @@ def prune(
     if others.json:
         facts = {name: value for name, value in asdict(pruning).items() if name not in ("directions", "importance")}
         return _as_json({"written": written, "url": url, **facts})
-    curve = [f"{point.share:>8.0%}  {point.loss:>8.4f}  {point.gain:>6.3f}" for point in pruning.curve]
     lines = [
-        *(["   share      loss    kept", *curve] if curve else []),
-        summary(pruning),
+        pruning_table(pruning),
         f"Wrote {', '.join(written)}.",
         *([url] if url else []),
         _loading(output),

@@ -20,18 +20,17 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 from ..embedded import dialogues, smollm2, write_jsonl
 from ..measure import saved_tensor_bytes
 from ..ranking.importance import LayerImportance
-from ..ranking.plotting import check_matplotlib, kept_curve
+from ..ranking.plotting import check_matplotlib
 from ..ranking.table import comparison_rows, comparison_table, ranking_table
-from .arguments import RankArguments, TuneArguments
+from .arguments import PruneArguments, RankArguments, TuneArguments
 from .convert import convert
 from .data import load_dataset
-from .sft import rank_by_sft
+from .prune import pruning_table
+from .sft import prune_by_sft, rank_by_sft
 from .tune import tune
 
 _PUBLISHED = "smollm2-135m-instruct-layers"
 _SHARE = 0.3
-_SHARES = (0.1, 0.2, 0.3, 0.5)
-_DRAWS = 3  # of random rankings
 _HELD_OUT = 64
 _STEPS = 40
 _TIMED_STEPS = 5
@@ -52,7 +51,7 @@ _TRAINING: dict[str, Any] = {
 
 def demo(output_dir: Path) -> None:
     """
-    Rank twice without training, compare, convert, tune twice, and see what tuning all layers has changed.
+    Rank twice without training, compare, convert, tune twice, rank what tuning all layers has changed, and prune it.
 
     Args:
         output_dir: Where to write the data, the rankings, the heatmaps and the adapters.
@@ -92,14 +91,14 @@ def demo(output_dir: Path) -> None:
     learned, _ = rank_by_sft(*arguments, RankArguments(adapter=str(tuned["full LoRA"])))
     print(ranking_table(learned))
     print(comparison_table(comparison_rows([("before training", importance), ("of what was learned", learned)])))
-    _headline("What do the deltas of the top layers keep of the loss gain, when all others are switched off?")
-    trainer = measuring_trainer(_load(model, output_dir / "learned" / "adapter"), model, parts["held_out"])
-    draws = [_random_ranking(importance, seed) for seed in range(_DRAWS)]
-    rankings = {"of what was learned": [learned], "before training": [importance], f"random ({_DRAWS})": draws}
-    _show_kept(_kept(trainer, rankings), output_dir / "kept.png")
+    _headline("How much of full LoRA is needed? Prune it")
+    held_out = PruneArguments(eval_dataset_name=str(parts["held_out"]))
+    arguments = _arguments(model, parts["part_a"], output_dir / "pruned")
+    pruning, _ = prune_by_sft(*arguments, held_out, str(tuned["full LoRA"]))
+    print(pruning_table(pruning))
     print(
-        f"\nHeatmap: {output_dir / 'learned' / 'importance.png'}. Both rankings before training took {ranked:.0f} s, "
-        f"all {time.perf_counter() - start:.0f} s."
+        f"\nPictures: importance.png in {output_dir}/learned, ranks.png and kept.png in {output_dir}/pruned. Both "
+        f"rankings before training took {ranked:.0f} s, all {time.perf_counter() - start:.0f} s."
     )
 
 
@@ -156,38 +155,6 @@ def measuring_trainer(model: Any, directory: str | Path, data: Path) -> Any:
 def _load(directory: str, adapter: Path) -> Any:
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return PeftModel.from_pretrained(base, adapter, is_trainable=True)
-
-
-def _random_ranking(importance: LayerImportance, seed: int) -> LayerImportance:
-    draw = random.Random(seed)
-    return LayerImportance(importance.units, [draw.random() for _ in importance.units])
-
-
-def _kept(trainer: Any, rankings: dict[str, list[LayerImportance]]) -> dict[str, list[list[float]]]:
-    """The part of the adapter's gain in loss that the top units alone keep, for each of `_SHARES` and for all."""
-
-    def loss() -> float:
-        return trainer.evaluate()["eval_loss"]
-
-    def kept(importance: LayerImportance, share: float) -> float:
-        trainer.model.apply_mask(importance.select(top_p=share))
-        return (base - loss()) / (base - tuned)
-
-    tuned = loss()
-    with trainer.model.disable_adapter():
-        base = loss()
-    print(f"held-out loss: base model {base:.3f}, all layers {tuned:.3f}")
-    return {name: [[*(kept(one, p) for p in _SHARES), 1.0] for one in own] for name, own in rankings.items()}
-
-
-def _show_kept(kept: dict[str, list[list[float]]], path: Path) -> None:
-    """What [`_kept`] found, as a table and as curves."""
-    shares = (*_SHARES, 1.0)
-    print(f"{'layers that are on':<22}" + "".join(f"{share:>7.0%}" for share in shares))
-    for name, rows in kept.items():
-        print(f"{name:<22}" + "".join(f"{statistics.mean(column):>7.0%}" for column in zip(*rows)))
-    kept_curve(shares, kept, path)
-    print(f"As curves: {path}")
 
 
 def _print_comparison(directory: str, adapters: dict[str, Path], held_out: Path) -> None:

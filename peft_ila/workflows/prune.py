@@ -231,8 +231,13 @@ def _draw(pruning: Pruning, directory: Path) -> None:
     kept_curve([point.share for point in pruning.curve], curves, directory / "kept.png", subject)
 
 
-def summary(pruning: Pruning) -> str:
-    """What was kept, as one paragraph."""
+def pruning_table(pruning: Pruning) -> str:
+    """The curve, a line for each share, and the summary."""
+    rows = [f"{point.share:>9.0%}  {point.loss:>13.4f}  {point.gain:>9.3f}" for point in pruning.curve]
+    return "\n".join([*(["    share  held-out loss  kept gain", *rows] if rows else []), _summary(pruning)])
+
+
+def _summary(pruning: Pruning) -> str:
     modules = sum(rank > 0 for rank in pruning.ranks.values())
     text = f"Kept {pruning.share:.1%} of the adapter's parameters, in {modules} of {len(pruning.ranks)} modules."
     if pruning.result is None:
@@ -244,7 +249,7 @@ def summary(pruning: Pruning) -> str:
 
 
 def _card(pruning: Pruning, directory: Path) -> str:
-    lines = [f"{summary(pruning)} By [peft-ila](https://huggingface.co/papers/2410.17875); figures: `{RESULT}`.", ""]
+    lines = [f"{_summary(pruning)} By [peft-ila](https://huggingface.co/papers/2410.17875); figures: `{RESULT}`.", ""]
     pictures = {"ranks.png": "Kept rank of each module", "kept.png": "Kept gain by share of the parameters"}
     for name, text in pictures.items():
         if (directory / name).exists():
