@@ -514,7 +514,7 @@ def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
     parser = _training_parser(command) if trains else _parser(command, [own])
     config, argv = _config_first(argv)
     argv = _with_values(parser, argv)
-    defaults = vars(parser.parse_known_args([])[0]) if trains else {}
+    defaults = vars(parser.parse_known_args([])[0]) if command == "rank" else {}  # before YAML changes them
     try:
         *arguments, unknown_keys, unknown = parser.parse_args_and_config(
             config + argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -526,11 +526,13 @@ def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
     if unknown:
         parser.error(f"unrecognized arguments: {unknown}")
     if trains:
-        training, found = arguments[1], vars(parser.parse_known_args(argv)[0])
-        arguments[-1].given = {name: value for name, value in found.items() if value != defaults[name]}
+        training = arguments[1]
         if training.learning_rate is None:
             # SFTConfig's is for full tuning; the other is TRL's advice for LoRA
             training.learning_rate = type(training).learning_rate if getattr(arguments[3], "full", False) else 2e-4
+    if command == "rank":
+        found = vars(parser.parse_known_args(argv)[0])
+        arguments[-1].given = {name: value for name, value in found.items() if value != defaults[name]}
     return tuple(arguments)
 
 
