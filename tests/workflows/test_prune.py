@@ -1,6 +1,7 @@
 """Pruning with any trainer: what is measured, what is kept, what moves, and what is written."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -185,7 +186,8 @@ def test_dpo(trained, tmp_path, tokenizer, dialogues):
         processing_class=tokenizer,
     )
     pruning = prune(trainer, tmp_path / "small", top_p=0.3, steps=4, gate_steps=2)
-    assert pruning.base_loss == pytest.approx(0.6931, abs=1e-3)  # log 2: the model is its own reference
+    assert pruning.curve[-1].loss == pytest.approx(math.log(2), abs=1e-3)  # TRL's reference is the adapter as it was
+    assert pruning.base_loss > 0.7
     assert pruning.result.gain > 0.5
 
 
