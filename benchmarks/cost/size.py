@@ -10,6 +10,7 @@ on a model of 126 decoder layers and 405 billion parameters.
 
 import argparse
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import save
 from peft_ila import ILAConfig
+from peft_ila.search.directions import Directions
+from peft_ila.search.pruning import Found
+from peft_ila.workflows.prune import draw, summarised
 
 OPTIONS = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -98,6 +102,28 @@ def seconds(config: LlamaConfig, granularity: str) -> dict[str, float]:
     }
 
 
+def pruning_seconds(config: LlamaConfig, rank: int) -> dict[str, float]:
+    """The parts of `prune` that grow with the number of directions: all but the training steps and evaluations."""
+    with torch.device("meta"):
+        gated = get_peft_model(
+            model(config), ILAConfig(**OPTIONS | {"r": rank}, granularity="module", gate_mode="open")
+        )
+    for _, _, a, b in gated.factors():
+        a.data, b.data = torch.randn(a.shape), torch.randn(b.shape)
+    for gate in gated.gates().values():
+        gate.weight.data = torch.zeros(1)
+    directions, split = timed(Directions, gated.base_model)
+    worth = directions.singular_values
+    kept = (worth >= worth.quantile(0.9)).float()
+    found = Found(directions.modules, worth, worth, directions.sizes, kept, None, None)
+    pruning, selection = timed(summarised, gated.base_model, found, {})
+    directions.set_gates(kept)
+    with tempfile.TemporaryDirectory() as directory:
+        _, export = timed(gated.to_lora, directory, ranks="mixed")
+        _, plot = timed(draw, pruning, Path(directory))
+    return {"directions": len(kept), "SVD, s": split, "selection, s": selection, "export, s": export, "plot, s": plot}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -113,7 +139,10 @@ def main() -> None:
     print(f"\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     for row in rows:
         print("| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
-    save(args.output, {"FLOPs": work, "405B": rows})
+    # 882 modules; the weights of their adapters are real
+    pruned = pruning_seconds(llama(1024, 2048, 126, 8, 8, 1024), 64)
+    print("pruning:", pruned)
+    save(args.output, {"FLOPs": work, "405B": rows, "pruning": pruned})
 
 
 if __name__ == "__main__":

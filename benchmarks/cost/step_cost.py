@@ -5,7 +5,7 @@ What a step costs in each mode: the exact count of bytes that autograd keeps for
 
 SmolLM2-135M in fp32 and NF4, one random decoder layer as wide as those of Llama-3.1-8B, and one of Qwen3-30B-A3B with
 32 of its 128 experts, which are parameters; all that LoRA adapts by "all-linear", r = 16, 4×128 tokens, both
-granularities. "Stage 2" is the step of `learn_gates`, "floor" the frozen model with the
+granularities. "Stage 2" is the step of `learn_gates`, "prune" the one of `prune`, "floor" the frozen model with the
 gradient carried down to the first decoder layer. A time is the median over rounds, in each of which every step is
 taken once in random order, of the ratio to the floor's step (stage 2, soft) or to LoRA's (open, joint), since the
 machine's speed drifts and a step feels what the one before left in memory; the spread is half the distance of the
@@ -56,7 +56,7 @@ MOE = Qwen3MoeConfig(
 )
 BASES = ("fp32", "NF4", "wide", "MoE")
 # and what they are compared with
-MODES = {"open": "LoRA", "stage 2": "floor", "soft": "floor", "joint": "LoRA"}
+MODES = {"open": "LoRA", "stage 2": "floor", "prune": "stage 2", "soft": "floor", "joint": "LoRA"}
 
 
 def load(base: str) -> Any:
@@ -96,9 +96,12 @@ def interleaved(steps: dict[Any, Callable[[], float]], rounds: int) -> dict[Any,
 
 
 def set_mode(gated: Any, mode: str) -> None:
-    gated.set_gate_mode("soft" if mode == "stage 2" else mode)
+    gated.set_gate_mode("soft" if mode in ("stage 2", "prune") else mode)
+    gated.train_beside_scores([b for *_, b in gated.factors()] if mode == "prune" else ())
     for gate in gated.gates().values():
         gate.probed = mode == "stage 2"
+        if mode == "prune":
+            gate.mode = "open"
 
 
 def seconds_in(gated: Any, mode: str) -> float:
@@ -128,12 +131,13 @@ def main() -> None:
             for mode in args.modes
             for granularity, gated in models.items()
         }
-        for name in sorted({MODES[mode] for mode in args.modes}):
+        for name in sorted({MODES[mode] for mode in args.modes} & references.keys()):
             steps[name] = functools.partial(seconds, references[name])
         taken = interleaved(steps, args.rounds)
         own = figures.setdefault(base, {}) | {name: {"bytes": number} for name, number in kept.items()}
         for mode, granularity in itertools.product(args.modes, models):
-            found = [step / reference for step, reference in zip(taken[mode, granularity], taken[MODES[mode]])]
+            reference = taken[MODES[mode]] if MODES[mode] in references else taken[MODES[mode], granularity]
+            found = [step / other for step, other in zip(taken[mode, granularity], reference)]
             gated = models[granularity]
             set_mode(gated, mode)
             number = saved_tensor_bytes(gated, lambda model=gated: loss(model))

@@ -122,7 +122,7 @@ def prune(
     settings["seed"] = trainer.args.seed if seed is None else seed
     with _restored_on_error(ila), measuring(trainer, ila, seed) as measurement:
         found = Search(trainer, measurement, granularity).run(top_p, min_kept, steps, gate_steps, gate_learning_rate)
-    pruning = _pruning(ila, found, settings)
+    pruning = summarised(ila, found, settings)
     if output_dir is not None and trainer.is_world_process_zero():
         _save(ila, pruning, Path(output_dir), "uniform" if uniform_rank else "mixed")
     return pruning
@@ -171,7 +171,7 @@ def check_pruned_output(output_dir: str | os.PathLike[str], adapter: Path | None
         raise ValueError(f"{directory} holds an adapter that would be replaced; choose another `output_dir`.")
 
 
-def _pruning(ila: ILAModel, found: Found, settings: dict[str, Any]) -> Pruning:
+def summarised(ila: ILAModel, found: Found, settings: dict[str, Any]) -> Pruning:
     modules = list(dict.fromkeys(found.modules))
     kept, total, worth = (dict.fromkeys(modules, 0.0) for _ in range(3))
     for module, attribution, gate in zip(found.modules, found.worth.tolist(), found.gates.tolist()):
@@ -215,13 +215,13 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
         content = {key: value for key, value in asdict(pruning).items() if key != "importance"}
         (temporary / RESULT).write_text(json.dumps(content, indent=1), encoding="utf-8")
         try:
-            _draw(pruning, temporary)
+            draw(pruning, temporary)
         except ImportError as error:
             logger.warning(f"The pictures are left out. {error}")
         add_section(temporary, "Pruning", _card(pruning, temporary))
 
 
-def _draw(pruning: Pruning, directory: Path) -> None:
+def draw(pruning: Pruning, directory: Path) -> None:
     model = pruning.importance.metadata["model"]
     heatmap(pruning.ranks, "kept rank", model=model, path=directory / "ranks.png", subject="kept rank")
     if not pruning.curve:
