@@ -136,6 +136,7 @@ def kept_curve(
     kept: Mapping[str, Sequence[Sequence[float]]],
     path: str | os.PathLike[str] | None = None,
     subject: str = "units that are left on, most important first",
+    result: tuple[str, float, float] | None = None,
 ) -> "Figure":
     """
     Draw what selections keep of the gain of all units, against how many units they are.
@@ -146,6 +147,7 @@ def kept_curve(
             kept of the gain at each share.
         path: The picture to write.
         subject: What the shares are of.
+        result: One more point, with its label, its share and what it keeps.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -161,6 +163,8 @@ def kept_curve(
         (line,) = axes.plot(shares, values.mean(0), marker=marker, ms=4, label=_short(name))
         if len(rows) > 1:
             axes.fill_between(shares, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    if result:
+        axes.plot(*result[1:], linestyle="", marker="*", ms=11, color="black", label=result[0])
     axes.set_xlabel(subject, fontsize=_FONT)
     axes.set_ylabel("kept of the loss gain of all", fontsize=_FONT)
     for axis in (axes.xaxis, axes.yaxis):

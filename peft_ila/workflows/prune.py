@@ -172,6 +172,7 @@ def check_pruned_output(output_dir: str | os.PathLike[str], adapter: Path | None
 
 
 def summarised(ila: ILAModel, found: Found, settings: dict[str, Any]) -> Pruning:
+    """What was found of each direction, by direction and by module."""
     modules = list(dict.fromkeys(found.modules))
     kept, total, worth = (dict.fromkeys(modules, 0.0) for _ in range(3))
     for module, attribution, gate in zip(found.modules, found.worth.tolist(), found.gates.tolist()):
@@ -222,13 +223,15 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
 
 
 def draw(pruning: Pruning, directory: Path) -> None:
+    """Draw the kept rank of each module, and with held-out data what each share keeps."""
     model = pruning.importance.metadata["model"]
     heatmap(pruning.ranks, "kept rank", model=model, path=directory / "ranks.png", subject="kept rank")
     if not pruning.curve:
         return
-    curves = {"before the gates are learned": [[point.gain for point in pruning.curve]]}
+    curves = {"gates of 1": [[point.gain for point in pruning.curve]]}
     subject = "share of the adapter's parameters"
-    kept_curve([point.share for point in pruning.curve], curves, directory / "kept.png", subject)
+    result = ("the pruned adapter", pruning.share, pruning.result.gain) if pruning.result else None
+    kept_curve([point.share for point in pruning.curve], curves, directory / "kept.png", subject, result)
 
 
 def pruning_table(pruning: Pruning) -> str:
