@@ -105,13 +105,11 @@ def seconds(config: LlamaConfig, granularity: str) -> dict[str, float]:
 def pruning_seconds(config: LlamaConfig, rank: int) -> dict[str, float]:
     """The parts of `prune` that grow with the number of directions: all but the training steps and evaluations."""
     with torch.device("meta"):
-        gated = get_peft_model(
-            model(config), ILAConfig(**OPTIONS | {"r": rank}, granularity="module", gate_mode="open")
-        )
-    for _, _, a, b in gated.factors():
-        a.data, b.data = torch.randn(a.shape), torch.randn(b.shape)
-    for gate in gated.gates().values():
-        gate.weight.data = torch.zeros(1)
+        options = {**OPTIONS, "r": rank, "granularity": "module", "gate_mode": "open"}
+        gated = get_peft_model(model(config), ILAConfig(**options))
+    for name, module in gated.named_modules():
+        if name.endswith((".lora_A.default", ".lora_B.default", ".lora_gate.default")):
+            module.to_empty(device="cpu").weight.data.normal_()
     directions, split = timed(Directions, gated.base_model)
     worth = directions.singular_values
     kept = (worth >= worth.quantile(0.9)).float()
