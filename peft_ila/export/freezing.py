@@ -94,18 +94,22 @@ def freeze(model: nn.Module, units: Iterable[str], all_but: bool = False) -> lis
     return names
 
 
-def _split(model: nn.Module, units: list[str]) -> tuple[set[int], set[int]]:
-    """The `id`s of the parameters inside and outside of the units; those of a tied weight may be in both."""
-    every = list(model.named_parameters(remove_duplicate=False))
-    known = {name for name, _ in (*model.named_modules(), *every)}
+def check_units(model: nn.Module, units: list[str]) -> None:
+    """Raise a `ValueError` if the model lacks one of the units."""
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
     if missing := [unit for unit in units if unit not in known]:
         raise ValueError(
             f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units are missing). Pass the plain "
             "model that was ranked, not a `PeftModel` or another architecture."
         )
+
+
+def _split(model: nn.Module, units: list[str]) -> tuple[set[int], set[int]]:
+    """The `id`s of the parameters inside and outside of the units; those of a tied weight may be in both."""
+    check_units(model, units)
     prefixes, own = tuple(f"{unit}." for unit in units), set(units)  # modules, and parameters
     inside: set[int] = set()
     outside: set[int] = set()
-    for name, parameter in every:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         (inside if name.startswith(prefixes) or name in own else outside).add(id(parameter))
     return inside, outside

@@ -514,9 +514,10 @@ class LayerImportance:
         Raises:
             ValueError: A bad selection, or a model that lacks a unit.
         """
-        from ..export.freezing import freeze
+        from ..export.freezing import check_units, freeze
 
         selected = set(self.select(top_p, **selection))
+        check_units(model, self.units)
         if outside:
             return freeze(model, selected, all_but=True)
         return freeze(model, [unit for unit in self.units if unit not in selected])

@@ -36,7 +36,7 @@ class ILAConfig(LoraConfig):
     Every option of [`~peft.LoraConfig`] is accepted except those that would bypass the gate, which raise a
     `ValueError` here: `layer_replication`, `lora_bias`, KaSA, BD-LoRA, QA-LoRA, VeLoRA,
     MonteCLoRA, Arrow, aLoRA, Megatron, and the initialisations PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA and EVA.
-    `ensure_weight_tying` is refused when an adapter would be tied, by the model.
+    `get_peft_model` refuses `ensure_weight_tying` if it would tie adapters.
 
     Args:
         granularity (`str`):

@@ -339,7 +339,7 @@ def _gated_parameter(gated: Any) -> Any:
 
         def get_delta_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
             left, right, scaling = super().get_delta_factors(adapter)
-            return left, self.gates[adapter](right), scaling
+            return left, self.gates[adapter](right) if adapter in self.gates else right, scaling
 
     return GatedParameter
 

@@ -89,7 +89,7 @@ def test_the_step_counts(of_llama):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_under_autocast_what_it_keeps_is_counted(dtype):
-    lora = ranking("llama", [0.0] * 4).to_lora_config(top_k=2, r=8)
+    lora = ranking("llama", [0.0, 0.0, -1.0, -1.0]).to_lora_config(top_k=2, r=8)
     model = get_peft_model(AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=dtype), lora).train()
     ids = torch.zeros(2, 64, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16):
