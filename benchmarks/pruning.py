@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="NAME=FILE, or 'dialogues' for the demo's.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, default=Path("pruning_adapters"))
+    parser.add_argument("--arms", default="", help="A regular expression: only the arms whose names hold it.")
     args = parser.parse_args()
     figures: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     for data in args.data:
@@ -184,7 +186,7 @@ def main() -> None:
             adapter = Adapter(trainer, measurement)
             own |= {"base": adapter.base, "whole": adapter.whole, "directions": len(adapter.sizes)}
             for arm, run in arms(adapter).items():
-                if arm not in own:
+                if arm not in own and re.search(args.arms, arm):
                     own[arm] = run()
                     print(f"{name:<10} {arm:<60} {own[arm]:.3f}", flush=True)
                     save(args.output, figures)
