@@ -67,8 +67,8 @@ def extract_lora(
     names = [name for name in weights if name in base and name in tuned]
     if missing := sorted({f"{name}.weight" for name in targets}.difference(names)):
         raise ValueError(
-            f"{base_model} and {tuned_model} do not both hold {missing[0]!r} ({len(missing)} weights missing). Was the "
-            "second fine-tuned from the first?"
+            f"{base_model} and {tuned_model} do not both hold {missing[0]!r} ({len(missing)} weights missing). Was "
+            "the second fine-tuned from the first?"
         )
 
     factors: dict[str, torch.Tensor] = {}
