@@ -1,4 +1,4 @@
-"""The values of settings, in a module of their own so that the command line need not import torch."""
+"""The values of settings, in a separate module so that the command line need not import torch."""
 
 from typing import Literal
 

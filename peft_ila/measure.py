@@ -30,7 +30,7 @@ class Saved:
         self.kept: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}
 
     def bytes(self, last: int | None = None) -> int:
-        """All bytes, or those of tensors whose last dimension is `last`."""
+        """All bytes, or only those of tensors with the last dimension `last`."""
         return sum(s.nbytes() for s, shape in self.kept.values() if last is None or shape[-1:] == (last,))
 
 

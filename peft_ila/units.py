@@ -40,7 +40,7 @@ def unit_of(name: str, granularity: Granularity) -> str:
     Args:
         name: The module's name in the base model.
         granularity: `"module"` makes each module a unit (the paper's choice), `"layer"` each decoder layer. Modules
-            outside every stack of layers are units of their own at both granularities.
+            outside every stack of layers are separate units at both granularities.
 
     Returns:
         For example `"model.layers.3"` or `"model.layers.3.mlp.up_proj"`.

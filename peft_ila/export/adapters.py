@@ -58,7 +58,7 @@ def read_config(directory: Path) -> Any:
         if isinstance(config, LoraConfig):
             _check_kinds(content, get_type_hints(type(config)))
             _check_values(config)
-    except Exception as error:  # a value of a wrong type makes PEFT raise anything
+    except Exception as error:  # a wrong type can make PEFT raise anything
         raise ValueError(f"{path} is not a valid configuration: {' '.join(str(error).split())[:300]}") from error
     return config
 

@@ -57,7 +57,7 @@ def _checkpoints_reentrantly(model: nn.Module) -> bool:
 
 
 def _input_embeddings(model: nn.Module) -> set[nn.Module]:
-    """Those of each model in the model, such as an image encoder, as `enable_input_require_grads` finds them."""
+    """The embeddings of each inner model, such as an image encoder, as `enable_input_require_grads` finds them."""
     found = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

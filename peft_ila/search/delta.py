@@ -202,5 +202,5 @@ def _weight_files(directory: Path) -> list[Path]:
         raise ValueError(f"{index} is not an index of weights: it lacks `weight_map`.")
     for file in names.values():
         if not isinstance(file, str) or Path(file).name != file or not (directory / file).is_file():
-            raise ValueError(f"{index} names {str(file)[:80]!r}, which is not a file in its directory.")
+            raise ValueError(f"{index} names {str(file)[:80]!r}, which is not in the same directory.")
     return [directory / file for file in sorted(set(names.values()))]

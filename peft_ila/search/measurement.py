@@ -346,8 +346,8 @@ def _shard(trainer: Any) -> None:
     model, half = trainer.model, (torch.float16, torch.bfloat16)
     if any(ILAModel.prefix in name and p.dtype in half for name, p in model.named_parameters()):
         raise ValueError(
-            "Under FSDP2 `learn_gates` needs an adapter in fp32, since sharded scores cannot be cast. Leave PEFT's "
-            "`autocast_adapter_dtype=True`."
+            "Under FSDP2 `learn_gates` needs an adapter in fp32, since sharded scores cannot be cast. Use "
+            "PEFT's default, `autocast_adapter_dtype=True`."
         )
     if not isinstance(model, FSDPModule):
         # accelerate takes a model only with an optimiser; this one takes no step

@@ -3,8 +3,8 @@
 The gate multiplies the rank-r activation between `lora_A` and `lora_B`, not the layer's output. A factor on the output
 makes autograd keep a tensor of the output's size (1.20 times the memory of a LoRA step on SmolLM2, against 0.77 here).
 One hook gates every PEFT LoRA layer that calls `lora_B(lora_A(x))`, quantised or not. LoRA of a parameter (fused
-experts) has no such activation: the gate multiplies one of its two factors. A variant such as DoRA is no product: the
-gate multiplies its difference from the base layer.
+experts) has no such activation: the gate multiplies one of its two factors. A variant such as DoRA is not a product:
+the gate multiplies its difference from the base layer.
 """
 
 import contextlib
