@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is asked for (PEP 562)."""
+    """Import a public name on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -57,11 +57,11 @@ def _is_command_line() -> bool:
     """
     Whether this process is `peft-ila`, `python -m peft_ila` or `python -m peft_ila.cli`.
 
-    PEFT and torch take seconds to import, and several commands need neither. So there, and only there, the method is
-    not registered at once, but by whatever imports `tuner`.
+    PEFT and torch take seconds to import, and several commands need neither. So on the command line, only an import
+    of `tuner` registers the method.
     """
     program = (getattr(sys, "argv", None) or [""])[0]
-    if program == "-m":  # the module that is run is being looked for
+    if program == "-m":  # Python is still looking for the module
         module = next((value for flag, value in pairwise(sys.orig_argv) if flag == "-m"), None)
         return module in ("peft_ila", "peft_ila.cli")
     return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and not os.path.isdir(program)

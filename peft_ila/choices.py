@@ -1,4 +1,4 @@
-"""The values that settings choose from; apart, so that the command line names them without importing torch."""
+"""The values of settings, in a separate module so that the command line need not import torch."""
 
 from typing import Literal
 

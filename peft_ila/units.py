@@ -1,4 +1,4 @@
-"""Units: what one gate stands for, told from a module's name. The one home of name matching."""
+"""Units, told from the names of modules. All name matching is here."""
 
 import re
 from typing import Literal
@@ -10,19 +10,13 @@ Granularity = Literal["layer", "module"]
 _DECODER_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?[^.\d][^.]*)\.(?P<index>\d+)(?=\.|$)")
 
 
-_LONGEST = 1000  # characters of a name; those of real models have about 100
+_LONGEST = 1000  # characters of a name; real models use about 100
 
 
 def check_name(name: object) -> None:
-    """
-    Check that a string from outside can be the name of a module or parameter.
-
-    Raises:
-        TypeError: It is no string.
-        ValueError: It is empty, has an empty part, cannot be printed, or is endless.
-    """
+    """Check that a value from outside can be the name of a module or parameter."""
     if not isinstance(name, str):
-        raise TypeError(f"The name of a module must be a string, got a {type(name).__name__}.")
+        raise TypeError(f"The name of a module must be a string, got {type(name).__name__}.")
     if not name.isprintable() or not all(name.split(".")) or len(name) > _LONGEST:
         raise ValueError(f"{name[:80]!r} cannot be the name of a module, such as 'model.layers.3.mlp.up_proj'.")
 
@@ -41,12 +35,12 @@ def split_layer(name: str) -> tuple[str, int] | None:
 
 
 def unit_of(name: str, granularity: Granularity) -> str:
-    """Name the unit that a target module belongs to.
+    """Name the unit of a target module.
 
     Args:
         name: The module's name in the base model.
         granularity: `"module"` makes each module a unit (the paper's choice), `"layer"` each decoder layer. Modules
-            outside every stack of layers are units of their own at both granularities.
+            outside every stack of layers are separate units at both granularities.
 
     Returns:
         For example `"model.layers.3"` or `"model.layers.3.mlp.up_proj"`.

@@ -769,8 +769,8 @@ def test_a_directory_as_data(tmp_path):
     "change, message",
     [
         ({"hidden_size": "a"}, "The configuration of .*model cannot be read"),
-        ({"hidden_size": -1}, "No model can be built of this LlamaConfig|cannot be read"),
-        ({"hidden_size": 10**40}, "No model can be built of this LlamaConfig|cannot be read"),
+        ({"hidden_size": -1}, "No model can be built from this LlamaConfig|cannot be read"),
+        ({"hidden_size": 10**40}, "No model can be built from this LlamaConfig|cannot be read"),
         ({"num_hidden_layers": 10**12}, "has `num_hidden_layers` 1000000000000, more than 10000"),
         (None, "is not JSON"),
     ],

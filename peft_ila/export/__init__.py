@@ -1,4 +1,4 @@
-"""What is done with a selection: a LoraConfig, a plain adapter, settings of other programs, frozen layers.
+"""Exports a selection: a LoraConfig, a plain adapter, settings for other programs, frozen layers.
 
-Knows units and modules by their names only, and nothing of rankings, gates or trainers.
+Knows only the names of units and modules, and nothing about rankings, gates or trainers.
 """

@@ -1,4 +1,4 @@
-"""Adapters on disk: read with care, written as PEFT writes them."""
+"""Reads and checks saved adapters, and writes them as PEFT does."""
 
 import copy
 import os
@@ -22,78 +22,60 @@ from safetensors.torch import save_file
 from ..files import open_safetensors, read_json, whole_file
 from ..units import check_name, unit_of
 
-# what PeftModel puts before the names of the base model's modules
+# PeftModel's prefix of the base model's module names
 SAVED_PREFIX = "base_model.model."
 
 
 def split_key(key: str) -> tuple[str, str, str]:
-    """The path of a LoRA layer in the base model, ".lora_", and which of its tensors; the last two empty if none."""
+    """Split into a LoRA layer's path in the base model, ".lora_" and the tensor; the last two are empty for others."""
     return key.removeprefix(SAVED_PREFIX).partition(".lora_")
 
 
 def adapter_directory(name: str | os.PathLike[str]) -> Path:
-    """
-    The directory of an adapter: a local one, or that of a repository on the hub, which is downloaded.
-
-    Raises:
-        FileNotFoundError: There is neither, or the directory holds no adapter.
-    """
+    """The directory of an adapter, downloaded if the adapter is on the hub."""
     directory = Path(name).expanduser()
     if not directory.exists() and not os.fspath(name).startswith((".", "/", "~")):
         try:
             directory = Path(snapshot_download(str(name), allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]))
         except (OSError, HFValidationError) as error:
-            raise FileNotFoundError(f"There is no adapter {name}, here or on the hub: {error}") from error
+            raise FileNotFoundError(f"There is no adapter {name} here or on the hub: {error}") from error
     if not (directory / CONFIG_NAME).is_file():
-        inside = directory / "adapter"  # of a directory of `rank`
+        inside = directory / "adapter"  # `rank` writes it there
         hint = f" There is one in {inside}." if (inside / CONFIG_NAME).is_file() else ""
         raise FileNotFoundError(f"There is no adapter in {name}: it lacks {CONFIG_NAME}.{hint}")
     return directory
 
 
 def read_config(directory: Path) -> Any:
-    """
-    The configuration of an adapter.
-
-    Raises:
-        OSError: There is none.
-        ValueError: It is damaged, of a method that is not known, or has a value of a wrong kind.
-    """
+    """Read and check the configuration of an adapter."""
     path = directory / CONFIG_NAME
     content = read_json(path)
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"{path} is of no method that this PEFT knows: its `peft_type` is {str(kind)[:40]!r}.")
+        raise ValueError(f"{path} has the `peft_type` {str(kind)[:40]!r}, which this PEFT does not know.")
     try:
         config: Any = PeftConfig.from_pretrained(str(directory))
         if isinstance(config, LoraConfig):
             _check_kinds(content, get_type_hints(type(config)))
             _check_values(config)
-    except Exception as error:  # whatever a value of a wrong kind makes PEFT do
+    except Exception as error:  # a wrong type can make PEFT raise anything
         raise ValueError(f"{path} is not a valid configuration: {' '.join(str(error).split())[:300]}") from error
     return config
 
 
 def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """
-    The configuration and the tensors of a LoRA or ILA adapter.
-
-    Raises:
-        OSError: There is none.
-        ValueError: A file is damaged, weights are pickled, missing, not finite, do not fit each other, or are not
-            LoRA's.
-    """
+    """Read and check the configuration and the tensors of a LoRA or ILA adapter."""
     config = read_config(directory)
     path = directory / SAFETENSORS_WEIGHTS_NAME
     if not path.exists() and (directory / WEIGHTS_NAME).exists():
         raise ValueError(
-            f"{directory} holds {WEIGHTS_NAME}, a pickle, which could run code. If you trust it, load it with PEFT "
-            f"and `save_pretrained` it, which writes {SAFETENSORS_WEIGHTS_NAME}."
+            f"{directory} holds {WEIGHTS_NAME}, a pickle that could run code. If you trust it, load it with PEFT "
+            f"and call `save_pretrained`, which writes {SAFETENSORS_WEIGHTS_NAME}."
         )
     if not path.is_file():
         raise FileNotFoundError(f"{directory} lacks {SAFETENSORS_WEIGHTS_NAME}.")
     with open_safetensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
     try:
         _check_weights(tensors, config)
     except ValueError as error:
@@ -102,7 +84,7 @@ def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, output_dir: str | os.PathLike[str]) -> None:
-    """Write an adapter as PEFT does, the configuration last."""
+    """Write an adapter as PEFT does, with the configuration last."""
     seen: set[int] = set()
     for key, tensor in tensors.items():  # safetensors refuses tied weights, which PEFT saves twice
         if tensor.data_ptr() in seen:
@@ -111,17 +93,17 @@ def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, output_di
     with whole_file(Path(output_dir) / SAFETENSORS_WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config = copy.copy(config)
-    config.inference_mode = True  # as PEFT saves an adapter
+    config.inference_mode = True  # as in PEFT
     with whole_file(Path(output_dir) / CONFIG_NAME) as temporary:
         config.save_pretrained(str(temporary.parent))
 
 
 def _check_kinds(content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """PEFT does not check them, and fails far from the file."""
+    """Check the options' types. PEFT does not, and fails far from the file."""
     for name, value in content.items():
         hint = hints.get(name)
         kinds = (*get_args(hint), hint)
-        if hint is None or name == "layer_replication":  # pairs, which JSON knows as lists
+        if hint is None or name == "layer_replication":  # pairs, which are lists in JSON
             continue
         if isinstance(value, dict) and any(kind is dict or is_dataclass(kind) for kind in kinds):
             continue
@@ -160,9 +142,9 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
     for key, tensor in tensors.items():
         path, is_lora, part = split_key(key)
         if not key.startswith(SAVED_PREFIX) or not (is_lora or _is_saved_beside(path, tensor, config)):
-            raise ValueError(f"{key!r} is no weight of a LoRA adapter with this configuration.")
+            raise ValueError(f"{key!r} is not a weight of a LoRA adapter with this configuration.")
         if is_lora and not tensor.is_floating_point():
-            raise ValueError(f"{key!r} is of the type {tensor.dtype}, not of floating-point numbers.")
+            raise ValueError(f"{key!r} has the type {tensor.dtype}, which is not floating point.")
         if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
             raise ValueError(f"{key!r} is not finite. Did training diverge?")
         if is_lora:
@@ -170,7 +152,7 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
     if not layers:
         raise ValueError("it holds no LoRA weights.")
     if config.trainable_token_indices is not None and not any("trainable_tokens_delta" in key for key in tensors):
-        raise ValueError("it lacks the weights of the tokens that `trainable_token_indices` names.")
+        raise ValueError("it lacks the weights of the tokens in `trainable_token_indices`.")
 
     parameters = getattr(config, "gated_parameters", None) or {}
     granularity: Any = getattr(config, "granularity", "module")
@@ -184,15 +166,15 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
             # `MultiheadAttention` holds a second LoRA layer, its output projection
             expected = path in parameters or _is_expected(path.partition(".base_layer.")[0], rank, config)
         except re.error as error:
-            raise ValueError(f"the configuration holds what is no regular expression: {error}.") from error
+            raise ValueError(f"the configuration has an invalid regular expression: {error}.") from error
         if not expected:
-            raise ValueError(f"{path!r} is no target of the adapter's configuration, or of another rank.")
+            raise ValueError(f"{path!r} is not a target of the adapter's configuration, or has another rank.")
     if unknown := sorted(set(getattr(config, "gate_mask", None) or ()) - units):
-        raise ValueError(f"`gate_mask` names {unknown[0][:80]!r}, which is no unit of the adapter.")
+        raise ValueError(f"`gate_mask` has {unknown[0][:80]!r}, which is not a unit of the adapter.")
 
 
 def _is_expected(path: str, rank: int, config: Any) -> bool:
-    """Whether PEFT would make this layer by the configuration."""
+    """Whether PEFT would make this layer from the configuration."""
     # the layers of parameters have paths and ranks of their own; ILA's configuration names them
     if config.target_parameters and not hasattr(config, "gated_parameters"):
         return True
@@ -203,16 +185,16 @@ def _is_expected(path: str, rank: int, config: Any) -> bool:
 
 
 def _check_layer(path: str, own: Mapping[str, torch.Tensor]) -> int:
-    """The rank of a layer."""
+    """Check a layer and return its rank."""
     if unknown := sorted(own.keys() - {"A", "B", "embedding_A", "embedding_B", "magnitude_vector", "gate"}):
-        raise ValueError(f"{path!r} has {unknown[0]!r}, which is no weight of LoRA.")
+        raise ValueError(f"{path!r} has {unknown[0]!r}, which is not a LoRA weight.")
     a, b = (own.get(part, own.get(f"embedding_{part}")) for part in "AB")
     if a is None or b is None:
         raise ValueError(f"{path!r} lacks {'A' if a is None else 'B'}.")
     fits = a.ndim >= 2 and b.ndim == a.ndim and 0 not in (*a.shape, *b.shape)
     # each group of a convolution has its own part of the rank
     if not fits or (a.shape[0] % b.shape[1] if a.ndim > 2 else a.shape[0] != b.shape[1]):
-        raise ValueError(f"A and B of {path!r} have the shapes {tuple(a.shape)} and {tuple(b.shape)}.")
+        raise ValueError(f"A and B of {path!r} do not fit: their shapes are {tuple(a.shape)} and {tuple(b.shape)}.")
     if "gate" in own and own["gate"].shape != (1,):
         raise ValueError(f"The gate of {path!r} must have the shape (1,), but has {tuple(own['gate'].shape)}.")
     return len(a)
@@ -224,5 +206,5 @@ def _is_saved_beside(path: str, tensor: torch.Tensor, config: Any) -> bool:
         return True
     if config.trainable_token_indices and any("token" in part for part in parts):
         return True
-    # embeddings and heads of a vocabulary that was resized, under the names of any model
+    # embeddings and heads of a resized vocabulary, whatever the model calls them
     return parts[-1] in ("weight", "bias") and tensor.ndim in (1, 2)

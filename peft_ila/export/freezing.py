@@ -1,4 +1,4 @@
-"""What is left alone while a selection is tuned: parameters, and the backward pass below the lowest that trains."""
+"""Freezes all but a selection, and ends the backward pass at the lowest layer that trains."""
 
 import contextlib
 import logging
@@ -13,14 +13,13 @@ logger = logging.getLogger(__name__)
 
 class FrozenPrefix(TrainerCallback):
     """
-    Spares the backward pass through the layers below the lowest one that trains, for any trainer.
+    Ends the backward pass at the lowest layer that trains, for any trainer.
 
-    Nothing there needs a gradient. But whenever checkpointing is on, PEFT, transformers and TRL make the output of the
-    embeddings require one (`enable_input_require_grads`), since reentrant checkpointing needs it; the other kind, the
-    default of transformers 5, does not. While training runs, this callback cuts the graph there again. It does nothing
-    if the embeddings are trained, or under reentrant checkpointing, where the lowest layer would get no gradient: so
-    after `prepare_model_for_kbit_training(model)`, unless it is called with `gradient_checkpointing_kwargs=
-    {"use_reentrant": False}`.
+    The layers below need no gradient. But under gradient checkpointing, PEFT, transformers and TRL make the output of
+    the embeddings require one (`enable_input_require_grads`), since reentrant checkpointing needs it. During training,
+    this callback cuts the graph there. It does nothing if the embeddings train, or under reentrant checkpointing,
+    where the lowest layer would get no gradient. Non-reentrant checkpointing is the default of transformers 5, but not
+    of `prepare_model_for_kbit_training`: pass `gradient_checkpointing_kwargs={"use_reentrant": False}` there.
     """
 
     def __init__(self) -> None:
@@ -29,16 +28,16 @@ class FrozenPrefix(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.on_train_end(args, state, control)  # of a run that was broken off
+        self.on_train_end(args, state, control)  # of an interrupted run
         if _checkpoints_reentrantly(model):
             logger.warning(
-                "Reentrant gradient checkpointing computes the gradients of all layers; with `use_reentrant=False` "
-                "the backward pass would end at the lowest layer that trains."
+                "Reentrant gradient checkpointing computes the gradients of all layers. With `use_reentrant=False` "
+                "the backward pass ends at the lowest layer that trains."
             )
             return
         for embeddings in _input_embeddings(model):
             if not any(parameter.requires_grad for parameter in embeddings.parameters()):
-                # called after the hook that sets `requires_grad`, which cannot be removed once it was set twice
+                # runs after the hook that sets `requires_grad`, which cannot be removed once it is set twice
                 self._hooks.append(embeddings.register_forward_hook(lambda module, args, output: output.detach()))
 
     def on_train_end(
@@ -50,15 +49,15 @@ class FrozenPrefix(TrainerCallback):
 
 
 def _checkpoints_reentrantly(model: nn.Module) -> bool:
-    # asks the model: what its trainer was told is another thing where checkpointing was enabled by hand
+    # asks the model, not the trainer: checkpointing may be enabled by hand
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
-    # what says nothing, as a model's own code may, has torch's default
+    # without a setting, as in a model's own code, torch's default holds
     return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
 
 
 def _input_embeddings(model: nn.Module) -> set[nn.Module]:
-    """Of each model in the model, such as an image encoder, as `enable_input_require_grads` finds them."""
+    """The embeddings of each inner model, such as an image encoder, as `enable_input_require_grads` finds them."""
     found = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -69,20 +68,20 @@ def _input_embeddings(model: nn.Module) -> set[nn.Module]:
 
 def freeze(model: nn.Module, units: Iterable[str], all_but: bool = False) -> list[str]:
     """
-    Set `requires_grad=False` on all parameters of the units, or on all but these. A weight that is tied to
-    one that is to stay as it is stays as it is too.
+    Set `requires_grad=False` on all parameters of the units, or on all but these. A tied weight is frozen only if all
+    its names are to be frozen.
 
     Args:
         model: A plain model, without adapters.
         units: Names of modules and parameters.
-        all_but: Whether to freeze what belongs to none of the units, instead of the units.
+        all_but: Whether to freeze everything but the units.
 
     Returns:
         The names of the frozen parameters, in the order of the model.
 
     Raises:
-        TypeError: The units are one string.
-        ValueError: The model lacks one of the units; nothing is frozen then.
+        TypeError: `units` is a string.
+        ValueError: The model lacks a unit; then nothing is frozen.
     """
     if isinstance(units, str):
         raise TypeError(f"`units` must be a list of names, got the string {units!r}.")

@@ -1,4 +1,4 @@
-"""From selected units to a configuration of PEFT that targets exactly them."""
+"""Turns selected units into a PEFT configuration that targets exactly them."""
 
 import copy
 import re
@@ -28,13 +28,13 @@ DECIDED_BY_SELECTION = (
 @dataclass
 class Targets:
     """
-    What a ranking knows of the model.
+    The modules and parameters of a ranked model.
 
     Args:
-        modules: The target modules and parameters of every unit, selected or not, in the order of the model.
-        lookalikes: Modules that share the last part of their name with a target module but are none.
-        parameters: Which of `modules` are parameters, and their ranks in multiples of LoRA's.
-        model_type: That of the model's configuration: PEFT reads some names otherwise in some models.
+        modules: The target modules and parameters of every unit, selected or not, in model order.
+        lookalikes: Other modules that share the last part of their name with a target module.
+        parameters: The parameters among `modules`, with their ranks as multiples of LoRA's.
+        model_type: The `model_type` of the model's configuration. For some types, PEFT translates names.
     """
 
     modules: Mapping[str, Sequence[str]]
@@ -58,26 +58,26 @@ def to_lora_config(
     See [`LayerImportance.to_lora_config`].
 
     Args:
-        targets: What the ranking knows of the model.
+        targets: The ranked model's modules and parameters.
         selected: The units to target, in any order.
         model: The base model or its configuration, to check the result by injection.
-        config_cls: The configuration class of a method of PEFT.
+        config_cls: The configuration class of a PEFT method.
         **kwargs: Its other options.
     """
     options = {option.name for option in fields(config_cls)}
     if not {"target_modules", "layers_to_transform", "layers_pattern"} <= options:
         raise TypeError(
             f"{config_cls.__name__} cannot target single layers; `config_cls` must have `target_modules`, "
-            "`layers_to_transform` and `layers_pattern`, as LoraConfig and AdaLoraConfig do."
+            "`layers_to_transform` and `layers_pattern`, like LoraConfig and AdaLoraConfig."
         )
     if decided := sorted(set(kwargs) & set(DECIDED_BY_SELECTION)):
-        raise ValueError(f"{decided} follow from the selected units and cannot be passed.")
+        raise ValueError(f"{decided} follow from the selected units. Leave them out.")
 
     expected = targets.of(selected)
     parameters = expected & targets.parameters.keys()
     if parameters and "target_parameters" not in options:
-        raise TypeError(f"{config_cls.__name__} cannot target parameters, such as {min(parameters)!r}.")
-    # all names, not only the selected ones, tell a model from its decoder alone
+        raise TypeError(f"{config_cls.__name__} cannot target parameters such as {min(parameters)!r}.")
+    # it takes all names, not only the selected ones, to tell a model from its decoder
     skeleton = None if model is None else meta_skeleton(model, targets.of(targets.modules))
     names = _Names.of_ranking(targets) if skeleton is None else _Names.of_model(skeleton)
     _check_ranked(targets, expected, names)
@@ -89,9 +89,9 @@ def to_lora_config(
             break
     else:
         raise ValueError(
-            f"PEFT has no way to target exactly {sorted(expected)[:3]} (of {len(expected)}) in a model of the type "
-            f"{names.config.model_type!r}: it takes names such as `up_proj` for fused experts. Rank the weights of "
-            "such modules as parameters, by `target_parameters`."
+            f"PEFT has no way to target exactly {sorted(expected)[:3]} (of {len(expected)}) in a model of type "
+            f"{names.config.model_type!r}, where it takes names such as `up_proj` for fused experts. Rank the weights "
+            "of such modules as parameters, by `target_parameters`."
         )
     _set_ranks(config, {name: targets.parameters[name] for name in parameters})
     if skeleton is not None:
@@ -100,17 +100,17 @@ def to_lora_config(
 
 
 def _check_ranked(targets: Targets, expected: set[str], names: "_Names") -> None:
-    """Find what tells a model from the ranked one."""
+    """Check that the model is of the ranked architecture."""
     if missing := sorted(expected - names.modules - names.parameters):
         raise ValueError(
             f"The model has no modules {missing[:3]} ({len(missing)} of {len(expected)} selected modules are "
             "missing): the ranking was made on another architecture."
         )
-    if targets.model_type is None:  # made by hand, it may be of a part of the layers
+    if targets.model_type is None:  # a ranking made by hand may cover only some layers
         return
     known = targets.of(targets.modules) | set(targets.lookalikes)
     endings = {name.rpartition(".")[2] for name in known}
-    last: dict[str, int] = {}  # layer of each stack that was ranked
+    last: dict[str, int] = {}  # ranked layer of each stack
     for stack, index in filter(None, map(split_layer, known)):
         last[stack] = max(index, last.get(stack, 0))
     alike = {name: split_layer(name) for name in names.modules if name.rpartition(".")[2] in endings}
@@ -122,7 +122,7 @@ def _check_ranked(targets: Targets, expected: set[str], names: "_Names") -> None
 
 
 class _Names:
-    """The names of a model's modules and parameters, for what PEFT asks of a model before it looks at any of them."""
+    """The names of a model's modules and parameters; stands in for the model when PEFT matches names."""
 
     def __init__(self, modules: set[str], parameters: set[str], model_type: str | None) -> None:
         self.modules = modules
@@ -148,7 +148,7 @@ class _Names:
         return ((name, None) for name in self.parameters)
 
     def hit_by(self, config: Any) -> set[str] | None:
-        """What PEFT would adapt, after its own conversion of the names; `None` if it refuses them."""
+        """The names PEFT would adapt, after its own translation; `None` if it refuses them."""
         config = copy.deepcopy(config)
         stand_in: Any = self
         try:
@@ -163,7 +163,7 @@ class _Names:
     def _targeted(self, config: Any) -> set[str]:
         if isinstance(config.target_modules, str):
             return {name for name in self.modules if check_target_module_exists(config, name)}
-        # PEFT compares each name with each target; only those with a target as their last parts need be asked about
+        # PEFT compares each name with each target, but only names that end in a target can match
         targets = set(config.target_modules)
         if config.layers_to_transform is not None:
             config.layers_to_transform = set(config.layers_to_transform)
@@ -184,7 +184,7 @@ def _ends_in(name: str, endings: set[str]) -> bool:
 
 
 def _set_ranks(config: Any, multiples: Mapping[str, float]) -> None:
-    """Give fused parameters the ranks that PEFT gives them, at the same scaling."""
+    """Give fused parameters the same ranks as PEFT, at the same scaling."""
     by_ending: dict[str, set[float]] = {}
     for name, multiple in multiples.items():
         by_ending.setdefault(name.rpartition(".")[2], set()).add(multiple)
@@ -199,10 +199,10 @@ def _set_ranks(config: Any, multiples: Mapping[str, float]) -> None:
 def _target_candidates(targets: Targets, selected: Sequence[str], modules: set[str]) -> Iterator[dict[str, Any]]:
     """Ways to target the modules, the most readable first. Not all of them hit only those modules."""
     if not modules:
-        yield {"target_modules": []}  # `None` would be PEFT's default for the model
+        yield {"target_modules": []}  # `None` means PEFT's default for the model
         return
     layers = [split_layer(unit) for unit in selected]
-    # units that are whole layers, not modules in them
+    # units are whole layers, not modules in them
     if all(layer and unit == f"{layer[0]}.{layer[1]}" for unit, layer in zip(selected, layers)):
         stacks = {layer[0] for layer in layers if layer}
         indices = sorted({layer[1] for layer in layers if layer})
@@ -210,12 +210,12 @@ def _target_candidates(targets: Targets, selected: Sequence[str], modules: set[s
         within = sorted({name.removeprefix(f"{unit}.") for unit in selected for name in targets.of([unit]) & modules})
         patterns: list[str | None] = [None]
         if len(stacks) == 1:
-            # inserted in a regular expression by PEFT
+            # PEFT inserts it in a regular expression
             stack = stacks.pop()
             patterns += [re.escape(stack.rpartition(".")[2]), re.escape(stack)]
         for pattern in patterns:
             for names in (short, within):
                 yield {"target_modules": names, "layers_to_transform": indices, "layers_pattern": pattern}
     yield {"target_modules": sorted(modules)}
-    # the full name of one module can end in that of another
+    # one module's full name can end in another's
     yield {"target_modules": "|".join(re.escape(name) for name in sorted(modules))}

@@ -1,4 +1,4 @@
-"""From a gated adapter to the plain LoRA adapter that computes the same."""
+"""Turns a gated adapter into an equivalent plain LoRA adapter."""
 
 import os
 from dataclasses import fields
@@ -13,7 +13,7 @@ from .lora import DECIDED_BY_SELECTION, Targets, to_lora_config
 
 
 def lora_options(config: LoraConfig) -> dict[str, Any]:
-    """The options of a configuration that are LoRA's, to make one of another class with them."""
+    """The LoRA options of a configuration, to make one of another class."""
     return {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.name != "peft_type"}
 
 
@@ -24,26 +24,26 @@ def to_plain_lora(
     model_type: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """
-    Turn a saved ILA adapter into a plain LoRA adapter that computes the same: gates multiplied into B, closed units
-    left out. What is no LoRA weight (biases, `modules_to_save`) has no gate and stays.
+    Turn a saved ILA adapter into an equivalent plain LoRA adapter: gates multiplied into B, closed units left out.
+    Other weights (biases, `modules_to_save`) have no gate and stay.
 
     Args:
         state_dict: The adapter's tensors as PEFT saves them; they are not changed.
         config ([`ILAConfig`]): The adapter's configuration.
-        lookalikes: Modules of the model that share the last part of their name with a target module but are none.
-            Without the model, modules that are left over after others were left out are targeted by their full names.
-        model_type: That of the model's configuration, if the model is at hand.
+        lookalikes: The model's other modules that share the last part of their name with a target module. Without
+            them, if some units are closed, the kept modules are targeted by their full names.
+        model_type: The `model_type` of the model's configuration, if the model is at hand.
 
     Returns:
-        Tensors and configuration, ready to be written. The configuration is the given one without the gates, except
-        that its targets are the modules left over where some are closed.
+        Tensors and configuration, ready to be written. The configuration is the given one without the gates; if some
+        units are closed, its targets are the kept modules.
 
     Raises:
         ValueError: The tensors lack the gate of a unit, or a DoRA adapter has gates between 0 and 1.
     """
     parameters = config.gated_parameters or {}
     gates: dict[str, torch.Tensor] = {}
-    units: dict[str, str] = {}  # by the path of a LoRA layer
+    units: dict[str, str] = {}  # by LoRA layer's path
     for key, tensor in state_dict.items():
         path, is_lora, part = split_key(key)
         if is_lora:
@@ -51,12 +51,12 @@ def to_plain_lora(
         if part.startswith("gate"):
             gates[units[path]] = torch.sigmoid(tensor.float())
     if missing := sorted(set(units.values()) - gates.keys()):
-        raise ValueError(f"The adapter holds no gate for {missing[0]!r}; is it an ILA adapter of this configuration?")
+        raise ValueError(f"The adapter has no gate for {missing[0]!r}. Does it belong to this configuration?")
     between = config.gate_mode in ("joint", "soft")
     if between and config.use_dora:
         raise ValueError(
-            'A DoRA adapter with gates between 0 and 1 is no DoRA adapter. Open its gates by `set_gate_mode("open")`, '
-            "or close those of some units by `apply_mask`."
+            "A DoRA adapter with gates between 0 and 1 cannot be exported. Open all gates by "
+            '`set_gate_mode("open")`, or close some by `apply_mask`.'
         )
 
     kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(units.values())
@@ -83,10 +83,10 @@ def without_gates(
     lookalikes: list[str] | None = None,
     model_type: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """[`to_plain_lora`] of the LoRA layers whose paths are in `kept`, whole units of the adapter, with open gates."""
+    """[`to_plain_lora`] with open gates, of the LoRA layers whose paths are in `kept`, in whole units."""
     parameters = config.gated_parameters or {}
     tensors = {}
-    names: dict[str, str] = {}  # of what each path adapts
+    names: dict[str, str] = {}  # of each path's target
     for key, tensor in state_dict.items():
         path, is_lora, part = split_key(key)
         if is_lora:
@@ -99,18 +99,18 @@ def without_gates(
         return tensors, LoraConfig(**options)
     for name in DECIDED_BY_SELECTION:
         del options[name]
-    # without the model, nothing but full names is safe
+    # without the model, only full names are safe
     granularity: Granularity = "module" if lookalikes is None else config.granularity
     modules: dict[str, list[str]] = {}
     for name in names.values():
         modules.setdefault(unit_of(name, granularity), []).append(name)
     selected = list(dict.fromkeys(unit_of(names[path], granularity) for path in names if path in kept))
-    ranks = dict.fromkeys(parameters.values(), 1.0)  # those of the options hold
+    ranks = dict.fromkeys(parameters.values(), 1.0)  # the ranks in the options hold
     return tensors, to_lora_config(Targets(modules, lookalikes or (), ranks, model_type), selected, **options)
 
 
 def _key_in_plain_lora(key: str, path: str, kept: set[str], is_parameter: bool) -> str:
-    """The key of a tensor where PEFT wraps the kept modules only."""
+    """The key of a tensor when PEFT wraps only the kept modules."""
     if key.endswith(".base_layer.bias"):
         module = key.removeprefix(SAVED_PREFIX).removesuffix(".base_layer.bias")
         return key if module in kept else f"{SAVED_PREFIX}{module}.bias"
@@ -126,7 +126,7 @@ def _key_in_plain_lora(key: str, path: str, kept: set[str], is_parameter: bool) 
 
 def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> LoraConfig:
     """
-    Write a saved ILA adapter as a plain LoRA adapter, without the base model. See [`to_plain_lora`].
+    Write a saved ILA adapter as a plain LoRA adapter. The base model is not needed. See [`to_plain_lora`].
 
     Args:
         adapter_dir: The directory with `adapter_config.json` and `adapter_model.safetensors`.
@@ -134,13 +134,13 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
 
     Raises:
         FileNotFoundError: There is no adapter in `adapter_dir`.
-        ValueError: It is no ILA adapter, or a damaged one.
+        ValueError: The adapter is not an ILA adapter, or is damaged.
     """
     directory = adapter_directory(adapter_dir)
     kind = read_config(directory).peft_type
     if kind != "ILA":
         raise ValueError(
-            f"{adapter_dir} holds an adapter of type {kind.value}, not ILA: it has no gates, and loads as it is."
+            f"{adapter_dir} holds an adapter of type {kind.value}, not ILA: it has no gates. Load it as it is."
         )
     config, saved = read_adapter(directory)
     tensors, lora = to_plain_lora(saved, config)

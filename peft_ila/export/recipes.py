@@ -1,4 +1,4 @@
-"""From selected units to the settings of other training programs."""
+"""Turns selected units into settings for other training programs."""
 
 import os
 from collections.abc import Sequence
@@ -27,18 +27,18 @@ def recipe(
     See [`LayerImportance.to_recipe`].
 
     Args:
-        targets: What the ranking knows of the model.
+        targets: The ranked model's modules and parameters.
         selected: The units to tune.
-        program: One of the formats.
+        program: The program's format.
         model: The base model or its configuration; `"axolotl-full"` needs it.
-        **kwargs: `r`, `lora_alpha` and `lora_dropout` of LoRA.
+        **kwargs: LoRA's `r`, `lora_alpha` and `lora_dropout`.
 
     Raises:
-        ValueError: `"axolotl-full"` without a model, or targets that the program has no way to name.
+        ValueError: `"axolotl-full"` without a model, or the program cannot express the targets.
     """
     if program == "axolotl-full":
         return {"unfrozen_parameters": _unfrozen(targets, selected, model)}
-    if program != "axolotl":  # the others cannot name layers by their index
+    if program != "axolotl":  # the others cannot name layers by index
         selected = [name for unit in selected for name in targets.modules[unit]]
         modules = {name: [name] for own in targets.modules.values() for name in own}
         targets = replace(targets, modules=modules)
@@ -48,14 +48,14 @@ def recipe(
         names = sorted(names or [])
     elif program != "axolotl":
         raise ValueError(
-            f"{program} takes module names, but the name of one selected module ends in that of another that is not "
-            "selected; use the LoraConfig instead."
+            f"{program} takes module names, but the name of an unselected module ends in a selected name. Use the "
+            "LoraConfig instead."
         )
     parameters = sorted(config.target_parameters or [])
     if parameters and (program == "llamafactory" or config.rank_pattern):
         raise ValueError(
             f"{program} has no setting for parameters such as {parameters[0]!r}"
-            f"{', at the rank that PEFT gives them' if config.rank_pattern else ''}; use the LoraConfig instead."
+            f"{', at the rank that PEFT gives them' if config.rank_pattern else ''}. Use the LoraConfig instead."
         )
     lora = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     settings: dict[str, Any] = {"lora_target_modules": names}
@@ -84,12 +84,12 @@ def write_recipe(settings: dict[str, Any], path: str | os.PathLike[str]) -> None
 def _unfrozen(targets: Targets, selected: Sequence[str], model: nn.Module | PretrainedConfig | None) -> list[str]:
     """Patterns of the parameters that [`freeze_unselected`] leaves trainable."""
     if model is None:
-        raise ValueError("Full fine-tuning needs `model`, which tells what the weights of the selected units are.")
+        raise ValueError("Full fine-tuning needs `model`, to find the weights of the selected units.")
     skeleton = meta_skeleton(model, targets.of(list(targets.modules)))
     frozen = set(freeze(skeleton, selected, all_but=True))
     inside = tuple(f"{unit}." for unit in selected)
     # axolotl reads a dot as a literal dot
     patterns = [f"^{unit}$" if unit in targets.parameters else f"^{unit}." for unit in selected]
-    # weights of selected units that have the name of a tied module
+    # tied weights of selected units, under a name outside them
     names = [name for name, _ in skeleton.named_parameters() if name not in frozen and not name.startswith(inside)]
     return patterns + [f"^{name}$" for name in names if name not in selected]

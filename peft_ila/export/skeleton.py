@@ -1,4 +1,4 @@
-"""Models without weights, to see what PEFT does with a configuration."""
+"""Models without weights, to test a PEFT configuration on."""
 
 import copy
 from collections.abc import Collection
@@ -18,18 +18,15 @@ def check_injection(config: PeftConfig, skeleton: nn.Module, expected: set[str])
     Inject a configuration and compare the modules and parameters that PEFT adapts with the expected ones.
 
     Args:
-        config: The configuration; it is copied, since PEFT edits what it is given.
+        config: The configuration; it is copied, since PEFT edits its argument.
         skeleton: A model on the meta device, which gets the adapter.
-        expected: The names of the modules and parameters that must be hit.
-
-    Raises:
-        ValueError: PEFT hits others.
+        expected: The names of the modules and parameters to adapt.
     """
     config = copy.deepcopy(config)
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # some other initialisations read the base weights
     tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
-    # the weights of some other methods cannot be made without memory
+    # some other methods cannot make their weights on the meta device
     with torch.device("meta") if isinstance(config, LoraConfig) else nullcontext():
         tuner = tuner_cls(skeleton, config, "default", low_cpu_mem_usage=True)
     hit = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
@@ -46,10 +43,7 @@ def meta_skeleton(model: nn.Module | PretrainedConfig, names: Collection[str] = 
 
     Args:
         model: A model of transformers, with or without adapters, its configuration, or any other module.
-        names: Modules and parameters that tell which of a configuration's models is meant, if it does not say itself.
-
-    Raises:
-        ValueError: The configuration does not tell what model it is of, or no model can be built of it.
+        names: Modules and parameters that the model must have, if a configuration does not name its class.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -67,26 +61,26 @@ def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
         with torch.device("meta"):
             skeleton = _named(config) or _of_known_heads(config, names)
     except _IMPOSSIBLE as error:
-        raise ValueError(f"No model can be built of this {type(config).__name__}: {error}") from error
+        raise ValueError(f"No model can be built from this {type(config).__name__}: {error}") from error
     if skeleton is None:
         raise ValueError(
-            f"This {type(config).__name__} has no `architectures`, which say what model it is of. Set them, or pass "
+            f"This {type(config).__name__} has no `architectures`, so its model class is unknown. Set them, or pass "
             "the model itself."
         )
     return skeleton
 
 
 def _named(config: PretrainedConfig) -> nn.Module | None:
-    """The model that a configuration says it is of."""
+    """The model of the class that a configuration names."""
     architectures = config.architectures if isinstance(config.architectures, list) else []
     model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
-    # it may name anything: no other attribute of transformers is called
+    # it may name anything, so only models of transformers are called
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         own = model_class.config_class
         if own is not None and isinstance(config, own):
             return model_class(copy.deepcopy(config))
     if type(config).__module__.startswith("transformers_modules."):
-        # a configuration with code of its own was trusted when it was loaded
+        # the configuration's own code was trusted when it was loaded
         auto: Any = transformers.AutoModelForCausalLM
         return auto.from_config(config, trust_remote_code=True)
     return None
@@ -103,7 +97,7 @@ def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Modu
             try:
                 skeleton = model_class(copy.deepcopy(config))
             except (ValueError, *_IMPOSSIBLE):
-                continue  # this head needs what the configuration does not say, such as a vocabulary
+                continue  # this head needs a missing option, such as a vocabulary
             known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
             if known.issuperset(names):
                 return skeleton
@@ -111,7 +105,7 @@ def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Modu
     return first
 
 
-# what models raise of a configuration that they cannot be built of
+# errors of models that cannot be built from a configuration
 _IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 # the heads that a configuration without `architectures` may mean
 _KINDS = (

@@ -1,1 +1,1 @@
-"""Where scores come from: a stable delta, and what each part of it is worth."""
+"""The search: when stage 1 is stable, and the scores of stage 2."""

@@ -1,4 +1,4 @@
-"""Attribution: what each gate is worth at the base model, and when its ranking has settled. The default method."""
+"""Attribution: the worth of each gate at the base model, and when the ranking has settled."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from ..ranking.comparison import SURE
 from ..ranking.importance import LayerImportance
 from .measurement import Measurement, Step
 
-# The least number of steps; after as many more, the ranking is looked at again.
+# The minimum number of steps, and the number of steps between checks of the ranking.
 ROUND = 4
 
 
@@ -17,14 +17,13 @@ class Attribution:
     """
     −∂L/∂γ of each gate at the base model, γ = 0: the first-order term of the loss gain of its weight delta.
 
-    This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), not at the fine-tuned
-    model, where training has made the loss flat in every gate, but where the deltas set out from.
+    This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), taken at the base model:
+    at the fine-tuned model, the loss is flat in every gate.
 
     Args:
         units (`int`): The number of gates.
-        steps (`int`): The greatest number of steps.
+        steps (`int`): The maximum number of steps.
         min_agreement (`float`, *optional*): Stop when the ranking has settled, see [`steps_to_settle`].
-
     """
 
     def __init__(self, units: int, steps: int, min_agreement: float | None = None) -> None:
@@ -33,12 +32,12 @@ class Attribution:
         self._samples = torch.empty(0, units)
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
-        """What [`step`] takes, and the loss."""
+        """The sample for [`step`], and the loss."""
         gradient, loss = measurement.gradient(step)
         return -gradient, loss
 
     def step(self, sample: torch.Tensor) -> None:
-        """Take what one step's batches say that each unit is worth, of shape (units,)."""
+        """Add the worth of each unit on one step's batches, shape (units,)."""
         self._samples = torch.cat([self._samples, sample[None]])
 
     @property
@@ -48,7 +47,7 @@ class Attribution:
 
     @property
     def finished(self) -> bool:
-        """Whether there are samples enough."""
+        """Whether there are enough samples."""
         if self.taken >= self._steps:
             return True
         if self._min_agreement is None or self.taken % ROUND:
@@ -56,18 +55,13 @@ class Attribution:
         return steps_to_settle(self._samples, self._min_agreement) is not None
 
     def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
-        """
-        Scores, their standard errors (none of fewer than 8 samples), and what the metadata say.
-
-        Raises:
-            ValueError: There are too few samples, or the attributions do not add up to a gain.
-        """
+        """Scores, their standard errors (none for fewer than 8 samples), and figures for the metadata."""
         self._check_number()
         worth, error = attributions(self._samples)
         attributed = worth.sum().item()
         if not attributed > 0:
             raise ValueError(
-                "The adapter lowers the loss, but a small part of it raises the loss: the attributions add up to "
+                "The adapter lowers the loss, but to first order it raises the loss: the attributions add up to "
                 f"{attributed:.4f}. Fine-tune with a lower learning rate, or take more steps."
             )
         mean = attributed / len(worth)
@@ -77,8 +71,8 @@ class Attribution:
     def _check_number(self) -> None:
         if self.taken < ROUND:
             raise ValueError(
-                f"Stage 2 measured {self.taken} batches, but needs {ROUND}: the training data end before. A stream "
-                "that can be read only once must hold batches for both stages."
+                f"Stage 2 measured {self.taken} batches, but needs {ROUND}: the training data ended too soon. "
+                "A one-pass stream must hold batches for both stages."
             )
 
 
@@ -87,7 +81,7 @@ def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The attribution of each unit and its standard error over the batches.
 
     Args:
-        samples: Of shape (steps, units).
+        samples: Shape (steps, units).
 
     Returns:
         Two tensors of shape (units,).
@@ -96,7 +90,7 @@ def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def agreement(samples: torch.Tensor) -> float:
-    """How well the ranking from the first half of the samples agrees with that from all, at most 1."""
+    """The agreement of the ranking from the first half of the samples with the ranking from all, at most 1."""
     names = [str(unit) for unit in range(samples.shape[1])]
     part, whole = (
         LayerImportance(names, attributions(rows)[0].tolist()) for rows in (samples[: len(samples) // 2], samples)
@@ -105,7 +99,7 @@ def agreement(samples: torch.Tensor) -> float:
 
 
 def steps_to_settle(samples: torch.Tensor, bound: float) -> int | None:
-    """The first step after which the [`agreement`] had been at least `bound` three times in a row, if any."""
+    """The first step at which the [`agreement`] was at least `bound` three times in a row, if any."""
     agreeing = 0
     for end in range(2 * ROUND, len(samples) + 1, ROUND):
         agreeing = agreeing + 1 if agreement(samples[:end]) >= bound else 0

@@ -1,4 +1,4 @@
-"""From a fully fine-tuned checkpoint to a LoRA adapter that holds what fine-tuning changed, one module at a time."""
+"""Turns the weight deltas of a fully fine-tuned checkpoint into a LoRA adapter, one module at a time."""
 
 import math
 import os
@@ -33,26 +33,25 @@ def extract_lora(
     """
     Write the weight deltas Δθ of a fully fine-tuned checkpoint as a LoRA adapter, which can then be gated and ranked.
 
-    Both checkpoints are read from their safetensors files; beside the adapter that is being made, the weights of one
-    module are in memory at a time. What fine-tuning changed outside the target modules (norms, embeddings) is not
-    part of the adapter; its share is reported.
+    Both checkpoints are read from their safetensors files. Besides the adapter, only one module's weights are in
+    memory at a time. The adapter leaves out changes outside the target modules (norms, embeddings); their share is
+    reported.
 
     Args:
         base_model (`str`): Directory or hub name of the pretrained model.
-        tuned_model (`str`): Directory or hub name of the model that was fine-tuned from it.
-        config ([`~peft.LoraConfig`]): Its targets say of which linear modules. Rank and scaling are replaced.
+        tuned_model (`str`): Directory or hub name of the fine-tuned model.
+        config ([`~peft.LoraConfig`]): Its targets are the linear modules to compare. Rank and scaling are replaced.
         output_dir (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
         rank (`int`, *optional*):
             Keep the largest `rank` singular values of each delta. By default all: the factors are then the delta
             itself and an identity, and B·A is exact.
-        revision (`str`, *optional*): Of the base model, if it comes from the hub.
-        trust_remote_code (`bool`): Whether the base model may bring code of its own.
+        revision (`str`, *optional*): The base model's revision on the hub.
+        trust_remote_code (`bool`): Whether to trust the base model's own code.
 
     Returns:
-        `dict`: `energy_kept`, the share of Σ‖Δθ‖² over the target modules that the adapter holds, the same for each
-        module in `energy_kept_by_module`, `energy_outside`, the share of Σ‖Δθ‖² over all weights that lies outside
-        the target modules, and `not_compared`, the weights outside that the files do not hold under their names
-        (transformers fuses the experts of some models when it loads them).
+        `dict`: `energy_kept`, the adapter's share of Σ‖Δθ‖² over the target modules; `energy_kept_by_module`, the
+        same for each module; `energy_outside`, the share of Σ‖Δθ‖² outside the target modules; and `not_compared`,
+        the weights outside that the files lack under their names (transformers fuses the experts of some models).
 
     Raises:
         ValueError: The checkpoints do not belong together, hold no safetensors, or a target is not a linear module.
@@ -68,8 +67,8 @@ def extract_lora(
     names = [name for name in weights if name in base and name in tuned]
     if missing := sorted({f"{name}.weight" for name in targets}.difference(names)):
         raise ValueError(
-            f"{base_model} and {tuned_model} do not both hold {missing[0]!r} ({len(missing)} weights missing); is the "
-            "second fine-tuned from the first?"
+            f"{base_model} and {tuned_model} do not both hold {missing[0]!r} ({len(missing)} weights missing). Was "
+            "the second fine-tuned from the first?"
         )
 
     factors: dict[str, torch.Tensor] = {}
@@ -110,7 +109,7 @@ def _delta(base: "_Checkpoint", tuned: "_Checkpoint", name: str) -> torch.Tensor
         )
     delta = after.float().sub_(before.float())
     if not torch.isfinite(delta).all():
-        raise ValueError(f"The difference of {name!r} is not finite; is one of the checkpoints damaged?")
+        raise ValueError(f"The delta of {name!r} is not finite. Is one of the checkpoints damaged?")
     return delta
 
 
@@ -143,7 +142,7 @@ def _linear_targets(skeleton: nn.Module, config: LoraConfig) -> dict[str, nn.Mod
 
 
 def _factorise(delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """A of shape (r, in), B of shape (out, r), and ‖B·A‖², or `None` where B·A is the whole delta."""
+    """A (r, in), B (out, r), and ‖B·A‖², or `None` if B·A is the whole delta."""
     rows, columns = delta.shape
     if rank is None or rank >= min(rows, columns):
         if columns <= rows:
@@ -151,7 +150,7 @@ def _factorise(delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, tor
         return delta.contiguous(), torch.eye(rows), None
     if 4 * rank >= min(rows, columns):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    else:  # much faster for a large matrix, and with power iterations as good
+    else:  # much faster for a large matrix; power iterations make it as exact
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(delta, q=2 * rank, niter=4)
@@ -162,7 +161,7 @@ def _factorise(delta: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, tor
 
 
 class _Checkpoint:
-    """The weights of a saved model, each read when it is asked for."""
+    """The weights of a saved model, read on demand."""
 
     def __init__(self, name: str, prefix: str, revision: str | None = None) -> None:
         directory = Path(name).expanduser()
@@ -177,7 +176,7 @@ class _Checkpoint:
                 self._where |= dict.fromkeys(tensors.keys(), path)
 
     def _key(self, name: str) -> str | None:
-        # a backbone saved without its head lacks the prefix, a head may be loaded from a model with one
+        # a backbone saved without its head lacks the prefix; a model with a head has it
         candidates = (name, name.removeprefix(self._prefix), self._prefix + name)
         return next((key for key in candidates if key in self._where), None)
 
@@ -200,8 +199,8 @@ def _weight_files(directory: Path) -> list[Path]:
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index} is no index of weights: it lacks `weight_map`.")
+        raise ValueError(f"{index} is not an index of weights: it lacks `weight_map`.")
     for file in names.values():
         if not isinstance(file, str) or Path(file).name != file or not (directory / file).is_file():
-            raise ValueError(f"{index} names {str(file)[:80]!r}, which is no file in its directory.")
+            raise ValueError(f"{index} names {str(file)[:80]!r}, which is not in the same directory.")
     return [directory / file for file in sorted(set(names.values()))]

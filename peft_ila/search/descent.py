@@ -10,30 +10,27 @@ from .measurement import Measurement, Step
 
 logger = logging.getLogger(__name__)
 
-_FEEDBACK = 8.0  # a mean gate that is 0.1 above its schedule makes 0.8 of the units too expensive
-_REACHED = 0.8  # of the steps, after which the schedule is at the budget
+_FEEDBACK = 8.0  # a mean gate 0.1 above its schedule adds 0.8 to the share of units to push down
+_REACHED = 0.8  # the schedule reaches the budget after this share of the steps
 _MEMORY = 0.9
 _TOLERANCE = 0.05
 
 
 class Descent:
     """
-    Gradient descent on L(θ₀ + σ(s) ⊙ Δθ) over the scores s alone, by Adam (section 2 of the paper,
+    Adam minimises L(θ₀ + σ(s) ⊙ Δθ) over the scores s alone (section 2 of the paper,
     https://huggingface.co/papers/2410.17875; its optimiser and learning rate are not known).
 
-    The paper's constraint ‖γ‖₀ ≤ H, relaxed, is a pressure λ·Σγ that is added to the loss. λ is the price at which a
-    share of the units as large as the budget is worth keeping, by the running mean of −∂L/∂γ; it is higher where the
-    mean gate is above a straight schedule from its initial value to the budget, and lower where it is below.
+    The paper's constraint ‖γ‖₀ ≤ H is relaxed to a pressure λ·Σγ, added to the loss. λ is the price at which the
+    budget's share of units is worth keeping, by the running mean of −∂L/∂γ. It is higher while the mean gate is above
+    a linear schedule from its initial value to the budget, and lower while it is below.
 
     Args:
         units (`int`): The number of gates.
         steps (`int`): The number of steps.
-        initial_score (`float`): The value that all scores start at.
-        learning_rate (`float`): Adam's.
+        initial_score (`float`): The start of all scores.
+        learning_rate (`float`): Adam's learning rate.
         budget (`int` or `float`, *optional*): H as a number of units, or as a share of them in (0, 1].
-
-    Raises:
-        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -56,18 +53,18 @@ class Descent:
 
     @property
     def scores(self) -> torch.Tensor:
-        """Of shape (units,), fp32."""
+        """Shape (units,), fp32."""
         return self._parameter.detach()
 
     def _mean_gate(self) -> float:
         return torch.sigmoid(self.scores).mean().item()
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
-        """What [`step`] takes, and the loss."""
+        """The gradient for [`step`], and the loss."""
         return measurement.gradient(step, self.scores)
 
     def step(self, gradient: torch.Tensor) -> None:
-        """Take one step, with ∂L/∂s at the present scores, of shape (units,)."""
+        """Take one step with ∂L/∂s at the current scores, shape (units,)."""
         self.taken += 1
         slope = torch.sigmoid(self.scores) * torch.sigmoid(-self.scores)  # ∂γ/∂s
         worth = -gradient / slope.clamp_min(torch.finfo(torch.float32).tiny)
@@ -89,12 +86,12 @@ class Descent:
         return self.taken >= self._steps
 
     def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
-        """The learned scores, no standard errors, and what the metadata say."""
+        """The learned scores, no standard errors, and figures for the metadata."""
         mean = self._mean_gate()
         if self._share is not None and abs(mean - self._share) > _TOLERANCE:
             logger.warning(
-                f"The mean gate is {mean:.2f} after {self.taken} steps, not at the budget of {self._share:.2f}: take "
-                "more steps, a greater learning rate, or an initial score nearer to 0."
+                f"The mean gate is {mean:.2f} after {self.taken} steps, not at the budget of {self._share:.2f}. Take "
+                "more steps, a higher learning rate, or an initial score nearer 0."
             )
         return self.scores.tolist(), [], {**self._settings, "mean_gate": mean}
 
@@ -105,12 +102,7 @@ def check_descent(
     budget: float | None = None,
     units: int | None = None,
 ) -> None:
-    """
-    Check the settings of [`Descent`], where the number of units may not be known yet.
-
-    Raises:
-        ValueError: One is out of range.
-    """
+    """Check the settings of [`Descent`]; the number of units may not be known yet."""
     if not math.isfinite(initial_score):
         raise ValueError(f"`initial_score` must be finite, got {initial_score}.")
     if not 0 < learning_rate < math.inf:

@@ -1,4 +1,4 @@
-"""learn_gates, stage 2 in a user's own trainer."""
+"""learn_gates: stage 2 in the user's trainer."""
 
 import math
 from collections.abc import Sized
@@ -33,60 +33,58 @@ def learn_gates(
     """
     Learn the gates of a fine-tuned ILA model and rank its units (stage 2).
 
-    The weight deltas are frozen and only the gates get gradients, from the trainer's own training steps: its data,
-    loss, precision, gradient accumulation and processes count as in stage 1. Nothing is trained by the trainer, and
-    dropout is off.
+    Only the gates get gradients; the weight deltas are frozen. The gradients come from the trainer's own training
+    steps, with the data, loss, precision, gradient accumulation and processes of stage 1. The trainer trains nothing,
+    and dropout is off.
 
-    - `method="attribution"`: all gates are closed, at the base model, and each step measures −∂L/∂γ of all of them.
-      The mean over the steps, the attribution of a unit, is the first-order term of what its delta alone is worth
-      there. The score is n·attribution / Σ attributions − 1, for n units: a gate above ½ means that the unit is worth
-      more than the mean.
-    - `method="untrained"`: no fine-tuning at all. The adapter is fresh, its B is 0, and each step measures
-      (α/r)·‖∂L/∂B‖₁ of every unit, what its first step of training would be worth. The score is n·norm / Σ norms − 1.
-    - `method="descent"`: what the paper does. All scores start at one value, and Adam descends on the loss of the
-      fine-tuned model over the scores alone; the gate is the learned σ(s). At a stable point the loss is flat in
-      every gate, so that without a `budget` this ranks little better than chance (docs/appendix/rankings.md compares).
+    - `method="attribution"` closes all gates and measures −∂L/∂γ of all gates at each step. The mean over the steps
+      is the unit's attribution: to first order, the loss gain of its delta alone. For n units, the score is
+      n·attribution / Σ attributions − 1, so a gate is above ½ for a unit worth more than the mean.
+    - `method="untrained"` skips stage 1. The adapter is fresh, its B is 0, and each step measures (α/r)·‖∂L/∂B‖₁ of
+      every unit: up to the learning rate, the first-order gain of the first training step. The score is
+      n·norm / Σ norms − 1.
+    - `method="descent"` is the paper's. All scores start at one value, and Adam minimises the loss of the fine-tuned
+      model over the scores alone; the gate is the learned σ(s). At a stable point the loss is flat in every gate, so
+      without a `budget` this ranks little better than chance (docs/appendix/rankings.md compares).
 
     Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
-    stage 1 was trained in mode "joint", its gates are first folded into B, so that Δθ is what was trained. After an
-    error everything is as before.
+    stage 1 was trained in mode "joint", its gates are first folded into B. An error restores the model and the
+    trainer.
 
     Args:
         trainer (`transformers.Trainer`):
-            The trainer of stage 1, such as TRL's `SFTTrainer`, whose model is a `PeftModel` with one active ILA
-            adapter.
+            The trainer of stage 1, such as TRL's `SFTTrainer`. Its model is a `PeftModel` with one active ILA adapter.
         steps (`int`, *optional*):
-            The greatest number of steps, at least 4. By default 32 for "attribution" (the ranking from 32 batches of
-            8 examples was as good as settled, that from 8 not far behind, docs/appendix/steps.md), 16 for "untrained",
-            and 128 for "descent" (the paper's number, recalled).
+            The maximum number of steps, at least 4. By default 32 for "attribution" (with batches of 8 examples, the
+            ranking has nearly settled after 8 steps and hardly changes after 32, docs/appendix/steps.md), 16 for
+            "untrained", and 128 for "descent" (the paper's number, recalled).
         min_agreement (`float`, *optional*):
-            "attribution" and "untrained" stop when the ranking has settled: when the rankings from the first half of
-            the steps and from all of them have overlaps of the top 30 % and 75 % and a Spearman correlation of at
-            least this much, three times in a row. `None` takes all steps, as "descent" does.
-        loss_batches (`int`): The number of first steps on which to measure L(0) and L(1) too; they are the
-            same before training.
-        seed (`int`, *optional*): For the order of the data, by default the trainer's `seed` and `data_seed`. The
-            same seed gives the same scores.
+            "attribution" and "untrained" stop when the ranking from the first half of the steps agrees with the
+            ranking from all steps three times in a row: the overlaps of the top 30 % and 75 % and the Spearman
+            correlation are at least this. `None` takes all steps, as "descent" does.
+        loss_batches (`int`): L(0) and L(1) are measured on this many first steps; they are equal before training.
+        seed (`int`, *optional*): The seed for the order of the data, by default the trainer's `seed` and `data_seed`.
+            The same seed gives the same scores.
         method (`str`, *optional*):
-            `"attribution"`, `"descent"` or `"untrained"`. By default the one that fits the adapter: "untrained" if it
-            is fresh, "attribution" if it has been trained.
-        initial_score (`float`, *optional*): Of "descent", by default the adapter's `gate_init` (4.0 is the paper's,
-            recalled).
-        learning_rate (`float`, *optional*): Of "descent", of the scores; 0.1 by default, assumed.
+            `"attribution"`, `"descent"` or `"untrained"`. By default "untrained" for a fresh adapter, "attribution"
+            for a trained one.
+        initial_score (`float`, *optional*): "descent": the start of all scores, by default the adapter's `gate_init`
+            (4.0 is the paper's, recalled).
+        learning_rate (`float`, *optional*): "descent": Adam's rate for the scores, by default 0.1 (assumed).
         budget (`int` or `float`, *optional*):
-            Of "descent", the paper's constraint ‖γ‖₀ ≤ H as a number of units or a share of them: a pressure on all
-            gates brings their mean to it. Select H units of the ranking by `top_k` or `top_p`.
+            "descent": the paper's constraint ‖γ‖₀ ≤ H, as a number or a share of units. A pressure on all gates
+            brings their mean to it. Select H units of the ranking by `top_k` or `top_p`.
 
     Returns:
-        [`LayerImportance`]: The ranking; of "attribution", from 8 steps on, with the standard error of each score over
-        the batches. Its metadata holds the settings and both losses.
+        [`LayerImportance`]: The ranking. Its metadata holds the settings and both losses. From 8 steps on, it holds
+        the standard error of each score over the batches, except for "descent".
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range, the adapter is masked, disabled or merged, it was trained where the
-            method wants a fresh one or the other way round, the deltas do not lower the loss (all of them, or a small
-            part of all), a gradient is not finite, the data end too soon, or the trainer runs under DeepSpeed, FSDP1,
-            or FSDP2 with an adapter in half precision.
+        ValueError: A setting is out of range; the adapter is masked, disabled or merged; it is trained but the method
+            needs a fresh one, or the other way round; the deltas do not lower the loss, or not to first order; a
+            gradient is not finite; the data end too soon; or the trainer runs under DeepSpeed, FSDP1, or FSDP2 with
+            an adapter in half precision.
     """
     check_settings(steps, min_agreement, loss_batches, seed, method, initial_score, learning_rate, budget)
     ila = rankable(trainer)
@@ -132,7 +130,7 @@ def learn_gates(
 def _run(
     search: Attribution | Descent, measurement: Measurement, loss_batches: int, args: TrainingArguments, bar: tqdm
 ) -> tuple[float, float]:
-    """Take the steps of the search, and L(0) and L(1) on the first of them, in one pass over the data."""
+    """Run the search and measure L(0) and L(1) on its first steps, in one pass over the data."""
     losses: list[tuple[float, float]] = []
     for step in measurement.steps():
         wanted = len(losses) < loss_batches
@@ -142,7 +140,7 @@ def _run(
             closed = measurement.loss(step, closed=True) if isinstance(search, Descent) else loss
             losses.append((closed, closed if opened is None else opened))
             if len(losses) == loss_batches:
-                _means(losses, search)  # before more work is done in vain
+                _means(losses, search)  # fails before more work is done
         search.step(sample)
         _report(bar, args, search.taken, loss)
         if search.finished:
@@ -151,7 +149,7 @@ def _run(
 
 
 def _report(bar: tqdm, args: TrainingArguments, taken: int, loss: float) -> None:
-    """Move the bar on, and log where the trainer would."""
+    """Advance the bar, and log when the trainer would."""
     bar.update()
     every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
     if args.logging_strategy == "steps" and taken % every == 0 and args.process_index == 0:
@@ -160,13 +158,13 @@ def _report(bar: tqdm, args: TrainingArguments, taken: int, loss: float) -> None
 
 def _means(losses: list[tuple[float, float]], search: Attribution | Descent) -> tuple[float, float]:
     if not losses:
-        raise ValueError("None of the training batches gives a loss: there are none, or no label is in them.")
+        raise ValueError("No training batch gives a loss: there are no batches, or none has a label. Check the data.")
     closed, opened = (sum(values) / len(losses) for values in zip(*losses))
     if not closed > opened and not isinstance(search, Untrained):
         raise ValueError(
             f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, {opened:.4f} "
-            "with it), so there is nothing to rank. Fine-tune longer, or rank on a loss that falls as the model gets "
-            "better."
+            "with it), so there is nothing to rank. Fine-tune longer, or rank by a loss that falls as the model "
+            "improves."
         )
     return closed, opened
 
@@ -181,12 +179,7 @@ def check_settings(
     learning_rate: float | None = None,
     budget: float | None = None,
 ) -> None:
-    """
-    Check arguments of [`learn_gates`], for callers that have other work to do before.
-
-    Raises:
-        ValueError: One is out of range, or of no use to the method.
-    """
+    """Check arguments of [`learn_gates`], for callers with other work to do first."""
     if method is not None and method not in STEPS:
         raise ValueError(f"`method` must be one of {tuple(STEPS)}, got {method!r}.")
     for name, value, least in (("steps", steps, ROUND), ("loss_batches", loss_batches, 1)):
@@ -201,42 +194,32 @@ def check_settings(
     if method == "descent":
         check_descent(**own)
     elif own:
-        raise ValueError(f'{sorted(own)} are settings of `method="descent"`; pass it, or leave them out.')
+        raise ValueError(f'{sorted(own)} are settings of `method="descent"`: pass it, or leave them out.')
 
 
 def check_trained(trained: bool, method: Method) -> None:
-    """
-    Raises:
-        ValueError: The adapter has been trained where the method needs a fresh one, or the other way round.
-    """
+    """Check that the method fits a trained or a fresh adapter."""
     if method == "untrained" and trained:
         raise ValueError(
-            '`method="untrained"` ranks by a fresh adapter, whose B is 0, but this one has been trained (or '
-            '`init_lora_weights` does not begin with B = 0). Make a new one, or rank it by `method="attribution"`.'
+            '`method="untrained"` needs a fresh adapter with B = 0, but this one has been trained (or '
+            '`init_lora_weights` does not start with B = 0). Make a new one, or use `method="attribution"`.'
         )
     if method != "untrained" and not trained:
         raise ValueError(
-            f"The adapter has not been trained: its B is 0, so that there is no delta to rank by {method!r}. Fine-"
-            'tune first, or rank the units of the base model by `method="untrained"`.'
+            f"The adapter has not been trained: its B is 0, so there is no delta to rank by {method!r}. Fine-tune "
+            'first, or use `method="untrained"`.'
         )
 
 
 def rankable(trainer: Trainer) -> ILAModel:
-    """
-    The model of a trainer, for callers that have other work to do before.
-
-    Raises:
-        TypeError: It is not an ILA model.
-        ValueError: The adapter is masked, disabled or merged, there are several, or the trainer runs under an engine
-            that [`learn_gates`] refuses.
-    """
+    """The trainer's model, if [`learn_gates`] can rank it; for callers with other work to do first."""
     check_engine(trainer.accelerator)
     model = trainer.accelerator.unwrap_model(trainer.model)
     ila = getattr(model, "base_model", None)
     if not isinstance(ila, ILAModel):
         raise TypeError(
             "`learn_gates` needs a trainer whose model was made by `get_peft_model(model, ILAConfig(...))`, or from a "
-            f"LoRA by `ILAModel.from_lora(model)`, got {type(model).__name__}."
+            f"LoRA by `ILAModel.from_lora(model)`; got {type(model).__name__}."
         )
     if len(ila.active_adapters) != 1:
         raise ValueError(f"Exactly one adapter must be active, got {ila.active_adapters}.")

@@ -1,7 +1,7 @@
 """
-A trainer's own training step as a measurement of its loss and of the gradient of the gates; nothing is trained.
+Measures the loss and the gates' gradient with a trainer's own training step; trains nothing.
 
-Changes with transformers' `Trainer` and with accelerate's engines.
+Depends on transformers' `Trainer` and accelerate's engines.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from ..tuner.model import ILAModel
 
 
 class Step(NamedTuple):
-    """The batches of one step, several under gradient accumulation, and the number of labels in all of them."""
+    """The batches of one step (several under gradient accumulation) and their total number of labels."""
 
     batches: list[Any]
     num_items: torch.Tensor | int | None
 
 
 class Measurement:
-    """Losses and gradients of the steps of a trainer. Made by [`measuring`]."""
+    """Losses and gradients of a trainer's steps. Made by [`measuring`]."""
 
     def __init__(self, trainer: Any, ila: ILAModel) -> None:
         self._trainer = trainer
@@ -36,7 +36,7 @@ class Measurement:
         self._gates = list(ila.gates().values())
 
     def steps(self) -> Iterator[Step]:
-        """The steps of the training data, pass after pass while there are any; those without a label are left out."""
+        """The steps of the training data, pass after pass, without those that have no label."""
         trainer = self._trainer
         loader, size = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
         try:
@@ -46,18 +46,18 @@ class Measurement:
                 iterator, found = iter(loader), False
                 with _end_of_stream(trainer.train_dataset):
                     while (step := Step(*trainer.get_batch_samples(iterator, size, trainer.args.device))).batches:
-                        if step.num_items is None or step.num_items > 0:  # a mean over no label is NaN
+                        if step.num_items is None or step.num_items > 0:  # a mean over no labels is NaN
                             found = True
                             yield step
                 if not found:
                     return
         finally:
-            if hasattr(loader, "end"):  # accelerate keeps a loader that was not read to its end as the active one
+            if hasattr(loader, "end"):  # else accelerate keeps an unfinished loader active
                 loader.end()
 
     @torch.no_grad()
     def loss(self, step: Step, closed: bool) -> float:
-        """The loss of one step, the mean over all processes, with all gates at 0, or at 1."""
+        """The loss of one step with all gates at 0 or at 1, the mean over all processes."""
         accelerator = self._trainer.accelerator
         accelerator.backward = lambda loss, **kwargs: None  # the last thing that a training step does
         try:
@@ -67,10 +67,10 @@ class Measurement:
 
     @torch.no_grad()
     def evaluate(self) -> torch.Tensor:
-        """The loss of each batch of the evaluation data, with all gates open, and the number of its examples.
+        """The loss and the number of examples of each evaluation batch, with all gates open.
 
         Returns:
-            Of shape (batches, 2), fp32 on the CPU; of all processes.
+            Shape (batches, 2), fp32 on the CPU, from all processes.
         """
         for gate in self._gates:
             gate.mode, gate.probed = "open", False
@@ -83,18 +83,15 @@ class Measurement:
 
     def gradient(self, step: Step, scores: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
         """
-        The gradient of the loss of one step, and the loss: the means over all processes.
+        The gradient and the loss of one step, means over all processes.
 
         Args:
             step: The step.
-            scores: Of shape (gates,): the gates stand at σ(scores), and the gradient is ∂L/∂scores. `None`: they
-                stand at 0, and it is ∂L/∂γ.
+            scores: Shape (gates,): the gates are σ(scores), and the gradient is ∂L/∂scores. With `None` the gates
+                are 0, and the gradient is ∂L/∂γ.
 
         Returns:
-            The gradient, of shape (gates,), fp32 on the CPU, and the loss.
-
-        Raises:
-            ValueError: The gradient is NaN or infinite.
+            The gradient, shape (gates,), fp32 on the CPU, and the loss.
         """
         if scores is not None:
             self.set_scores(scores.tolist())
@@ -102,13 +99,10 @@ class Measurement:
 
     def gradient_norms(self, step: Step) -> tuple[torch.Tensor, float]:
         """
-        (α/r)·‖∂L/∂B‖₁ of each unit, where B is 0, and the loss: of the mean gradient over all processes.
+        (α/r)·‖∂L/∂B‖₁ of each unit at B = 0, for the mean gradient over all processes, and the loss.
 
         Returns:
-            The norms, of shape (gates,), fp32 on the CPU, and the loss.
-
-        Raises:
-            ValueError: A gradient is NaN or infinite.
+            The norms, shape (gates,), fp32 on the CPU, and the loss.
         """
         return self._open([weight for *_, weight in self._ila.zero_initialised_factors()], self._take_norms, step)
 
@@ -116,15 +110,12 @@ class Measurement:
         self, step: Step, weights: Sequence[torch.nn.Parameter], contract: Callable[[], torch.Tensor]
     ) -> tuple[torch.Tensor, float]:
         """
-        A linear function of the gradient of the loss of one step, and the loss: the means over all processes.
+        A linear function of one step's gradient, and the loss, means over all processes.
 
         Args:
             step: The step.
-            weights: Whose gradients are computed, with all gates open.
-            contract: Makes a tensor on the CPU of their `grad`.
-
-        Raises:
-            ValueError: The gradient is NaN or infinite.
+            weights: The weights whose gradients are computed, with all gates open.
+            contract: Turns their `grad` into a tensor on the CPU.
         """
 
         def take() -> torch.Tensor:
@@ -138,7 +129,7 @@ class Measurement:
     def _open(
         self, weights: Iterable[torch.nn.Parameter], take: Callable[[], torch.Tensor], step: Step
     ) -> tuple[torch.Tensor, float]:
-        """What `take` makes of the gradients of the weights, with all gates open, and the loss."""
+        """The result of `take` on the weights' gradients, with all gates open, and the loss."""
         self._ila.train_beside_scores(weights)
         try:
             return self._finite(take, step, "open", False)
@@ -158,14 +149,14 @@ class Measurement:
                 raise ValueError(
                     "The gradient of the gates is not finite on a training batch. Check the data and the loss."
                 )
-            scaler.update(scale / 2)  # it overflows in fp16: once more
+            scaler.update(scale / 2)  # fp16 overflow: try again
 
     def _run(self, step: Step, mode: GateMode, probed: bool) -> float:
         for gate in self._gates:
             gate.mode, gate.probed = mode, probed
         trainer = self._trainer
         trainer.current_gradient_accumulation_steps = len(step.batches)
-        # losses change their inputs
+        # losses may change their inputs
         losses = [trainer.training_step(trainer.model, copy.copy(b), step.num_items) for b in step.batches]
         return trainer.accelerator.gather(torch.stack(losses).sum().reshape(1)).mean().item()
 
@@ -175,7 +166,7 @@ class Measurement:
         for weight in weights:
             weight.grad = None
         if isinstance(weights[0], DTensor):
-            # FSDP2 has taken the mean over the processes, and each holds the scores of a part of the gates
+            # FSDP2 has taken the mean over the processes, and each holds a part of the scores
             return _sum_of_parts(local, weights[0]).cpu()
         return self._trainer.accelerator.reduce(local, "mean").cpu()
 
@@ -183,7 +174,7 @@ class Measurement:
         norms: dict[str, list[torch.Tensor]] = {}
         weight: Any = None
         for unit, scaling, weight in self._ila.zero_initialised_factors():
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # no batch may reach an expert
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # an expert may get no batch
             weight.grad = None
             if isinstance(gradient, DTensor):
                 gradient = gradient.to_local()
@@ -195,8 +186,7 @@ class Measurement:
         return (_sum_of_parts(local, weight) if isinstance(weight, DTensor) else local).cpu()
 
     def set_scores(self, scores: Iterable[float]) -> None:
-        """Set the scores of all gates."""
-        _shard(self._trainer)  # the scores are changed, not a copy that a forward pass has gathered
+        _shard(self._trainer)  # so that this changes the scores, not a gathered copy
         for gate, score in zip(self._gates, scores):
             gate.weight.data.fill_(score)
 
@@ -205,7 +195,7 @@ class Measurement:
 def _end_of_stream(dataset: Any) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:  # of accelerate, where a stream that can be read only once is read again
+    except ValueError as error:  # accelerate raises it when a one-pass stream is read again
         if not isinstance(dataset, torch.utils.data.IterableDataset) or "does not contain any data" not in str(error):
             raise
 
@@ -220,16 +210,16 @@ def _local_gradient(score: torch.Tensor) -> torch.Tensor:
     if (gradient := score.grad) is None:  # no batch reached the unit
         return torch.zeros(1)
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return local.float().sum().reshape(1)  # an empty shard, of a score that another process holds, adds 0
+    return local.float().sum().reshape(1)  # an empty shard (another process holds the score) adds 0
 
 
 @contextlib.contextmanager
 def measuring(trainer: Any, ila: ILAModel, seed: int | None = None) -> Iterator[Measurement]:
     """
-    Set a trainer's active adapter up to be measured: mode "soft", no dropout, data in the order of the seed.
+    Prepare a trainer's active adapter for measurement: mode "soft", no dropout, data in the seed's order.
 
-    At the end all gates are open, those of mode "joint" folded into B; the rest of the trainer and its model is as
-    before. After an error the adapter is as before too.
+    At the end all gates are open, those of mode "joint" folded into B, and the rest of the trainer and its model is
+    restored. After an error the adapter is restored too.
     """
     seed, data_seed = (trainer.args.seed, trainer.args.data_seed) if seed is None else (seed, seed)
     with _prepared(trainer), _adapter_as_before(ila), _untouched(trainer), _evaluating(trainer.model):
@@ -240,7 +230,7 @@ def measuring(trainer: Any, ila: ILAModel, seed: int | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def _prepared(trainer: Any) -> Iterator[None]:
-    """As `train` prepares a model: its device and precision, and its activations checkpointed."""
+    """Prepare the model as `train` does: device, precision and gradient checkpointing."""
     model, args, trained = trainer.model, trainer.args, bool(trainer.accelerator._models)
     _shard(trainer)
     if not trained and not trainer.accelerator.is_fsdp2:
@@ -250,7 +240,7 @@ def _prepared(trainer: Any) -> Iterator[None]:
         yield
         return
     kwargs = dict(args.gradient_checkpointing_kwargs or {})
-    for own in ("every_n_layers", "offload"):  # the trainer's; which layers are checkpointed changes no figure
+    for own in ("every_n_layers", "offload"):  # the trainer's own; which layers are checkpointed changes no result
         kwargs.pop(own, None)
     # "gradient" before transformers 5.23
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -294,7 +284,7 @@ def _adapter_as_before(ila: ILAModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _untouched(trainer: Any) -> Iterator[None]:
-    """Give a trainer all its attributes back at the end, with what TRL's have gathered for their next log."""
+    """Restore the trainer's attributes at the end, with the metrics that TRL gathers for the next log."""
     before, metrics = dict(vars(trainer)), copy.deepcopy(vars(trainer).get("_metrics"))
     data, scaler = trainer.accelerator.dataloader_config, trainer.accelerator.scaler
     data_seed, scale = data.data_seed, scaler.get_scale() if scaler else 1.0
@@ -313,13 +303,13 @@ def _untouched(trainer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Switch off what only training does to a loss, such as dropout, but not the checkpointing of activations."""
+    """Switch off training-only effects on the loss, such as dropout, but not gradient checkpointing."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     checkpointed = [module for module in training if getattr(module, "gradient_checkpointing", False)]
     rates = [(m, k, v) for m in checkpointed for k, v in vars(m).items() if isinstance(v, float) and "drop" in k]
     for module in checkpointed:
-        module.training = True  # transformers checkpoints in training only
+        module.training = True  # transformers checkpoints only in training
     for module, name, _ in rates:
         setattr(module, name, 0.0)
     model.train = lambda mode=True: model  # training steps call it
@@ -334,25 +324,21 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def check_engine(accelerator: Any) -> None:
-    """
-    Raises:
-        ValueError: Training steps cannot be measured under this engine.
-    """
+    """Refuse engines whose training steps cannot be measured."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = "DeepSpeed"  # its engine takes the optimiser's step inside `backward`
     elif accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        engine = "version 1 of FSDP"  # which parameters need gradients is fixed when it wraps the model, for good
+        engine = "FSDP1"  # it fixes which parameters need gradients when it wraps the model
     else:
         return
     raise ValueError(
-        f"`learn_gates` does not run under {engine}. Rank in a run under DDP or FSDP2; an "
-        "adapter that was trained and saved by `trainer.save_model(path)`, on the command line by `peft-ila rank "
-        "--adapter path`."
+        f"`learn_gates` does not run under {engine}. Use DDP or FSDP2, or save the adapter by "
+        "`trainer.save_model(path)` and run `peft-ila rank --adapter path`."
     )
 
 
 def _shard(trainer: Any) -> None:
-    """Under FSDP2, shard a model that has not been trained before, and one that a forward pass left whole."""
+    """Under FSDP2, shard a model that has not been trained, or that a forward pass left whole."""
     if not trainer.accelerator.is_fsdp2:
         return
     from torch.distributed.fsdp import FSDPModule
@@ -360,11 +346,11 @@ def _shard(trainer: Any) -> None:
     model, half = trainer.model, (torch.float16, torch.bfloat16)
     if any(ILAModel.prefix in name and p.dtype in half for name, p in model.named_parameters()):
         raise ValueError(
-            "Under FSDP2 `learn_gates` needs an adapter in fp32, as PEFT makes it by `autocast_adapter_dtype=True`: "
-            "sharded scores cannot be cast."
+            "Under FSDP2 `learn_gates` needs an adapter in fp32, since sharded scores cannot be cast. Use "
+            "PEFT's default, `autocast_adapter_dtype=True`."
         )
     if not isinstance(model, FSDPModule):
-        # accelerate takes a model only with an optimiser; this one has nothing to train
+        # accelerate takes a model only with an optimiser; this one takes no step
         trainer.accelerator.prepare(model, torch.optim.SGD([next(model.parameters())]))
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -12,27 +12,27 @@ logger = logging.getLogger(__name__)
 class EpsilonStability(TrainerCallback):
     """
     Ends training once it is ε-stable: |E[L(θ_{t+1})] − E[L(θ_t)]| < ε for every later t (section 2 of the paper,
-    https://huggingface.co/papers/2410.17875), with the expectation replaced by a moving average.
+    https://huggingface.co/papers/2410.17875). A moving average replaces the expectation.
 
-    At every logged loss, the mean of the last `window` logged losses is compared with the mean of the `window` before
-    them. When they differ by less than `epsilon` at `patience` logged losses in a row, training stops. Evaluation
-    data are not needed. All processes see the same logged loss and so decide alike. A resumed run decides as an
-    unbroken one: the losses are in the trainer's checkpoint.
+    Each logged loss triggers a comparison: the mean of the last `window` losses with the mean of the `window` before.
+    Training stops when the two differ by less than `epsilon` at `patience` logged losses in a row. Evaluation data
+    are not needed. All processes see the same logged loss and decide alike. A resumed run decides like an
+    uninterrupted one, since the trainer's checkpoint holds the losses.
 
     Args:
-        epsilon (`float`): The greatest change of the smoothed loss that counts as stable, in the unit of the loss.
-            The paper gives no figure; 0.02 is an assumed default.
-        window (`int`): The number of logged losses to average, each the mean over `logging_steps` steps. Assumed
+        epsilon (`float`): The loss is stable if its moving average changes by less. The paper gives no value; 0.02 is
+            assumed.
+        window (`int`): The number of logged losses to average; each is the mean over `logging_steps` steps. Assumed
             default.
         patience (`int`): How many comparisons in a row must be stable. Assumed default.
 
     Attributes:
-        change (`float`): The last difference of the two means; NaN before there were enough losses.
-        stopped_at (`int`): The step at which training was stopped; `None` before.
+        change (`float`): The latest difference of the two means; NaN until there are enough losses.
+        stopped_at (`int`): The step at which training stopped; `None` before.
 
     Raises:
-        ValueError: A setting is out of range; on the start of training, logging is off; during training, the loss is
-            NaN or infinite (for that, `logging_nan_inf_filter` of the training arguments is switched off).
+        ValueError: A setting is out of range, logging is off when training starts, or the loss becomes NaN or
+            infinite (the callback switches `logging_nan_inf_filter` off to see this).
     """
 
     def __init__(self, epsilon: float = 0.02, window: int = 5, patience: int = 3) -> None:
@@ -63,10 +63,10 @@ class EpsilonStability(TrainerCallback):
     ) -> None:
         if args.logging_strategy == "no":
             raise ValueError('EpsilonStability reads the logged loss; `logging_strategy` must not be "no".')
-        # The filter replaces a NaN by the mean of the losses before it, which would look stable.
+        # The filter replaces NaN by the mean of the losses before, which would look stable.
         args.logging_nan_inf_filter = False
         self._reset()
-        for log in state.log_history:  # of the run that is resumed
+        for log in state.log_history:  # of a resumed run
             if "loss" in log:
                 self._observe(log["loss"])
         self.stopped_at = state.global_step if self._stable >= self.patience else None
@@ -109,11 +109,11 @@ class EpsilonStability(TrainerCallback):
     ) -> None:
         figures = f"smoothed loss changed by {self.change:+.4f}, epsilon {self.epsilon}"
         if math.isnan(self.change):
-            figures = f"{len(self._losses)} losses were logged, {2 * self.window} are needed to compare"
+            figures = f"{len(self._losses)} losses were logged, but comparing needs {2 * self.window}"
         if self.stopped_at is not None:
             logger.info(f"Training is stable at step {self.stopped_at} ({figures}).")
         else:
             logger.warning(
-                f"Training ended at step {state.global_step} before it was stable ({figures}): a ranking made now may "
+                f"Training ended at step {state.global_step} before it was stable ({figures}). The ranking may "
                 "change with more training."
             )

@@ -1,4 +1,4 @@
-"""Untrained: what each unit promises before anything is trained. The search that costs a few batches."""
+"""Untrained: ranks the units of a fresh adapter by their gradient on a few batches."""
 
 from typing import Any
 
@@ -13,26 +13,20 @@ class Untrained(Attribution):
     """
     (α/r)·‖∂L/∂B‖₁ of each unit of a fresh LoRA, where B is 0 and the model is the base model.
 
-    It is what [`Attribution`] would find after the first step of stage 1: from B = 0, Adam moves each entry of B by
-    its learning rate against the sign of its gradient, and the first-order worth of that delta at the base model is
-    rate·(α/r)·‖∂L/∂B‖₁.
+    [`Attribution`] would find the same after the first step of stage 1: from B = 0, Adam moves each entry of B by its
+    learning rate against the sign of its gradient, so the delta is worth rate·(α/r)·‖∂L/∂B‖₁ to first order.
     """
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
-        """What [`step`] takes, and the loss."""
+        """The sample for [`step`], and the loss."""
         return measurement.gradient_norms(step)
 
     def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
-        """
-        Scores, their standard errors (none of fewer than 8 samples), and what the metadata say.
-
-        Raises:
-            ValueError: There are too few samples, or all gradients are 0.
-        """
+        """Scores, their standard errors (none for fewer than 8 samples), and figures for the metadata."""
         self._check_number()
         norms, error = attributions(self._samples)
         mean = norms.mean().item()
         if not mean > 0:
-            raise ValueError("All gradients of the adapter are 0: no unit has a part in the loss. Check the targets.")
+            raise ValueError("All gradients of the adapter are 0: no unit affects the loss. Check the targets.")
         spread = (error / mean).tolist() if self.taken >= SURE else []
         return (norms / mean - 1).tolist(), spread, {"min_agreement": self._min_agreement}

@@ -1,4 +1,4 @@
-"""Gated LoRA as a method of PEFT. Importing this, or a module in it, registers it with PEFT."""
+"""Gated LoRA as a PEFT method. Importing this package or a module in it registers the method with PEFT."""
 
 from .registration import add_peft_type, register
 

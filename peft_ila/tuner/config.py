@@ -1,4 +1,4 @@
-"""ILAConfig: everything LoraConfig takes, and how the gates act."""
+"""ILAConfig: the options of LoraConfig and of the gates."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -10,7 +10,7 @@ from ..units import Granularity
 
 GateMode = Literal["joint", "open", "soft", "hard"]
 
-# LoRA options that would bypass the gate or apply it twice without a word, and why.
+# LoRA options that would silently bypass the gate or apply it twice, with the reason.
 _UNSUPPORTED = {
     "layer_replication": "replicated layers share one weight but would get separate gates",
     "lora_bias": "the bias of `lora_B` would escape the gate",
@@ -30,33 +30,33 @@ _UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica", "ev
 @dataclass
 class ILAConfig(LoraConfig):
     """
-    The configuration of an [`ILAModel`]: LoRA whose weight delta is multiplied by one learnable gate per unit, from
+    The configuration of [`ILAModel`], LoRA with one learnable gate per unit that multiplies the weight deltas, from
     "Understanding Layer Significance in LLM Alignment" (https://huggingface.co/papers/2410.17875).
 
-    Every option of [`~peft.LoraConfig`] is accepted except those that would bypass the gate, which raise a
-    `ValueError` here: `layer_replication`, `lora_bias`, KaSA, BD-LoRA, QA-LoRA, VeLoRA,
-    MonteCLoRA, Arrow, aLoRA, Megatron, and the initialisations PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA and EVA.
-    `get_peft_model` refuses `ensure_weight_tying` if it would tie adapters.
+    All options of [`~peft.LoraConfig`] work except those that would bypass the gate. These raise a `ValueError`:
+    `layer_replication`, `lora_bias`, KaSA, BD-LoRA, QA-LoRA, VeLoRA, MonteCLoRA, Arrow, aLoRA, Megatron, and the
+    initialisations PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA and EVA. The model refuses `ensure_weight_tying` if it
+    would tie an adapter.
 
     Args:
         granularity (`str`):
-            What one gate stands for: `"layer"` (default), a decoder layer, or `"module"`, a single target module,
-            which is the paper's unit.
+            The unit of one gate: `"layer"` (default), a decoder layer, or `"module"`, a target module (the paper's
+            unit).
         gate_init (`float`):
             The initial score s of every unit; the gate is γ = σ(s). 4.0 is an assumed default (σ(4) = 0.982).
         gate_mode (`str`):
             How the gates act and what trains. `"joint"` (default): γ = σ(s), the LoRA weights and the scores train.
             `"open"`: γ = 1, plain LoRA, the scores are frozen. `"soft"`: γ = σ(s), only the scores train. `"hard"`:
-            γ is 1 for the units of `gate_mask` and 0 for the rest, only the LoRA weights of the former train.
+            γ = 1 for the units in `gate_mask` and 0 for the rest, only the kept LoRA weights train.
         gate_mask (`list[str]`, *optional*):
-            The units that `"hard"` keeps, usually set by [`ILAModel.apply_mask`].
+            The units that mode `"hard"` keeps, usually set by [`ILAModel.apply_mask`].
         gated_parameters (`dict[str, str]`, *optional*):
-            Set by [`ILAModel`]: the parameter that each LoRA layer of a parameter adapts, by the layer's name in a
-            saved adapter, which does not tell.
+            Set by [`ILAModel`] for LoRA layers that adapt a parameter: the layer's name in a saved adapter, and the
+            parameter's name.
     """
 
     granularity: Granularity = field(
-        default="layer", metadata={"help": "What one gate stands for: 'layer' (a decoder layer) or 'module'."}
+        default="layer", metadata={"help": "The unit of one gate: 'layer' (a decoder layer) or 'module'."}
     )
     gate_init: float = field(default=4.0, metadata={"help": "The initial score s of every unit; the gate is σ(s)."})
     gate_mode: GateMode = field(
@@ -68,15 +68,15 @@ class ILAConfig(LoraConfig):
     )
     gate_mask: list[str] | None = field(default=None, metadata={"help": "The units that mode 'hard' keeps."})
     gated_parameters: dict[str, str] | None = field(
-        default=None, metadata={"help": "Set by `ILAModel`: the parameter that each LoRA layer of a parameter adapts."}
+        default=None, metadata={"help": "Set by `ILAModel`: LoRA layers that adapt a parameter, with its name."}
     )
 
     @classmethod
     def from_lora(cls, config: LoraConfig, **gate_options: Any) -> "ILAConfig":
         """
-        The configuration that gates an existing LoRA adapter.
+        Make the configuration that gates an existing LoRA adapter.
 
-        To load a saved LoRA adapter with gates, which start at `gate_init`:
+        For example, load a saved LoRA adapter with gates that start at `gate_init`:
 
         ```py
         >>> config = ILAConfig.from_lora(LoraConfig.from_pretrained(path), gate_mode="open")
@@ -88,11 +88,11 @@ class ILAConfig(LoraConfig):
             **gate_options: `granularity`, `gate_init`, `gate_mode`, `gate_mask`.
 
         Raises:
-            TypeError: `config` is of another method, one derived from LoRA included.
+            TypeError: `config` is not a plain `LoraConfig`; a subclass is refused too.
             ValueError: An option of the adapter would bypass the gate.
         """
         if type(config) is not LoraConfig:
-            raise TypeError(f"Only a LoRA adapter can be gated, got a {type(config).__name__}.")
+            raise TypeError(f"`config` must be a plain LoraConfig, got {type(config).__name__}.")
         return cls(**lora_options(config), **gate_options)
 
     def __post_init__(self) -> None:
@@ -115,5 +115,5 @@ class ILAConfig(LoraConfig):
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower().startswith(_UNSUPPORTED_INITS):
             raise ValueError(
                 f"ILA does not support `init_lora_weights={self.init_lora_weights!r}`: it changes weights or layers "
-                "behind the gate. Use True, False, 'gaussian' or 'orthogonal'."
+                "outside the gate. Use True, False, 'gaussian' or 'orthogonal'."
             )

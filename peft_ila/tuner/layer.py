@@ -1,10 +1,10 @@
 """The gate inside a LoRA layer.
 
-The gate multiplies the rank-r activation between `lora_A` and `lora_B`, never the layer's output: a factor on the
-output makes autograd keep a tensor of the output's size (1.20 times the memory of a LoRA step on SmolLM2, against
-0.77 here). Every LoRA layer of PEFT that calls `lora_B(lora_A(x))`, quantised or not, is gated by the same hook. LoRA
-of a parameter (fused experts), which has no activation of its own, is gated at one of its two factors, and a variant
-such as DoRA, which is no product, at its difference from the base layer.
+The gate multiplies the rank-r activation between `lora_A` and `lora_B`, not the layer's output. A factor on the output
+makes autograd keep a tensor of the output's size (1.20 times the memory of a LoRA step on SmolLM2, against 0.77 here).
+One hook gates every PEFT LoRA layer that calls `lora_B(lora_A(x))`, quantised or not. LoRA of a parameter (fused
+experts) has no such activation: the gate multiplies one of its two factors. A variant such as DoRA is not a product:
+the gate multiplies its difference from the base layer.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class Gate(nn.Module):
         score: The initial score s.
 
     Attributes:
-        weight: The score, a parameter of shape (1,): a scalar would be refused by FSDP.
+        weight: The score, a parameter of shape (1,); FSDP refuses scalars.
         mode: How the score acts, see [`ILAConfig`].
         kept: Whether mode "hard" keeps the unit.
-        probed: In mode "soft", γ = 0 instead, and the gradient of the score is ∂L/∂γ there, for [`learn_gates`].
+        probed: Whether γ = 0 in mode "soft" and the gradient of the score is ∂L/∂γ, for [`learn_gates`].
     """
 
     def __init__(self, score: float) -> None:
@@ -42,20 +42,20 @@ class Gate(nn.Module):
         self.probed = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the gate to a rank-r activation of any shape and float dtype, which are kept."""
+        """Apply the gate to a rank-r activation of any shape and float dtype."""
         if self.probed:
             return x.detach() * (self.weight - self.weight.detach()).to(x)
         if self.is_open:
             return x
         if self.mode == "hard":
             return torch.zeros_like(x)  # a constant: nothing is kept for the backward pass
-        # From the leaf at every call, so that a recomputed checkpoint gets a graph of its own. The cast keeps the
-        # fp32 score from promoting a bf16 activation; a decoder layer may be spread over devices.
+        # Computed from the leaf at every call, so that a recomputed checkpoint gets its own graph. `to(x)` keeps the
+        # fp32 score from promoting a bf16 activation, and moves the gate to its device.
         return x * torch.sigmoid(self.weight).to(x)
 
     @property
     def is_open(self) -> bool:
-        """Whether γ is 1 exactly."""
+        """Whether γ is exactly 1."""
         return self.mode == "open" or (self.mode == "hard" and self.kept)
 
     @property
@@ -69,14 +69,14 @@ class Gate(nn.Module):
 
 
 class _Gates(nn.ModuleDict):
-    """A layer's `lora_gate`. PEFT is shown only the gates that train: it calls a partly frozen adapter irregular."""
+    """A layer's `lora_gate`. PEFT sees only the gates that train: it calls a partly frozen adapter irregular."""
 
     def items(self) -> Any:
         return [(name, gate) for name, gate in super().items() if gate.trains]
 
 
 class _GatedModuleDict(nn.ModuleDict):
-    """A layer's `lora_B`, which gates the modules that PEFT puts in it, also in place of others (hot-swapping)."""
+    """A layer's `lora_B`. It gates each module that PEFT adds or replaces (hot-swapping)."""
 
     ila_gates: dict[str, Gate]
 
@@ -97,9 +97,9 @@ class _GatedModuleDict(nn.ModuleDict):
 
 def target_name(path: str, layer: nn.Module) -> str:
     """
-    The name, in the base model, of what a LoRA layer at this path adapts: a module, or a parameter of one.
+    The base model's name of the module or parameter that the LoRA layer at this path adapts.
 
-    LoRA layers of two parameters of one module are nested, the inner one as `base_layer` of the outer one.
+    The LoRA layers of two parameters of one module are nested: the inner one is the outer one's `base_layer`.
     """
     if isinstance(layer, ParamWrapper):
         return f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
@@ -107,12 +107,12 @@ def target_name(path: str, layer: nn.Module) -> str:
 
 
 def is_gated(module: nn.Module) -> bool:
-    """Whether the module is a LoRA layer with gates: `layer.gates`, one per adapter."""
+    """Whether the module is a LoRA layer with gates (`layer.gates`, one per adapter)."""
     return isinstance(module, LoraLayer) and hasattr(module, "gates")
 
 
 def forget(layer: Any, adapter_name: str) -> None:
-    """Delete an adapter from a LoRA layer that is to get a new one of this name: what is active stays."""
+    """Delete an adapter from a LoRA layer before a new one takes its name. Active adapters stay active."""
     active, layer._active_adapter = layer._active_adapter, []
     layer.delete_adapter(adapter_name)
     layer._active_adapter = active
@@ -122,11 +122,11 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
     """Gate an adapter that `update_layer` has just created.
 
     Args:
-        layer: The LoRA layer, of any class; it is turned into the gated subclass of that class.
+        layer: The LoRA layer. Its class becomes the gated subclass.
         adapter_name: The adapter.
-        gate: The gate of the unit that the layer belongs to.
-        owner: Whether this layer registers the gate and so saves the score. The others hold a plain reference: a
-            parameter registered in several modules unties on a bf16 base and with `low_cpu_mem_usage=True`.
+        gate: The gate of the layer's unit.
+        owner: Whether this layer registers the gate and saves the score. The others hold a plain reference: a
+            parameter registered in several modules is untied on a bf16 base and by `low_cpu_mem_usage=True`.
     """
     if not is_gated(layer):
         layer.__class__ = _gated_class(layer.__class__)
@@ -150,7 +150,7 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
 
 
 def freeze_by_mode(layer: Any, adapter_name: str) -> None:
-    """Tell PEFT which of the adapter's weights its gate's mode freezes, whatever activates it later."""
+    """Tell PEFT which of the adapter's weights the gate's mode freezes, whatever activates the adapter later."""
     gate = layer.gates[adapter_name]
     trains_lora = gate.mode == "joint" or gate.is_open
     frozen = tuple(
@@ -161,13 +161,13 @@ def freeze_by_mode(layer: Any, adapter_name: str) -> None:
 
 class _Probe(torch.autograd.Function):
     """
-    The output of a linear layer as it is, and the gradient of γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂output · B, A·x⟩.
+    Return a linear layer's output unchanged, with the gradient at γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂output · B, A·x⟩.
 
     Args:
-        output: Of shape (..., features).
-        score: Of shape (1,); its gradient is ∂L/∂γ.
-        rank_r: A·x, of shape (..., r).
-        weight: B, of shape (features, r).
+        output: Shape (..., features).
+        score: Shape (1,); its gradient is ∂L/∂γ.
+        rank_r: A·x, shape (..., r).
+        weight: B, shape (features, r).
         scaling: α/r.
     """
 
@@ -194,27 +194,27 @@ class _Probe(torch.autograd.Function):
 
 
 def _soft_adapter(layer: Any) -> str | None:
-    """The adapter of a linear layer, if it is the only active one, in mode "soft", and its B nothing but a weight."""
+    """A linear layer's adapter if it alone is active, its mode is "soft" and its B is a bare weight."""
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.gates or layer.gates[names[0]].mode != "soft":
         return None
     if layer.disable_adapters or layer.merged:
         return None
     lora_B = layer.lora_B._modules.get(names[0])
-    # other hooks, or another `forward`, may move, gather or change what `lora_B` works on
+    # other hooks, or another `forward`, may move, gather or change the input or weight of `lora_B`
     bare = type(lora_B) is nn.Linear and len(lora_B._forward_pre_hooks) == 1 and not lora_B._forward_hooks
     return names[0] if bare and "forward" not in vars(lora_B) else None
 
 
 class _ProbedWeight(torch.autograd.Function):
     """
-    A weight as it is, and the gradient of γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂weight, left @ right⟩.
+    Return a weight unchanged, with the gradient at γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂weight, left @ right⟩.
 
     Args:
-        weight: Of shape (experts, rows, columns).
-        score: Of shape (1,); its gradient is ∂L/∂γ.
-        left: Of shape (experts, rows, r).
-        right: Of shape (experts, r, columns).
+        weight: Shape (experts, rows, columns).
+        score: Shape (1,); its gradient is ∂L/∂γ.
+        left: Shape (experts, rows, r).
+        right: Shape (experts, r, columns).
         scaling: α/r.
     """
 
@@ -235,11 +235,11 @@ class _ProbedWeight(torch.autograd.Function):
 
 
 class _ParameterProbe(nn.Module):
-    """What PEFT puts in place of a parameter, for a gate that is probed."""
+    """Parametrises a parameter whose gate is probed."""
 
     def __init__(self, gate: Gate, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
         super().__init__()
-        self.of = (gate, left.detach(), right.detach(), scaling)  # in a tuple: the gate is registered elsewhere
+        self.of = (gate, left.detach(), right.detach(), scaling)  # in a tuple: else the gate is registered twice
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         gate, left, right, scaling = self.of
@@ -248,8 +248,8 @@ class _ParameterProbe(nn.Module):
 
 class _GatedVariant:
     """
-    A variant of LoRA, such as DoRA, whose output, or merged weight, is gated at its difference from the base layer's:
-    θ₀ + γ·(θ − θ₀). Its own A and B are not gated: they are no product with a factor.
+    A LoRA variant such as DoRA. The gate multiplies the difference of its output or merged weight from the base
+    layer's: θ₀ + γ·(θ − θ₀). A and B are not gated: a factor on them would not scale this difference.
     """
 
     def __init__(self, variant: Any, gate: Gate) -> None:
@@ -257,7 +257,7 @@ class _GatedVariant:
         self.gate = gate
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("variant", "gate"):  # while a copy is made
+        if name in ("variant", "gate"):  # during a copy
             raise AttributeError(name)
         return getattr(self.variant, name)
 
@@ -271,7 +271,7 @@ class _GatedVariant:
         return self._between(result, other)
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if not self.gate.is_open:  # what lies between cannot be unmerged by the variant
+        if not self.gate.is_open:  # the variant cannot unmerge a partly gated weight
             module._cache_store(f"{active_adapter}-ungated", orig_weight.detach().clone())
         return self._between(orig_weight, self.variant.merge_safe(module, active_adapter, orig_weight))
 
@@ -290,10 +290,10 @@ class _GatedVariant:
 
 @functools.cache
 def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
-    # A single base: only then can an instance of `base` be turned into one of the subclass.
+    # With a single base only, the class of an instance of `base` can be changed to the subclass.
     class Gated(base):  # type: ignore[valid-type, misc]
         def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-            if adapter_name in self.gates:  # PEFT adapts a base model again without deleting what is there
+            if adapter_name in self.gates:  # PEFT adapts a base model again without deleting the old adapter
                 forget(self, adapter_name)
             super().update_layer(adapter_name, *args, **kwargs)
 
@@ -310,7 +310,7 @@ def _gated_class(base: type[LoraLayer]) -> type[LoraLayer]:
             return _new_gated, (base,), self.__dict__  # pickle cannot find this class by its name
 
     gated = _gated_parameter(Gated) if issubclass(base, ParamWrapper) else _gated_module(Gated)
-    # what PEFT prints, and tells linear layers by
+    # PEFT prints the name, and recognises linear layers by it
     gated.__name__ = gated.__qualname__ = base.__name__
     gated.__module__ = base.__module__
     return gated
@@ -325,7 +325,7 @@ def _gated_parameter(gated: Any) -> Any:
                 with super()._activate_lora(active_adapters):
                     yield
                 return
-            # as PEFT, but with the parameter itself instead of a sum of its size, which would be kept
+            # like PEFT, but returns the parameter itself: autograd would keep a sum of its size
             probe = _ParameterProbe(self.gates[probed[0]], *super().get_delta_factors(probed[0]))
             module, name = self.get_base_layer(), self.parameter_name
             requires_grad = self.get_param().requires_grad
@@ -350,8 +350,8 @@ def _gated_module(gated: Any) -> Any:
             adapter = _soft_adapter(self)
             if adapter is None or len(args) != 1 or kwargs:  # such as the adapters of a mixed batch
                 return super().forward(*args, **kwargs)
-            # A step in "soft" is mostly the frozen model's. PEFT's own forward pass makes three tensors of the
-            # output's size for the backward pass to go through, and copies the output of a 4-bit layer.
+            # Most of a step in "soft" is the frozen model's. PEFT's own forward pass adds three tensors of the
+            # output's size to the backward pass, and copies the output of a 4-bit layer.
             (x,) = args
             output = self.base_layer(x)
             gate, lora_A, lora_B = self.gates[adapter], self.lora_A[adapter], self.lora_B[adapter]

@@ -44,8 +44,8 @@ class Factors(NamedTuple):
     Attributes:
         module: The name of the module in the base model.
         scaling: α/r.
-        a: Of shape (r, in), of a convolution (r, in, …).
-        b: Of shape (out, r), of a convolution (out, r, 1, …).
+        a: Shape (r, in); for a convolution (r, in, …).
+        b: Shape (out, r); for a convolution (out, r, 1, …).
     """
 
     module: str
@@ -56,24 +56,24 @@ class Factors(NamedTuple):
 
 class ILAModel(LoraModel):
     """
-    LoRA whose weight deltas are multiplied by one learnable gate per unit: W = W₀ + γ·(α/r)·B·A, γ = σ(s).
+    LoRA with one learnable gate per unit that multiplies the weight deltas: W = W₀ + γ·(α/r)·B·A, γ = σ(s).
 
-    The method is described in https://huggingface.co/papers/2410.17875. Created by
-    `get_peft_model(model, ILAConfig(...))`; all methods are reached through the [`~peft.PeftModel`].
+    The method is described in https://huggingface.co/papers/2410.17875. Create the model with
+    `get_peft_model(model, ILAConfig(...))`. All methods can be called on the [`~peft.PeftModel`].
 
     Args:
-        model ([`torch.nn.Module`]): The model to be adapted.
+        model ([`torch.nn.Module`]): The model to adapt.
         config ([`ILAConfig`]): The configuration of the model.
         adapter_name (`str`): The name of the adapter, defaults to `"default"`.
         low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
-            Create empty adapter weights on meta device. Useful to speed up the loading process.
+            Create empty adapter weights on the meta device, to load faster.
     """
 
     peft_config: dict[str, Any]
     _beside_scores: tuple[nn.Parameter, ...] = ()
 
-    # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: by the prefix `lora_`, PEFT and transformers
-    # save, load and merge the scores with the LoRA weights.
+    # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: the prefix `lora_` makes PEFT and
+    # transformers save, load and merge the scores with the LoRA weights.
 
     def _create_and_replace(  # type: ignore[override]  # as in LoraModel
         self,
@@ -88,7 +88,7 @@ class ILAModel(LoraModel):
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
-        # a parameter that another adapter has wrapped gets no layer of its own
+        # a parameter that is wrapped for another adapter gets no second layer
         added = isinstance(target, ParamWrapper) and target.parameter_name == kwargs.get("parameter_name")
         self._add_gate(target if added else getattr(parent, target_name), current_key, adapter_name)
 
@@ -114,7 +114,7 @@ class ILAModel(LoraModel):
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         raise ValueError(_TIED)
 
-    # PEFT makes the next three checks for adapters of the type LORA only.
+    # PEFT makes the next three checks only for the type LORA.
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
@@ -126,8 +126,7 @@ class ILAModel(LoraModel):
         return state_dict
 
     def _target_experts(self, model: nn.Module, adapter_name: str) -> None:
-        # PEFT reaches experts that transformers fuses into parameters by turning their names, and "all-linear", into
-        # `target_parameters`, for adapters of the type LORA only.
+        # PEFT translates "all-linear" and the names of fused experts into `target_parameters` only for the type LORA.
         config = self.peft_config[adapter_name]
         lora = copy.deepcopy(LoraConfig(**lora_options(config)))
         convert_peft_config_for_transformers(lora, model, None)
@@ -156,7 +155,7 @@ class ILAModel(LoraModel):
     @classmethod
     def from_lora(cls, model: PeftModel, **gate_options: Any) -> PeftModel:
         """
-        Gate the LoRA adapters of a model in place, so that stage 2 alone ranks a LoRA that was trained before.
+        Gate a model's LoRA adapters in place, to rank trained LoRA adapters by stage 2 alone.
 
         Args:
             model ([`~peft.PeftModel`]): A model with LoRA adapters only.
@@ -171,7 +170,7 @@ class ILAModel(LoraModel):
         """
         tuner: Any = model.base_model
         if type(tuner) is not LoraModel:
-            raise TypeError(f"Only a model with LoRA adapters can be gated, got one with a {type(tuner).__name__}.")
+            raise TypeError(f"`model` must be a PeftModel with LoRA adapters, got one with {type(tuner).__name__}.")
         if any(getattr(config, "target_modules_to_tie", None) for config in tuner.peft_config.values()):
             raise ValueError(_TIED)
         configs = {
@@ -196,7 +195,7 @@ class ILAModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # PEFT translates the names of older transformers for adapters of the type LORA only
+        # PEFT translates the names of older transformers only for the type LORA
         state_dict = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), state_dict, adapter_name)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.gate_mode == "hard" and not config.inference_mode:
@@ -207,15 +206,15 @@ class ILAModel(LoraModel):
             if is_gated(module) and adapter_name in module.lora_gate
         ]
         saved = {key for key in state_dict if ".lora_gate." in key}
-        if not saved:  # an adapter of plain LoRA: its scores start anew
+        if not saved:  # a plain LoRA adapter: its scores start at `gate_init`
             state_dict |= {key: torch.full((1,), float(config.gate_init)) for key in scores}
             return state_dict
         # transformers' own loading strips this prefix later
         ours, theirs = ({key.removeprefix(SAVED_PREFIX) for key in keys} for keys in (scores, saved))
         if difference := sorted(ours ^ theirs):
             raise ValueError(
-                f"The adapter has {len(saved)} gates, but the model has {len(scores)} for it, so they do not belong "
-                f"together: {difference[0]!r} is in only one of them. Load it into the model that it was made on."
+                f"The adapter has {len(saved)} gates, but the model has {len(scores)} for it: {difference[0]!r} is "
+                "in only one of them. Load the adapter into the base model it was trained on."
             )
         return state_dict
 
@@ -227,11 +226,11 @@ class ILAModel(LoraModel):
         """
         Set how the gates act and what trains, see [`ILAConfig`]. The mode is saved with the adapter.
 
-        In mode "soft" the scores are held in at least fp32, whatever cast them before, LoRA's dropout is off, and
-        everything else that the adapter trains (`modules_to_save`, biases) is frozen too.
+        In mode "soft" the scores are at least fp32, whatever cast them before, LoRA's dropout is off, and
+        `modules_to_save` and biases are frozen.
 
         Args:
-            mode (`str`): `"joint"`, `"open"`, `"soft"` or `"hard"`; the last one restores the last mask.
+            mode (`str`): `"joint"`, `"open"`, `"soft"` or `"hard"`; `"hard"` restores the last mask.
             adapter_name (`str`, *optional*): The adapter, by default the active ones.
 
         Raises:
@@ -248,14 +247,14 @@ class ILAModel(LoraModel):
             self._apply_mode(name)
 
     def change_config(self, adapter_name: str, **options: Any) -> None:
-        """Set options of an adapter's configuration, in a copy: the one that was passed may serve other models."""
+        """Set options in a copy of an adapter's configuration; other models may share the original."""
         self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
         for option, value in options.items():
             setattr(config, option, value)
 
     def apply_mask(self, units: Iterable[str], adapter_name: str | None = None) -> None:
         """
-        Set mode "hard": γ = 1 for these units and 0 for the rest, of which nothing trains any more.
+        Set mode "hard": γ = 1 for these units, which train, and 0 for the rest, which are frozen.
 
         Args:
             units (`Iterable[str]`): The units to keep, such as `importance.select(top_p=0.3)`.
@@ -271,8 +270,8 @@ class ILAModel(LoraModel):
             known = self.gates(name)
             if unknown := sorted(kept - known.keys()):
                 raise ValueError(
-                    f"Adapter {name!r} has no units {unknown[:5]} ({len(unknown)} unknown of {len(kept)}); it has "
-                    f"{len(known)}, such as {next(iter(known))!r}. Was the ranking made on another model?"
+                    f"Adapter {name!r} has no units {unknown[:5]} ({len(unknown)} of {len(kept)} are unknown). It has "
+                    f"{len(known)} units, such as {next(iter(known))!r}. Was the ranking made on another model?"
                 )
             if not kept:
                 raise ValueError("The mask keeps no unit; select at least one.")
@@ -285,7 +284,7 @@ class ILAModel(LoraModel):
         gates = self.gates(adapter_name)
         kept = config.gate_mask or []
         if config.gate_mode == "hard" and (unknown := sorted(set(kept) - gates.keys())):
-            raise ValueError(f"`gate_mask` names units that the model does not have: {unknown[:5]}.")
+            raise ValueError(f"`gate_mask` has units that the model lacks: {unknown[:5]}.")
         for unit, gate in gates.items():
             gate.mode = config.gate_mode
             gate.kept = unit in kept
@@ -320,7 +319,7 @@ class ILAModel(LoraModel):
         self._freeze_beside_scores()
 
     def _freeze_beside_scores(self) -> None:
-        # Layers keep A and B frozen by themselves in mode "soft"; this is for biases and `modules_to_save`.
+        # In mode "soft" the layers freeze A and B; this freezes biases and `modules_to_save`.
         if not any(self.peft_config[name].gate_mode == "soft" for name in self.active_adapters):
             return
         scores = {id(gate.weight) for name in self.active_adapters for gate in self.gates(name).values()}
@@ -331,7 +330,7 @@ class ILAModel(LoraModel):
             weight.requires_grad_(True)
 
     def train_beside_scores(self, weights: Iterable[nn.Parameter]) -> None:
-        """Let only these weights train beside the scores of mode "soft", also after a loss has switched adapters."""
+        """Train only these weights beside the scores in mode "soft", also after a loss has switched adapters."""
         for weight in self._beside_scores:
             weight.requires_grad_(False)
         self._beside_scores = tuple(weights)
@@ -346,8 +345,8 @@ class ILAModel(LoraModel):
         return self
 
     def _settle_dropout_and_dtype(self, adapter_name: str) -> None:
-        # At every call of `train()` too, since trainers cast trainable parameters after the mode was set: TRL's
-        # QLoRA path makes them bf16, where one step at s = 4 is 0.03 and an update vanishes.
+        # Repeated by `train()`, since trainers cast trainable parameters later: TRL's QLoRA path makes them bf16,
+        # where one step at s = 4 is 0.03 and an update vanishes.
         soft = self.peft_config[adapter_name].gate_mode == "soft"
         for *_, layer in self._gated_layers(adapter_name):
             if adapter_name in layer.lora_dropout:
@@ -364,24 +363,24 @@ class ILAModel(LoraModel):
         if adapter_name is None:
             return self.active_adapters
         if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name!r} does not exist; there are {sorted(self.peft_config)}.")
+            raise ValueError(f"Adapter {adapter_name!r} does not exist; the model has {sorted(self.peft_config)}.")
         return [adapter_name]
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         names = self._adapter_names(adapter_name)
         if len(names) != 1:
-            raise ValueError(f"{len(names)} adapters are active, {names}; pass `adapter_name`.")
+            raise ValueError(f"{len(names)} adapters are active: {names}. Pass `adapter_name` to choose one.")
         return names[0]
 
     def _gated_layers(self, adapter_name: str) -> Iterator[tuple[str, str, Any]]:
-        """The path of each layer in the adapted model, the name of what it adapts in the base model, and the layer."""
+        """The path of each layer, the name of its target in the base model, and the layer."""
         for path, module in self.model.named_modules():
             if is_gated(module) and adapter_name in module.gates:
                 yield path, target_name(path, module), module
 
     def gates(self, adapter_name: str | None = None) -> dict[str, Gate]:
         """
-        The gates of an adapter by unit, in the order of the model.
+        The gates of an adapter by unit, in model order.
 
         Args:
             adapter_name (`str`, *optional*): The adapter, by default the active one.
@@ -395,7 +394,7 @@ class ILAModel(LoraModel):
 
     def layer_importance(self, adapter_name: str | None = None) -> LayerImportance:
         """
-        The present scores as a ranking that outlives the model. Under FSDP2 all processes must call it.
+        Make a ranking from the current scores, independent of the model. Under FSDP2, call it on all processes.
 
         Args:
             adapter_name (`str`, *optional*): The adapter, by default the active one.
@@ -439,12 +438,7 @@ class ILAModel(LoraModel):
         )
 
     def zero_initialised_factors(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, nn.Parameter]]:
-        """
-        The unit, the scaling α/r and the factor of each LoRA layer that is 0 before training: B, of embeddings A.
-
-        Args:
-            adapter_name (`str`, *optional*): The adapter, by default the active one.
-        """
+        """The unit, the scaling α/r and the zero-initialised factor (B; A for embeddings) of each LoRA layer."""
         adapter_name = self._one_adapter(adapter_name)
         granularity = self.peft_config[adapter_name].granularity
         for _, name, layer in self._gated_layers(adapter_name):
@@ -453,12 +447,7 @@ class ILAModel(LoraModel):
             yield unit_of(name, granularity), layer.scaling[adapter_name], weight
 
     def factors(self, adapter_name: str | None = None) -> Iterator[Factors]:
-        """
-        The factors of each weight delta, in the order of the model.
-
-        Args:
-            adapter_name (`str`, *optional*): The adapter, by default the active one.
-        """
+        """The factors of each weight delta, in model order."""
         adapter_name = self._one_adapter(adapter_name)
         for _, name, layer in self._gated_layers(adapter_name):
             embedding = adapter_name in layer.lora_embedding_A
@@ -467,7 +456,7 @@ class ILAModel(LoraModel):
 
     def is_trained(self, adapter_name: str | None = None) -> bool:
         """
-        Whether the adapter changes anything: a fresh one does not. Under FSDP2 all processes must call it.
+        Whether the adapter changes the model; a fresh one does not. Under FSDP2, call it on all processes.
 
         Args:
             adapter_name (`str`, *optional*): The adapter, by default the active one.
@@ -475,13 +464,13 @@ class ILAModel(LoraModel):
         return any(bool(_whole(weight).any()) for *_, weight in self.zero_initialised_factors(adapter_name))
 
     def check_unmerged(self, adapter_name: str) -> None:
-        """Raise a `ValueError` if the adapter is merged: its gates must not change then, or it cannot be unmerged."""
+        """Raise a `ValueError` if the adapter is merged: if its gates changed, it could not be unmerged."""
         if any(adapter_name in layer.merged_adapters for *_, layer in self._gated_layers(adapter_name)):
-            raise ValueError(f"Adapter {adapter_name!r} is merged with its gates; call `unmerge_adapter` first.")
+            raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter` to change its gates.")
 
     def fold_gates(self, adapter_name: str | None = None) -> None:
         """
-        Multiply the present gates into B and open them: the outputs stay, the delta is then plain LoRA's.
+        Multiply the gates into B and open them. The outputs stay the same.
 
         The scores keep their values and the mode becomes "open". [`learn_gates`] calls this after a "joint" stage 1.
 
@@ -489,7 +478,7 @@ class ILAModel(LoraModel):
             adapter_name (`str`, *optional*): The adapter, by default the active ones.
 
         Raises:
-            ValueError: The adapter is merged, or one of DoRA.
+            ValueError: The adapter is merged or uses DoRA.
         """
         for name in self._adapter_names(adapter_name):
             self.check_unmerged(name)
@@ -500,8 +489,8 @@ class ILAModel(LoraModel):
     def _multiply_gates_into_b(self, adapter_name: str) -> None:
         if self.peft_config[adapter_name].use_dora:
             raise ValueError(
-                f"Adapter {adapter_name!r} is a DoRA adapter, whose gates cannot be multiplied into B. Train it "
-                'in mode "open", where there is nothing to multiply.'
+                f"Adapter {adapter_name!r} is a DoRA adapter, so its gates cannot be multiplied into B. Train it in "
+                'mode "open".'
             )
         for *_, layer in self._gated_layers(adapter_name):
             weight = _lora_b(layer, adapter_name)
@@ -511,19 +500,19 @@ class ILAModel(LoraModel):
         self, output_dir: str | os.PathLike[str], adapter_name: str | None = None, ranks: Ranks | None = None
     ) -> LoraConfig:
         """
-        Write the adapter as plain LoRA that computes the same: gates multiplied into B, closed units absent.
+        Write an equivalent plain LoRA adapter: gates multiplied into B, closed units left out.
 
-        `PeftModel.from_pretrained` loads it without peft-ila, and so do servers that take LoRA adapters.
+        `PeftModel.from_pretrained` and servers for LoRA adapters load it without peft-ila.
 
         Args:
             output_dir (`str`): Where to write `adapter_config.json` and `adapter_model.safetensors`.
             adapter_name (`str`, *optional*): The adapter, by default the active one.
             ranks (`str`, *optional*):
-                Leave out the directions whose column of B is 0 and make α/r 1, see [`prune`]: `"mixed"` or
-                `"uniform"`. For an adapter with open gates.
+                `"mixed"` or `"uniform"`: leave out directions whose column of B is 0 and set α/r = 1, see [`prune`].
+                The gates must be open.
 
         Returns:
-            [`~peft.LoraConfig`]: The configuration that was written.
+            [`~peft.LoraConfig`]: The written configuration.
         """
         adapter_name = self._one_adapter(adapter_name)
         saved = get_peft_model_state_dict(
@@ -544,9 +533,7 @@ class ILAModel(LoraModel):
     def add_weighted_adapter(  # type: ignore[override]
         self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any
     ) -> None:
-        """
-        As [`~peft.LoraModel.add_weighted_adapter`], on the gated deltas; the gates of the new adapter are open.
-        """
+        """Like [`~peft.LoraModel.add_weighted_adapter`], on the gated deltas. The new adapter's gates are open."""
         if adapter_name in self.peft_config:
             return
         names = [own for name in dict.fromkeys(adapters) for own in self._adapter_names(name)]
@@ -556,7 +543,7 @@ class ILAModel(LoraModel):
             for name in names:
                 self._multiply_gates_into_b(name)
             for layer, name in layers:
-                layer.gates[name].mode = "open"  # PEFT combines some by B, others by the weight delta, which is gated
+                layer.gates[name].mode = "open"  # PEFT combines either B or the weight delta, which is gated
             super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
         finally:
             for (layer, name), (mode, weight) in zip(layers, before):
@@ -567,8 +554,8 @@ class ILAModel(LoraModel):
 
 def disable_cpu_4bit_packing(model: nn.Module) -> None:
     """
-    Keep bitsandbytes from packing 4-bit weights, as it does for good at the first evaluation on a CPU with
-    AVX512-BF16: the kernel for them has no backward pass, and PEFT cannot merge them.
+    Keep bitsandbytes from packing 4-bit weights, which is permanent, at the first evaluation on a CPU with
+    AVX512-BF16. The kernel for packed weights has no backward pass, and PEFT cannot merge them.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -576,7 +563,7 @@ def disable_cpu_4bit_packing(model: nn.Module) -> None:
 
 
 def _has_embeddings(model: Any) -> bool:
-    # models of speech have none, and raise, which PEFT does not expect where their `lm_head` is adapted
+    # speech models have none and raise, which PEFT does not expect when their `lm_head` is adapted
     try:
         return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
     except NotImplementedError:
@@ -585,8 +572,8 @@ def _has_embeddings(model: Any) -> bool:
 
 def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """
-    A trainer that resumes a run reads its weights and its optimiser's state, but not its mask. Where both runs start
-    from the same weights, another mask shows in them: a closed unit has moved, and a kept one has not.
+    A trainer that resumes reads the weights and the optimiser state, but not the mask. If both runs started from the
+    same weights, another mask shows in them: a closed unit has moved and a kept one has not.
     """
     same: dict[str, bool] = {}
     for key, parameter in model.named_parameters():
@@ -601,22 +588,22 @@ def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
     unmoved = [path for path in same if same[path] and path in kept]
     if moved and unmoved:
         raise ValueError(
-            f"These weights are of a run with another mask: {moved[0]!r} was trained, which the mask of this model "
-            f"closes, and {unmoved[0]!r} was not, which it keeps. Resume with the `gate_mask` in the checkpoint's "
-            "`adapter_config.json`; to train them on with another mask, call `apply_mask` after loading."
+            f"The weights are from a run with another mask: it trained {moved[0]!r}, which this model's mask closes, "
+            f"but not {unmoved[0]!r}, which the mask keeps. Resume with the `gate_mask` in the checkpoint's "
+            "`adapter_config.json`. To change the mask, call `apply_mask` after loading."
         )
 
 
 def _check_tokens(model: Any, indices: list[int] | dict[str, list[int]] | None) -> None:
-    """PEFT only looks the rows up, which on a GPU fails later and elsewhere."""
+    """PEFT does not check the tokens; on a GPU, the lookup fails later and elsewhere."""
     tokens = [token for own in indices.values() for token in own] if isinstance(indices, dict) else indices
     if tokens and _has_embeddings(model):
         parts = model.get_input_embeddings().modules()  # another adapter may have wrapped them
         known = next((part.num_embeddings for part in parts if hasattr(part, "num_embeddings")), math.inf)
         if max(tokens) >= known:
             raise ValueError(
-                f"`trainable_token_indices` names the token {max(tokens)}, but the model has {known} tokens. Pass the "
-                "model whose vocabulary the adapter was made for, or resize its embeddings first."
+                f"`trainable_token_indices` has the token {max(tokens)}, but the model has {known} tokens. Pass a "
+                "model with the adapter's vocabulary, or resize the embeddings first."
             )
 
 
@@ -627,5 +614,5 @@ def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:
 
 
 def _whole(weight: Any) -> torch.Tensor:
-    # FSDP2 shards a score of shape (1,) too, so that it lies on one process only
+    # FSDP2 shards a score of shape (1,) too: it lies on one process only
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -13,8 +13,8 @@ _NAME = "ILA"
 
 class LoraFAOptimizer(lorafa.LoraFAOptimizer):
     """
-    PEFT's optimizer, as `create_lorafa_optimizer` makes it. It reads the parameters with "lora" in their names as
-    pairs of A and B, so the scores get other names here. It trains them by AdamW, like everything that is not LoRA.
+    PEFT's optimizer for `create_lorafa_optimizer`. It takes parameters with "lora" in their names as pairs of A and B,
+    so the scores are renamed here. They train with AdamW, like all other parameters.
     """
 
     def __init__(self, params: Any, **kwargs: Any) -> None:
@@ -24,10 +24,10 @@ class LoraFAOptimizer(lorafa.LoraFAOptimizer):
 
 
 def add_peft_type() -> None:
-    """Add the member `ILA` to [`~peft.PeftType`]; harmless when it is there.
+    """Add the member `ILA` to [`~peft.PeftType`], unless it is there.
 
-    `register_peft_method` accepts only members of that enum, and an enum with members cannot be subclassed, so the
-    tables that make a member known are extended: attribute, iteration, by name and by value.
+    `register_peft_method` accepts only members of this enum, and an enum with members cannot be subclassed. So this
+    extends the enum's own tables: attribute, iteration, lookup by name and by value.
     """
     if _NAME in PeftType.__members__:
         return
@@ -42,11 +42,7 @@ def add_peft_type() -> None:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enter ILA's classes into PEFT's tables; calling it again replaces them, as after `importlib.reload`.
-
-    Raises:
-        ImportError: This version of PEFT has a method named ILA of its own.
-    """
+    """Enter ILA's classes into PEFT's tables. A second call, after `importlib.reload`, replaces them."""
     peft_type = PeftType(_NAME)
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if known is None:
@@ -56,10 +52,10 @@ def register(config_cls: type, model_cls: type) -> None:
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     else:
         raise ImportError(
-            f"The installed PEFT already has a method named ILA ({known.__module__}.{known.__qualname__}); use that "
+            f"The installed PEFT already has a method named ILA ({known.__module__}.{known.__qualname__}). Use that "
             "one, or install an older PEFT to use peft-ila."
         )
-    # adapters can be hot-swapped if they agree in these options
+    # hot-swapped adapters must agree in these options
     CONFIG_KEYS_TO_CHECK[peft_type] = [
         *CONFIG_KEYS_TO_CHECK[PeftType.LORA],
         "granularity",

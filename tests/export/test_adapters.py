@@ -90,5 +90,5 @@ def test_tokens_that_are_trained_have_weights(tmp_path, indices):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({key: t for key, t in tensors.items() if "token" not in key}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="lacks the weights of the tokens that `trainable_token_indices` names"):
+    with pytest.raises(ValueError, match="lacks the weights of the tokens in `trainable_token_indices`"):
         read_adapter(tmp_path)

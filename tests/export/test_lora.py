@@ -113,7 +113,7 @@ def test_options_pass_through_and_decided_ones_are_refused():
     config = importance.to_lora_config(top_k=1, r=3, lora_alpha=9, use_rslora=True, lora_dropout=0.1)
     assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (3, 9, True, 0.1)
     assert config.task_type == "CAUSAL_LM"
-    with pytest.raises(ValueError, match=r"\['layers_to_transform'\] follow from the selected units"):
+    with pytest.raises(ValueError, match=r"\['layers_to_transform'\] follow from the selected units. Leave them out"):
         importance.to_lora_config(top_k=1, layers_to_transform=[1])
 
 
@@ -306,7 +306,7 @@ def test_only_ila_adapters_are_exported(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="it lacks adapter_config.json. There is one in .*adapter.$"):
         export_adapter(tmp_path, tmp_path / "plain")
-    with pytest.raises(ValueError, match="adapter of type LORA, not ILA: it has no gates, and loads as it is"):
+    with pytest.raises(ValueError, match="adapter of type LORA, not ILA: it has no gates. Load it as it is"):
         export_adapter(tmp_path / "adapter", tmp_path / "plain")
 
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_expressed():
             self.inner = torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)})
 
     importance = ranked(Twin(), "module", target_modules=["fc"])
-    with pytest.raises(ValueError, match="trl takes module names, but the name of one selected module ends in"):
+    with pytest.raises(ValueError, match="trl takes module names, but the name of an unselected module ends in"):
         recipe(importance, ["fc"], "trl", Twin())
 
 

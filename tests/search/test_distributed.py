@@ -123,7 +123,7 @@ def test_deepspeed_trains_stage_1_and_says_where_stage_2_runs(tmp_path, engine):
         pytest.param(
             DistributedType.FSDP,
             False,
-            "under version 1 of FSDP",
+            "under FSDP1",
             marks=pytest.mark.support("Engines", "FSDP1, stage 2", refused=True),
         ),
     ],

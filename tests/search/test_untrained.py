@@ -101,7 +101,7 @@ def test_embeddings_move_by_their_other_factor(tmp_path, tokenizer, dialogues):
     assert importance.metadata["learn_gates"]["method"] == "untrained"
     assert dict(zip(importance.units, importance.scores))["model.embed_tokens"] > -1
     trainer.train()
-    with pytest.raises(ValueError, match="ranks by a fresh adapter"):
+    with pytest.raises(ValueError, match="needs a fresh adapter with B = 0"):
         learn_gates(trainer, steps=4, method="untrained")
 
 
@@ -122,7 +122,7 @@ def test_errors_both_ways(tmp_path, tokenizer, dialogues):
             learn_gates(trainer, method=method)
     trainer.train()
     weights = lora_weights(trainer.model)
-    with pytest.raises(ValueError, match="ranks by a fresh adapter, whose B is 0, but this one has been trained"):
+    with pytest.raises(ValueError, match="needs a fresh adapter with B = 0, but this one has been trained"):
         learn_gates(trainer, method="untrained")
     assert all(torch.equal(value, weights[name]) for name, value in lora_weights(trainer.model).items())
 

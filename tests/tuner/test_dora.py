@@ -148,11 +148,11 @@ def test_a_dora_adapter_is_gated_in_place_and_from_disk(tmp_path, input_ids):
 
 def test_what_has_no_meaning_is_refused(tmp_path, tokenizer, dialogues):
     model = gated(mode="joint")
-    with pytest.raises(ValueError, match="A DoRA adapter with gates between 0 and 1 is no DoRA adapter"):
+    with pytest.raises(ValueError, match="A DoRA adapter with gates between 0 and 1 cannot be exported"):
         model.to_lora(tmp_path)
     trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=model)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="is a DoRA adapter, whose gates cannot be multiplied into B"):
+    with pytest.raises(ValueError, match="is a DoRA adapter, so its gates cannot be multiplied into B"):
         learn_gates(trainer)
     assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())
     assert model.peft_config["default"].gate_mode == "joint"

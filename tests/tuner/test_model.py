@@ -193,7 +193,7 @@ def test_bad_modes_and_masks(llama):
         model.set_gate_mode("close")
     with pytest.raises(ValueError, match="has no mask yet"):
         model.set_gate_mode("hard")
-    with pytest.raises(ValueError, match=r"has no units \['model.layers.9'\] \(1 unknown of 2\)"):
+    with pytest.raises(ValueError, match=r"has no units \['model.layers.9'\] \(1 of 2 are unknown\)"):
         model.apply_mask(["model.layers.9", "model.layers.1"])
     with pytest.raises(ValueError, match="keeps no unit"):
         model.apply_mask([])
@@ -204,7 +204,7 @@ def test_bad_modes_and_masks(llama):
     assert model.peft_config["default"].gate_mode == "joint"
     model.apply_mask(["model.layers.0"])
     model.merge_adapter()
-    with pytest.raises(ValueError, match="is merged with its gates"):
+    with pytest.raises(ValueError, match="is merged; call `unmerge_adapter` to change its gates"):
         model.apply_mask(["model.layers.1"])
     assert model.peft_config["default"].gate_mask == ["model.layers.0"]
 
@@ -286,7 +286,7 @@ def test_merging_equals_the_forward_pass(llama, input_ids, mode, safe_merge):
             base = model(input_ids).logits
         model.merge_adapter(safe_merge=safe_merge)
         torch.testing.assert_close(model(input_ids).logits, expected)
-        with pytest.raises(ValueError, match="is merged with its gates"):
+        with pytest.raises(ValueError, match="is merged; call `unmerge_adapter` to change its gates"):
             model.set_gate_mode("soft")
         model.unmerge_adapter()
         torch.testing.assert_close(model(input_ids).logits, expected)
@@ -361,7 +361,7 @@ def test_a_name_used_again_starts_anew(tmp_path, input_ids, how, granularity):
 def test_a_merged_adapter_is_not_replaced(llama):
     model = get_peft_model(llama, config())
     model.merge_adapter()
-    with pytest.raises(ValueError, match="Adapter 'default' is merged with its gates; call `unmerge_adapter` first"):
+    with pytest.raises(ValueError, match="Adapter 'default' is merged; call `unmerge_adapter` to change its gates"):
         get_peft_model(model.get_base_model(), config())
 
 
@@ -582,10 +582,10 @@ def test_a_lora_model_in_memory_is_gated(input_ids):
 
 
 def test_only_lora_can_be_gated():
-    with pytest.raises(TypeError, match="Only a LoRA adapter can be gated, got a AdaLoraConfig"):
+    with pytest.raises(TypeError, match="`config` must be a plain LoraConfig, got AdaLoraConfig"):
         ILAConfig.from_lora(AdaLoraConfig(total_step=1))
     model = get_peft_model(tiny_llama(), LoHaConfig(target_modules=["q_proj"]))
-    with pytest.raises(TypeError, match="got one with a LoHaModel"):
+    with pytest.raises(TypeError, match="must be a PeftModel with LoRA adapters, got one with LoHaModel"):
         ILAModel.from_lora(model)
     with pytest.raises(ValueError, match="does not support `lora_bias`"):
         ILAModel.from_lora(trained_lora(lora_bias=True))

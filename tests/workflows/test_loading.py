@@ -106,7 +106,7 @@ def test_trained_tokens_of_another_vocabulary(tmp_path, indices):
     config = ILAConfig(r=2, target_modules=["q_proj"], trainable_token_indices=indices)
     get_peft_model(tiny_llama(vocab_size=80), config).save_pretrained(tmp_path)
     assert PeftModel.from_pretrained(tiny_llama(vocab_size=80), tmp_path)
-    message = "names the token 70, but the model has 64 tokens. Pass the model whose vocabulary"
+    message = "has the token 70, but the model has 64 tokens. Pass a model with the adapter's vocabulary"
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
     model = get_peft_model(tiny_llama(), ILAConfig(target_modules=["q_proj"], trainable_token_indices=[3]))
@@ -160,7 +160,7 @@ def test_a_masked_run_is_not_resumed_with_another_mask(tmp_path, tokenizer, dial
     checkpoint = str(tmp_path / "checkpoint-2")
     other = trainer(1, max_steps=4)
     before = lora_weights(other.model)
-    message = r"another mask: '.*layers\.0.*' was trained, which the mask .* closes, and '.*layers\.1.*' was not"
+    message = r"another mask: it trained '.*layers\.0.*', which .* mask closes, but not '.*layers\.1.*', which"
     with pytest.raises(ValueError, match=message):
         other.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(value, before[name]) for name, value in lora_weights(other.model).items())

@@ -281,10 +281,10 @@ def change_a(tensors):
     [
         (lambda t: t.pop(change_a(t)[0]), "lacks A"),
         (lambda t: t.pop(change_a(t)[0].replace("lora_A", "lora_B")), "lacks B"),
-        (lambda t: t.update({change_a(t)[0]: change_a(t)[1][:2].clone()}), "have the shapes"),
+        (lambda t: t.update({change_a(t)[0]: change_a(t)[1][:2].clone()}), "do not fit: their shapes are"),
         (lambda t: t.update({change_a(t)[0]: change_a(t)[1] * torch.nan}), "is not finite"),
-        (lambda t: t.update({"evil.weight": torch.zeros(2)}), "'evil.weight' is no weight of a LoRA adapter"),
-        (lambda t: t.update({change_a(t)[0]: change_a(t)[1].to(torch.int8)}), "of the type torch.int8"),
+        (lambda t: t.update({"evil.weight": torch.zeros(2)}), "'evil.weight' is not a weight of a LoRA adapter"),
+        (lambda t: t.update({change_a(t)[0]: change_a(t)[1].to(torch.int8)}), "has the type torch.int8"),
         (
             lambda t: t.update({k: v[0] for k, v in t.items() if "lora_gate" in k}),
             r"have the shape \(1,\), but has \(\)",
@@ -319,7 +319,7 @@ def test_a_damaged_configuration_is_refused(workspace, tmp_path, option, value):
 def test_pickled_weights_are_not_read(workspace, tmp_path):
     source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
     (source / "adapter_model.safetensors").rename(source / "adapter_model.bin")
-    with pytest.raises(SystemExit, match=r"holds adapter_model.bin, a pickle, .*`save_pretrained` it"):
+    with pytest.raises(SystemExit, match=r"holds adapter_model.bin, a pickle .*call `save_pretrained`"):
         main(["export", str(source), "--output_dir", str(tmp_path / "out")])
     message = error_of(workspace, "rank", tmp_path / "out", "--adapter", str(source))
     assert "holds adapter_model.bin, a pickle" in message
