@@ -104,7 +104,9 @@ def test_rank_prints_a_table(workspace, tmp_path, capsys):
     assert [float(line[4]) for line in lines] == pytest.approx(
         [importance.probability(top_p=0.3)[unit] for unit in importance.ranking()], abs=0.005
     )
-    assert (f"In the top 30% or not by a coin toss: {', '.join(tosses)}\n" in output) == bool(tosses)
+    assert (f"Uncertain (in the top 30% with a probability of ¼ to ¾): {', '.join(tosses)}\n" in output) == bool(
+        tosses
+    )
 
 
 def test_rank_ends_stage_1_when_it_is_stable(workspace, tmp_path):
@@ -218,7 +220,7 @@ def test_a_compiled_model_is_saved(workspace, tmp_path):
 
 
 def test_a_file_has_no_split_to_evaluate_on(workspace, tmp_path):
-    with pytest.raises(SystemExit, match=r"data.jsonl is a file without a split 'test'. Train on it by"):
+    with pytest.raises(SystemExit, match=r"data.jsonl is a file without a split 'test'. To train on it, pass"):
         rank(workspace, tmp_path, "--eval_strategy", "steps")
 
 
@@ -285,7 +287,7 @@ def test_convert_without_the_model_at_hand(ranked, tmp_path, caplog):
     content["metadata"]["model"] = "someone/elsewhere"
     (tmp_path / "moved.json").write_text(json.dumps(content))
     main(["convert", str(tmp_path / "moved.json"), "--top_p", "0.3", "--output_dir", str(tmp_path / "lora")])
-    assert "'someone/elsewhere' is not at hand" in caplog.text
+    assert "'someone/elsewhere' was not found, so targets are checked by name only" in caplog.text
     assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 1
 
 
@@ -341,7 +343,10 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
         (["--memory_budget", "1KB"], "A memory budget of 1e-06 GB is too small: the frozen model takes"),
         (["--memory_budget", "much"], "must be a size such as '24GB', '24GiB' or a number of bytes, got 'much'"),
         (["--memory_budget", "24GB", "--top_p", "0.3"], "`--memory_budget` decides .*: leave out `--top_p`"),
-        (["--memory_budget", "24GB", "--format", "axolotl-full", "--lora_r", "16"], "full fine-tuning is not counted"),
+        (
+            ["--memory_budget", "24GB", "--format", "axolotl-full", "--lora_r", "16"],
+            "counts LoRA only: for `--format axolotl-full`",
+        ),
     ):
         assert re.search(message, error_of([*arguments, *extra], capsys))
     without = re.escape("pass it, or leave out `--max_length` and `--gradient_checkpointing`.")
@@ -350,7 +355,7 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
     content["metadata"]["model"] = "/gone"
     (tmp_path / "moved.json").write_text(json.dumps(content))
     error = error_of(["convert", str(tmp_path / "moved.json"), *arguments[2:], "--memory_budget", "24GB"], capsys)
-    assert "needs the model: say where it is by `--model_name_or_path`" in error
+    assert "needs the model: pass `--model_name_or_path`" in error
 
 
 def test_tune_by_a_memory_budget(workspace, ranked, tmp_path, capsys):
@@ -417,7 +422,7 @@ def test_a_fully_fine_tuned_model_is_ranked(workspace, ranked, tmp_path, truncat
     assert second.scores == pytest.approx(first.scores, abs=1e-3)
     facts = second.metadata["stage_1"]
     assert facts["energy_kept"] == pytest.approx(1, abs=1e-4) and facts["energy_outside"] == 0
-    assert "100.0% of the squared norm of the target modules' deltas; 0.0% of all" in capsys.readouterr().out
+    assert "100.0% of the squared norm of the target modules' deltas; 0.0% of the total" in capsys.readouterr().out
 
     written = (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns
     rank(workspace, tmp_path / "out", *extra, "--resume_from_checkpoint", "True")
@@ -544,7 +549,7 @@ def test_compare_loses_nothing_by_the_mean(ranked, tmp_path, monkeypatch, mean, 
         shutil.copyfile(ranked / "importance.json", name)
     before = Path("a.json").read_bytes()
     error = error_of(["compare", "a.json", "b.json", "--mean", mean, "--output", "picture.png"], capsys)
-    assert re.search("would replace what is|is required|is a directory; name a file", error)
+    assert re.search("would overwrite a ranking or the picture|is required|is a directory; name a file", error)
     assert Path("a.json").read_bytes() == before
     assert re.search("suffix", error_of(["compare", "a.json", "b.json", "--mean", "m", "--output", "p.zzz"], capsys))
     assert not Path("m").exists()
@@ -582,7 +587,7 @@ def error_of(arguments, capsys) -> str:
         (["rank", "--dataset_name", "big", "--dataset_streaming"], "`--dataset_streaming` is not supported"),
         (
             ["plan", "--model_name_or_path", "nowhere"],
-            "no model directory nowhere, and the hub gives none of that name: ",
+            "no model directory nowhere, and the hub has no such model: ",
         ),
         (["convert", TESTS, "--top_p", "0.3", "--output_dir", "x"], "is a directory.*such as .*tests/importance.json"),
         (["export", "A", "--output_dir", __file__], "test_cli.py is a file; choose another output directory"),
@@ -615,7 +620,7 @@ def test_rank_without_matplotlib(workspace, tmp_path, monkeypatch, capsys, caplo
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     rank(workspace, tmp_path)
-    assert "importance.png is left out. Plots need matplotlib: pip install matplotlib" in caplog.text
+    assert "importance.png is not written. Plots need matplotlib: pip install matplotlib" in caplog.text
     assert f"Wrote {tmp_path}/importance.json and adapter/." in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.png"))
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -676,11 +681,11 @@ def test_what_the_trainer_reads_is_ranked(workspace, tmp_path, monkeypatch, cont
 def test_a_part_of_a_file(tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(5)))
     assert load_dataset(str(tmp_path / "data.jsonl"), split="train[:2]")["text"] == ["0", "1"]
-    with pytest.raises(ValueError, match=r"data.jsonl is a file without a split 'test'. Train on it by"):
+    with pytest.raises(ValueError, match=r"data.jsonl is a file without a split 'test'. To train on it, pass"):
         load_dataset(str(tmp_path / "data.jsonl"), split="test")
 
 
-LINES = "Expected one JSON object a line"
+LINES = "Expected one JSON object per line"
 
 
 @pytest.mark.parametrize(
@@ -689,7 +694,7 @@ LINES = "Expected one JSON object a line"
         ("", "cannot be read as a data set: it holds no examples"),
         ("\n\n", "cannot be read as a data set: .*no data"),
         ('{"text": "a"}\nnot json\n', f"cannot be read as a data set: JSON parse error.* in row 1. {LINES}"),
-        ("prompt,completion\na,b\n", f"JSON parse error: .*{LINES}; `datasets.Dataset.from_csv"),
+        ("prompt,completion\na,b\n", f"JSON parse error: .*{LINES}. `datasets.Dataset.from_csv"),
         ("[" * 100_000, f"cannot be read as a data set: .*depth.*{LINES}"),
         ('{"text": "ä"}\n'.encode("latin-1"), "cannot be trained on .*UnicodeDecodeError: 'utf-8' codec"),
         ('{"text": "a"}\n'.encode("utf-16"), f"cannot be read as a data set: .*{LINES}"),
@@ -733,7 +738,7 @@ def test_a_directory_as_data(tmp_path):
         ({"hidden_size": "a"}, "The configuration of .*model cannot be read"),
         ({"hidden_size": -1}, "No model can be built of this LlamaConfig|cannot be read"),
         ({"hidden_size": 10**40}, "No model can be built of this LlamaConfig|cannot be read"),
-        ({"num_hidden_layers": 10**12}, "has `num_hidden_layers` 1000000000000, more than 10000"),
+        ({"num_hidden_layers": 10**12}, "has `num_hidden_layers` 1000000000000; the maximum is 10000"),
         (None, "is not JSON"),
     ],
 )
@@ -772,7 +777,7 @@ def test_a_damaged_model(workspace, tmp_path):
     model = shutil.copytree(workspace / "model", tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(SystemExit, match="model.safetensors is damaged or no safetensors file"):
+    with pytest.raises(SystemExit, match="model.safetensors is damaged or not a safetensors file"):
         rank(tmp_path, tmp_path / "out", "--dataset_name", str(workspace / "data.jsonl"))
 
 

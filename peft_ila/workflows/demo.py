@@ -1,8 +1,8 @@
 """
-The whole method on a real model and real data, offline: what `peft-ila demo --output_dir OUT` does.
+The whole method on a real model and real data, offline: `peft-ila demo --output_dir OUT`.
 
-SmolLM2-135M-Instruct learns the short answers of ChatterBot's dialogues. The rankings, the conversion and the tuning
-are the workflows behind the commands that a user types; this module prepares their data and measures what they made.
+SmolLM2-135M-Instruct learns the short answers of ChatterBot's dialogues. The workflows of the commands `rank`,
+`convert` and `tune` do the work; this module prepares their data and measures the results.
 """
 
 import functools
@@ -52,7 +52,7 @@ _TRAINING: dict[str, Any] = {
 
 def demo(output_dir: Path) -> None:
     """
-    Rank twice without training, compare, convert, tune twice, and see what tuning all layers has changed.
+    Rank twice without training, compare, convert, tune twice, and rank what tuning all layers changed.
 
     Args:
         output_dir: Where to write the data, the rankings, the heatmaps and the adapters.
@@ -70,7 +70,7 @@ def demo(output_dir: Path) -> None:
     importance = importances[0][1]
     ranked = time.perf_counter() - start
 
-    _headline("Do both parts of the data find the same layers, and does the published ranking?")
+    _headline("Do both parts of the data and the published ranking find the same layers?")
     print(comparison_table(comparison_rows([*importances, ("published", LayerImportance.load(_PUBLISHED))])))
 
     _headline(f"Convert the top {_SHARE:.0%} to a LoraConfig")
@@ -87,19 +87,19 @@ def demo(output_dir: Path) -> None:
     _headline("Side by side")
     _print_comparison(model, tuned, parts["held_out"])
 
-    _headline("What has tuning all layers changed? Rank what full LoRA has learned")
+    _headline("What did tuning all layers change? Rank the deltas of full LoRA")
     arguments = _arguments(model, parts["part_a"], output_dir / "learned")
     learned, _ = rank_by_sft(*arguments, RankArguments(adapter=str(tuned["full LoRA"])))
     print(ranking_table(learned))
-    print(comparison_table(comparison_rows([("before training", importance), ("of what was learned", learned)])))
-    _headline("What do the deltas of the top layers keep of the loss gain, when all others are switched off?")
+    print(comparison_table(comparison_rows([("before training", importance), ("after training", learned)])))
+    _headline("How much of the loss gain remains when only the deltas of the top layers are on?")
     trainer = measuring_trainer(_load(model, output_dir / "learned" / "adapter"), model, parts["held_out"])
     draws = [_random_ranking(importance, seed) for seed in range(_DRAWS)]
-    rankings = {"of what was learned": [learned], "before training": [importance], f"random ({_DRAWS})": draws}
+    rankings = {"after training": [learned], "before training": [importance], f"random ({_DRAWS})": draws}
     _show_kept(_kept(trainer, rankings), output_dir / "kept.png")
     print(
         f"\nHeatmap: {output_dir / 'learned' / 'importance.png'}. Both rankings before training took {ranked:.0f} s, "
-        f"all {time.perf_counter() - start:.0f} s."
+        f"the whole demo {time.perf_counter() - start:.0f} s."
     )
 
 
@@ -114,7 +114,7 @@ def _headline(text: str) -> None:
 
 
 def _write_data(directory: Path) -> dict[str, Path]:
-    """Two disjoint halves to train on and held-out examples; no question is in two of them."""
+    """Two halves to train on and held-out examples; no question is in two of them."""
     rows = dialogues()
     random.Random(0).shuffle(rows)
     half = (len(rows) - _HELD_OUT) // 2
@@ -127,12 +127,12 @@ def _write_data(directory: Path) -> dict[str, Path]:
 
 def measuring_trainer(model: Any, directory: str | Path, data: Path) -> Any:
     """
-    A trainer that only measures, on SmolLM2.
+    A trainer that only measures SmolLM2.
 
     Args:
         model: The model, with or without adapters.
-        directory: That of the embedded model, for its tokenizer.
-        data: A file of the demo's data, to evaluate on and to rank on.
+        directory: The embedded model's, for its tokenizer.
+        data: A file of the demo's data, for evaluation and ranking.
     """
     dataset = load_dataset(str(data))
     args = SFTConfig(
@@ -164,7 +164,7 @@ def _random_ranking(importance: LayerImportance, seed: int) -> LayerImportance:
 
 
 def _kept(trainer: Any, rankings: dict[str, list[LayerImportance]]) -> dict[str, list[list[float]]]:
-    """The part of the adapter's gain in loss that the top units alone keep, for each of `_SHARES` and for all."""
+    """The share of the adapter's loss gain that the top units alone keep, for each of `_SHARES` and for all."""
 
     def loss() -> float:
         return trainer.evaluate()["eval_loss"]
@@ -181,13 +181,13 @@ def _kept(trainer: Any, rankings: dict[str, list[LayerImportance]]) -> dict[str,
 
 
 def _show_kept(kept: dict[str, list[list[float]]], path: Path) -> None:
-    """What [`_kept`] found, as a table and as curves."""
+    """The result of [`_kept`], as a table and as curves."""
     shares = (*_SHARES, 1.0)
-    print(f"{'layers that are on':<22}" + "".join(f"{share:>7.0%}" for share in shares))
+    print(f"{'layers left on':<22}" + "".join(f"{share:>7.0%}" for share in shares))
     for name, rows in kept.items():
         print(f"{name:<22}" + "".join(f"{statistics.mean(column):>7.0%}" for column in zip(*rows)))
     kept_curve(shares, kept, path)
-    print(f"As curves: {path}")
+    print(f"Curves: {path}")
 
 
 def _print_comparison(directory: str, adapters: dict[str, Path], held_out: Path) -> None:
@@ -215,6 +215,6 @@ def _print_comparison(directory: str, adapters: dict[str, Path], held_out: Path)
     first, second = adapters
     ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[second]))
     print(
-        f"{first} against {second}: {trainable[first] / trainable[second]:.2f} of the trainable parameters, "
+        f"{first} compared with {second}: {trainable[first] / trainable[second]:.2f} of the trainable parameters, "
         f"{kept[first] / kept[second]:.2f} of the saved tensors, {ratio:.2f} of the step time."
     )

@@ -146,7 +146,7 @@ def test_what_cannot_be_selected(of_llama):
     assert select_within(CONFIGS["llama"], importance, least, **STEP, r=8) == [importance.units[-1]]
     message = (
         rf"A memory budget of {(least - 1) / 1e9:.3g} GB is too small: the frozen model takes \S+ GB, and tuning one "
-        rf"unit, model.layers.3, {least / 1e9:.3g} GB in all"
+        rf"unit \(model.layers.3\) takes {least / 1e9:.3g} GB in all"
     )
     with pytest.raises(ValueError, match=message):
         select_within(CONFIGS["llama"], importance, least - 1, **STEP, r=8)

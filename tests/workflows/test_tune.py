@@ -110,7 +110,7 @@ def test_only_the_selected_units_move(workspace, dialogues, tmp_path, ranking, u
     assert not list(tmp_path.rglob("adapter_*"))
     count, total = (sum(before[name].numel() for name in names) for names in (inside, before))
     printed = capsys.readouterr().out
-    assert f"Wrote a model with {count:,} of {total:,} parameters trained to {tmp_path / 'tuned'}.\n" in printed
+    assert f"Wrote a model to {tmp_path / 'tuned'}; {count:,} of its {total:,} parameters were trained.\n" in printed
     (call,) = re.findall(r"Next, in Python: (.*)\n$", printed)
     assert type(eval(call)).__name__ == "LlamaForCausalLM"
 
