@@ -233,7 +233,7 @@ def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
     (tmp_path / "importance.json").unlink()
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     error = error_of(["rank", *data, "--output_dir", str(tmp_path), *TRAINING, *BOTH_STAGES], capsys)
-    assert "is of a run that was not finished; go on with it by `--resume_from_checkpoint True`" in error
+    assert "belongs to an unfinished run. Resume it with `--resume_from_checkpoint True`" in error
     assert (tmp_path / "adapter").exists()
 
 
@@ -243,7 +243,7 @@ def test_an_adapter_that_was_not_ranked_is_not_trained_anew(workspace, tmp_path,
         patch.setattr("peft_ila.workflows.rank.learn_gates", interrupted)
         rank(workspace, tmp_path)
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="is of a run that was not finished; go on with it by"):
+    with pytest.raises(SystemExit, match="belongs to an unfinished run. Resume it with"):
         rank(workspace, tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     rank(workspace, tmp_path, "--resume_from_checkpoint", "True")
@@ -397,7 +397,7 @@ def test_a_masked_adapter_is_ranked_by_its_open_units(workspace, ranked, tmp_pat
     masked = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     masked += ["--adapter", str(tmp_path / "masked"), "--output_dir", str(tmp_path / "out"), *TRAINING]
     error = error_of(["rank", *masked], capsys)
-    (command,) = re.findall(r"is masked.* by `peft-ila (export .*)`, and pass `--adapter PLAIN`", error)
+    (command,) = re.findall(r"is masked.* run `peft-ila (export .*)` and pass `--adapter PLAIN`", error)
     main(command.replace("PLAIN", str(tmp_path / "plain")).split())
     rank(workspace, tmp_path / "out", "--adapter", str(tmp_path / "plain"))
     assert LayerImportance.load(tmp_path / "out" / "importance.json").units == ["model.layers.0", "model.layers.2"]
@@ -473,7 +473,7 @@ def test_a_model_with_code_of_its_own(workspace, ranked, tmp_path):
     "arguments, message",
     [
         (["--adapter", "a", "--tuned_model", "b"], "Pass `--adapter` or `--tuned_model`, not both."),
-        (["--tuned_rank", "4"], "`--tuned_rank` is of no use without `--tuned_model`."),
+        (["--tuned_rank", "4"], "`--tuned_rank` needs `--tuned_model`."),
         (["--tuned_model", "/nowhere"], "There is no model directory /nowhere."),
         (["--gate_learning_rate", "0.2"], r"\['gate_learning_rate'\] are settings of `method=\"descent\"`"),
         (["--gate_steps", "2"], "`gate_steps` must be a whole number of at least 4, got 2"),
@@ -703,7 +703,7 @@ LINES = "Expected one JSON object per line"
         ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', r"with missing values in .*'text'\]. TRL takes"),
         ('{"text": ["hello"]}\n', r"'list' object has no attribute 'endswith'. .* has the columns \['text'\]"),
         ("[1, 2]\n", r"'int' object has no attribute 'endswith'. .* has the columns \['text'\]"),
-        ('{"messages": "hello"}\n', "No example of .* is left to train on: within `--max_length 1024`, none"),
+        ('{"messages": "hello"}\n', "No example of .* is left to train on: none .* within `--max_length 1024`"),
         ('{"messages": [{"role": "user"}]}\n', r"cannot be trained on .*has the columns \['messages'\]"),
         (None, "There is no data file"),
     ],
@@ -762,7 +762,7 @@ def test_only_models_of_a_configuration_are_built(architecture):
 def test_a_tokenizer_of_another_model(workspace, tmp_path, capsys):
     model = shutil.copytree(workspace / "model", tmp_path / "model")
     tiny_llama(vocab_size=20).save_pretrained(model)
-    with pytest.raises(SystemExit, match="has the token .* by this tokenizer, but the model knows only 20"):
+    with pytest.raises(SystemExit, match="has the token .*, but the model has only 20 tokens"):
         rank(tmp_path, tmp_path / "out", "--dataset_name", str(workspace / "data.jsonl"))
 
 

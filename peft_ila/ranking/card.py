@@ -53,7 +53,7 @@ def add_section(directory: str | os.PathLike[str], title: str, text: str) -> Non
 def _section(ranking: Sequence[tuple[str, float]], picture: bool) -> str:
     lines = [
         f"The {len(ranking)} units of this adapter, ranked by [ILA](https://huggingface.co/papers/2410.17875) with "
-        "peft-ila. `importance.json` holds all scores and settings.",
+        "peft-ila. All scores and settings are in `importance.json`.",
         "",
         *([f"![Importance of the layers]({_PICTURE})", ""] if picture else []),
         "| rank | unit | gate |",

@@ -161,8 +161,8 @@ class BudgetArguments(SelectionArguments):
     memory_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Select the most important units that fit into a size such as '24GB' or '24GiB'. Leave room for the "
-            "GPU's context, the kernels' workspaces and the allocator."
+            "help": "Select the most important units that fit into a size such as '24GB' or '24GiB'. Leave room for "
+            "the GPU's context, the kernels' workspaces and the allocator."
         },
     )
 

@@ -135,7 +135,7 @@ def test_modules_are_at_least_as_important_as_the_best_that_fit():
 
 
 def test_more_than_adapters_is_not_counted():
-    with pytest.raises(ValueError, match="Only adapters are counted, but .*lm_head.* is to be trained, too"):
+    with pytest.raises(ValueError, match="Only adapters are counted, but .*lm_head.* is also trainable"):
         importance = ranking("llama", [0.0] * 4)
         select_within(CONFIGS["llama"], importance, "24GB", **STEP, modules_to_save=["lm_head"])
 
