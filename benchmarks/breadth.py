@@ -2,14 +2,14 @@
 Is every configuration exact, for every model class of transformers? The counts of `docs/support.md`.
 
 Each class of the causal, seq2seq, image-text, speech and encoder mappings is built with few layers on the meta device
-and gated by "all-linear" at both granularities. Compared with plain PEFT, by what it really injects: what ILA adapts
-with what LoRA adapts; the configurations of 10, 30, 75 and 100 % of the units, made with the model, with its
-configuration and without either, with the selected units; and of the masked adapter as it is exported, configuration
-and keys. A class that LoRA refuses must be refused by ILA too.
+and gated by "all-linear" at both granularities. The modules that PEFT really injects are compared: those of ILA with
+those of LoRA; and those of the configurations of 10, 30, 75 and 100 % of the units (made with the model, with its
+configuration and without either) with the selected units. The export of the masked adapter is compared by
+configuration and keys. ILA must refuse a class that LoRA refuses.
 
     python -m benchmarks.breadth --output benchmarks/results/breadth.json
 
-40 minutes on one core. What the output holds already is not computed again; --only Llama Mixtral runs some families.
+40 minutes on one core. Results in the output are not computed again. `--only Llama Mixtral` runs some families.
 """
 
 import argparse
@@ -64,14 +64,14 @@ def classes() -> dict[str, type[PretrainedConfig]]:
 
 
 def small(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration with few layers, and so its parts."""
+    """The configuration with few layers, also in its parts."""
     config = copy.deepcopy(config)
     for name in config.to_dict():
         value = getattr(config, name, None)
         if isinstance(value, PretrainedConfig):
             setattr(config, name, small(value))
     if getattr(config, "vocab_size", 0) is None:
-        config.vocab_size = 32  # that of a tokenizer
+        config.vocab_size = 32  # the size of a tokenizer's
     for name in _COUNTS:
         count = getattr(config, name, None)
         if isinstance(count, int) and count > LAYERS:
@@ -88,19 +88,19 @@ def build(name: str, config: PretrainedConfig) -> Any:
 
 
 def buildable(name: str, config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """A configuration of which the class can be built, small where that works."""
+    """A configuration from which the class can be built, small where possible."""
     for shrink in (small, copy.deepcopy):
         try:
             config = shrink(config_class())
             build(name, config)
             return config
-        except Exception as error:  # the configurations of some classes do not fit together by themselves
+        except Exception as error:  # some default configurations are inconsistent
             problem = error
     raise problem
 
 
 def adapted(model: Any) -> set[str]:
-    """The modules and parameters that LoRA adapts, read off the model itself."""
+    """The modules and parameters that LoRA adapts, read from the model itself."""
     found = set()
     for path, module in model.named_modules():
         path = path.removeprefix("base_model.model.")
@@ -116,7 +116,7 @@ def injected(name: str, config: PretrainedConfig, lora: Any) -> Any:
 
 
 def differences(name: str, config: PretrainedConfig, shares: tuple[float, ...] = SHARES) -> list[str]:
-    """What is not exact, a line each; empty if all is. "refused" alone if LoRA refuses the model too."""
+    """The differences, one line each. "refused" alone if LoRA refuses the model too."""
     options: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
     try:
         expected = adapted(injected(name, config, LoraConfig(**options)))
@@ -141,7 +141,7 @@ def differences(name: str, config: PretrainedConfig, shares: tuple[float, ...] =
 
 
 def _ranking(model: PeftModel) -> LayerImportance:
-    # the scores of a model on the meta device are on it too
+    # scores of a model on the meta device are there too
     for gate in model.gates().values():
         gate.weight = torch.nn.Parameter(torch.zeros(1))
     importance = model.layer_importance()
@@ -197,7 +197,7 @@ def _export(name: str, config: PretrainedConfig, model: PeftModel, importance: L
 
 
 def outcome(lines: list[str]) -> str | list[str]:
-    """What the differences amount to."""
+    """A summary of the differences."""
     if not lines:
         return "exact"
     if lines == ["refused"]:
@@ -210,7 +210,7 @@ def outcome(lines: list[str]) -> str | list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=[], help="beginnings of class names, by default all")
+    parser.add_argument("--only", nargs="+", default=[], help="prefixes of class names, by default all")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -7,7 +7,7 @@ to `-part4`. A base model has no chat template, so the data are put as plain que
     python -m benchmarks.gemma --data ../shared/data --work_dir WORK --output peft_ila/published/gemma-3-270m.json \
         --results benchmarks/results/gemma.json
 
-Two to four minutes a ranking on a shared core; a ranking that is there in WORK is not made again.
+Two to four minutes per ranking on a shared core; an existing ranking in WORK is not made again.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def rank(model: Path, data: Path, seed: int, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
-    parser.add_argument("--work_dir", type=Path, required=True, help="for the model and the runs")
+    parser.add_argument("--work_dir", type=Path, required=True, help="the directory of the model and the runs")
     parser.add_argument("--output", type=Path, required=True, help="the mean ranking to write")
     parser.add_argument("--results", type=Path, required=True, help="the overlaps to write")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""SmolLM2-135M fine-tuned on a data set, and its loss with the gates of all modules at any values."""
+"""SmolLM2-135M, fine-tuned on a data set, and its loss for any gates of its modules."""
 
 import functools
 import itertools

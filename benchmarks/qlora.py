@@ -1,20 +1,19 @@
 """
-QLoRA on one GPU: what does each arm cost, and is it what `peft-ila plan` says?
+QLoRA on one GPU: what does each arm cost, and does `peft-ila plan` predict it?
 
 The arms: both stages of the search, the search without training (`method="untrained"`), and LoRA (r = 16) on all, 75,
-30 and 10 % of the layers that the search has found. Of each: peak memory beside the plan's, the time of a step, the
-loss (of the last steps; of a search, of its first batch), trained parameters. The trainer is transformers' own, with
-bf16 autocast and fused AdamW.
+30 and 10 % of the layers that the search selects. For each: peak memory and the plan's, the time of a step, the loss
+(of the last steps; of a search, of its first batch), trained parameters. The trainer is transformers' own, with bf16
+autocast and fused AdamW.
 
     python -m benchmarks.qlora meta-llama/Llama-2-7b-hf         # or mistralai/Mistral-7B-v0.1, meta-llama/Llama-3.1-8B
     python -m benchmarks.qlora                                  # SmolLM2-135M, also on the CPU
 
-A directory that holds nothing but a `config.json` is a model of that shape with random weights, on which memory and
-time do not depend; its data are random as well. `--settings` says how a step is taken: `NF4` or `bf16`, examples ×
-tokens, and `/checkpointing` to compute activations again. Figures are written after each arm, and no arm begins after
-`--time_limit`; one that fails is a row with its error. Without a GPU, memory is the process's resident peak, with
-Python, and only for orientation. 7B shape, 4×1024 tokens: about 40 s a setting on an H100, by estimate; the default on
-2 CPU cores: 6 minutes.
+A directory with only a `config.json` gives a model of that shape with random weights and random data; memory and time
+do not depend on them. `--settings` describes a step: `NF4` or `bf16`, examples × tokens, and `/checkpointing` to
+recompute activations. Figures are written after each arm; no arm starts after `--time_limit`. A failed arm is a row
+with its error. Without a GPU, memory is the resident peak of the process, including Python, and only a rough guide.
+7B shape, 4×1024 tokens: an estimated 40 s per setting on an H100. The default on 2 CPU cores: 6 minutes.
 """
 
 import argparse
@@ -285,7 +284,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a name on the hub or a directory, by default SmolLM2-135M")
     default = ["NF4/4x1024/checkpointing", "NF4/1x1024"] if ON_GPU else ["NF4/2x64/checkpointing"]
     parser.add_argument("--settings", nargs="+", type=Setting.parse, default=[Setting.parse(text) for text in default])
-    parser.add_argument("--steps", type=int, default=8, help="of each training and each search")
+    parser.add_argument("--steps", type=int, default=8, help="the steps of each training and each search")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qlora.json"))
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A benchmark's figures on disk, with what one needs to repeat them."""
+"""Save a benchmark's figures with the facts needed to repeat them."""
 
 import importlib.metadata
 import json

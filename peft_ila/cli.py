@@ -1,6 +1,6 @@
 """
-The command line: arguments in, text out; the work is in `workflows`. Settings come from dataclasses as in TRL's
-scripts, so each works as a flag and from YAML (`--config`). What takes long to import is imported in the commands.
+The command line parses arguments and prints text; `workflows` does the work. Settings are dataclasses as in TRL's
+scripts, so each works as a flag and from YAML (`--config`). The commands import slow libraries themselves.
 
     peft-ila rank --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir OUT
     peft-ila tune --importance OUT/importance.json --top_p 0.3 --model_name_or_path Qwen/Qwen2.5-0.5B \
@@ -42,43 +42,33 @@ from .workflows.arguments import (
 
 @dataclass
 class ConvertArguments(StepArguments, BudgetArguments):
-    """Arguments of `peft-ila convert`. Those of a training step are for `memory_budget` alone."""
+    """Arguments of `peft-ila convert`. Only `memory_budget` uses the training step."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Where to write the file."})
     format: Format = field(
         default="peft",
         metadata={
-            "help": "'peft': `adapter_config.json`; 'axolotl', 'llamafactory', 'trl': YAML that makes that program "
-            "tune the selected units by LoRA; 'axolotl-full': in full, by `unfrozen_parameters`."
+            "help": "'peft' writes `adapter_config.json`; 'axolotl', 'llamafactory' and 'trl' write YAML for LoRA in "
+            "that program; 'axolotl-full' writes `unfrozen_parameters` for full fine-tuning."
         },
     )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The ranked model, to check the result by injection; by default where the ranking says."},
+        metadata={"help": "The ranked model, to check the result by injection. By default, the ranking names it."},
     )
     lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
 
     def step(self) -> dict[str, Any]:
-        """
-        As [`select_within`] takes it.
-
-        Raises:
-            ValueError: There is no memory budget to say it for.
-        """
+        """Arguments of [`select_within`]."""
         unused = given(self, "|".join(one.name for one in fields(StepArguments)))
         if unused and self.memory_budget is None:
-            raise ValueError(f"Only `--memory_budget` asks what a training step is: pass it, or leave out {unused}.")
+            raise ValueError(f"Only `--memory_budget` uses a training step: pass it, or leave out {unused}.")
         return super().step()
 
     def lora(self) -> dict[str, Any]:
-        """
-        As [`LayerImportance.to_lora_config`] takes it.
-
-        Raises:
-            ValueError: There is no LoRA, or none of such a rank or dropout.
-        """
+        """Arguments of [`LayerImportance.to_lora_config`]."""
         if self.format == "axolotl-full" and (unused := given(self, "lora_.*")):
             raise ValueError(f"`--format axolotl-full` trains no LoRA: leave out {unused}.")
         if self.lora_r < 1:
@@ -99,15 +89,15 @@ class ExportArguments:
 class CompareArguments:
     """Arguments of `peft-ila compare`."""
 
-    output: str | None = field(default=None, metadata={"help": "A picture of the overlaps to write."})
+    output: str | None = field(default=None, metadata={"help": "Draw the overlaps to this picture."})
     mean: str | None = field(
-        default=None, metadata={"help": "A file to write: one ranking, by the means of the standardised scores."}
+        default=None, metadata={"help": "Write the mean ranking, by standardised scores, to this file."}
     )
 
 
 @dataclass
 class PlotArguments(SelectionArguments):
-    """Arguments of `peft-ila plot`, which outlines a selection if one is given."""
+    """Arguments of `peft-ila plot`, which outlines the selection, if any."""
 
     output: str = field(default="importance.png", metadata={"help": "The picture to write."})
 
@@ -118,7 +108,7 @@ class PlanArguments(StepArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The model; its configuration is enough."})
     importance: str | None = field(
-        default=None, metadata={"help": "A ranking; without one, layers are spread evenly from the first one on."}
+        default=None, metadata={"help": "A ranking. Without it, layers are spread evenly from the first one on."}
     )
     lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
 
@@ -134,14 +124,14 @@ def rank(
     script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments, others: argparse.Namespace
 ) -> str | None:
     """
-    Rank the layers of a model, and write OUT/importance.json, OUT/importance.png and OUT/adapter.
+    Rank the layers of a model. Write OUT/importance.json, OUT/importance.png and OUT/adapter.
 
-    By default nothing is trained: a fresh adapter is measured, to choose what to tune. With `--method attribution`, it
-    is fine-tuned until stable first, to see what fine-tuning changes.
+    By default, nothing is trained: a fresh adapter is measured, to choose what to tune. `--method attribution` first
+    fine-tunes the adapter until stable, to see what fine-tuning changes.
 
-    With `--push_to_hub`, the adapter is uploaded with a card that holds the ranking.
+    `--push_to_hub` uploads the adapter with a model card that shows the ranking.
 
-    With `--resume_from_checkpoint True`, the same command goes on from what OUT holds, in either stage.
+    `--resume_from_checkpoint True` resumes the run in OUT, in either stage.
     """
     from accelerate import PartialState
 
@@ -171,12 +161,12 @@ def rank(
     return "\n".join(lines)
 
 
-# of what `tune` shares, what is only for the run of `rank`, or decided by the ranking; `hub_token` is a secret
+# settings of this run, or decided by the ranking, that `tune` must not get; `hub_token` is a secret
 _NOT_PASSED_ON = re.compile("output_dir|resume_from_checkpoint|run_name|push_to_hub|hub_.*|lora_target_modules|json")
 
 
 def _passed_on(settings: dict[str, Any]) -> list[str]:
-    """The settings that `rank` was given as flags for `tune`, but for what only YAML can say (`max_length: null`)."""
+    """The settings passed to `rank` as flags for `tune`, but those that only YAML can express (`max_length: null`)."""
     of_rank = {option.name for option in fields(RankArguments)} - {option.name for option in fields(TuneArguments)}
     flags = []
     for name, value in settings.items():
@@ -187,19 +177,19 @@ def _passed_on(settings: dict[str, Any]) -> list[str]:
 
 
 def _energy(facts: dict[str, Any]) -> list[str]:
-    """How much of a fully fine-tuned model's delta was ranked, if it was one."""
+    """The share of a fully fine-tuned model's delta that was ranked, if any."""
     if "energy_kept" not in facts:
         return []
     return [
         f"The adapter holds {facts['energy_kept']:.1%} of the squared norm of the target modules' deltas; "
-        f"{facts['energy_outside']:.1%} of all is outside the target modules."
+        f"{facts['energy_outside']:.1%} of the total is outside the target modules."
     ]
 
 
 def tune(
     script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments, others: argparse.Namespace
 ) -> str | None:
-    """Fine-tune the selected units, by a plain LoRA or in full, and write the adapter or the model to TUNED."""
+    """Fine-tune the selected units by LoRA or in full. Write the adapter or the model to TUNED."""
     from .workflows.tune import tune as tune_selection
 
     trainer = tune_selection(script_args, training_args, model_args, tune_args)
@@ -216,8 +206,8 @@ def tune(
         return _as_json({"written": [output], **counts})
     if tune_args.full:
         loading = f"Next, in Python: AutoModelForCausalLM.from_pretrained({output!r})"
-        return f"Wrote a model with {trainable:,} of {total:,} parameters trained to {output}.\n{loading}"
-    return f"Wrote a LoRA adapter with {trainable:,} of {total:,} parameters to {output}.\n{_loading(output)}"
+        return f"Wrote a model to {output}; {trainable:,} of its {total:,} parameters were trained.\n{loading}"
+    return f"Wrote a LoRA adapter to {output}; it has {trainable:,} of {total:,} parameters.\n{_loading(output)}"
 
 
 def _loading(adapter: str | None) -> str:
@@ -226,11 +216,11 @@ def _loading(adapter: str | None) -> str:
 
 def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
     """
-    Write the LoraConfig of the selected units to LORA/adapter_config.json, or the same for another program.
+    Write the LoraConfig of the selected units to LORA/adapter_config.json, or a file for another program.
 
-    It holds no weights. To turn a trained ILA adapter into a plain LoRA, use `peft-ila export`.
+    The file has no weights. To turn a trained ILA adapter into a plain LoRA, use `peft-ila export`.
 
-    Batch size, length, 4 bits and checkpointing say what a training step is, for `--memory_budget` alone.
+    Batch size, length, 4 bits and checkpointing describe the training step for `--memory_budget`.
     """
     importance = LayerImportance.load(others.importance)
     output_dir = Path(required(args.output_dir, "output_dir"))
@@ -249,7 +239,7 @@ def convert(args: ConvertArguments, others: argparse.Namespace) -> str:
 
 
 def _using(path: Path, program: Format) -> str:
-    """What to do with a converted selection."""
+    """How to use a converted selection."""
     if program == "peft":
         return f"Next, in Python: get_peft_model(base_model, LoraConfig.from_pretrained({str(path.parent)!r}))"
     if program == "trl":
@@ -261,9 +251,9 @@ def _using(path: Path, program: Format) -> str:
 
 def export(args: ExportArguments, others: argparse.Namespace) -> str:
     """
-    Write an ILA adapter as a plain LoRA adapter: gates multiplied into B, closed units absent.
+    Write an ILA adapter as a plain LoRA adapter: gates are multiplied into B, closed units are left out.
 
-    To write the configuration of a new LoRA from a ranking, use `peft-ila convert`.
+    To make the configuration of a new LoRA from a ranking, use `peft-ila convert`.
     """
     from .export.plain import export_adapter
     from .tuner.config import ILAConfig  # noqa: F401  registers ILA, whose adapters are read
@@ -308,9 +298,9 @@ def prune(
 
 def compare(args: CompareArguments, others: argparse.Namespace) -> str:
     """
-    Print overlap and rank correlation of each pair of rankings.
+    Print the overlap and rank correlation of each pair of rankings.
 
-    With `--output` draw the overlaps too; with `--mean` write one ranking of them all.
+    `--output` also draws the overlaps; `--mean` writes the mean ranking.
     """
     if len(others.importance) < 2:
         raise ValueError("`compare` needs at least two rankings.")
@@ -320,8 +310,10 @@ def compare(args: CompareArguments, others: argparse.Namespace) -> str:
     if args.mean is not None:
         taken = map(os.path.abspath, [*others.importance, args.output or ""])
         if os.path.abspath(required(args.mean, "mean")) in taken:
-            raise ValueError(f"`--mean {args.mean}` would replace what is compared or drawn; name another file.")
-        mean = LayerImportance.mean(importance for _, importance in rankings)  # may fail, so before a file is written
+            raise ValueError(f"`--mean {args.mean}` would overwrite a ranking or the picture; name another file.")
+        mean = LayerImportance.mean(
+            importance for _, importance in rankings
+        )  # may fail, so before any file is written
     if args.output:
         plot_overlaps(rankings, args.output)
     if args.mean is not None:
@@ -334,13 +326,13 @@ def compare(args: CompareArguments, others: argparse.Namespace) -> str:
 
 
 def plot(args: PlotArguments, others: argparse.Namespace) -> str:
-    """Draw the heatmap of a ranking; a selection is outlined."""
+    """Draw a ranking as a heatmap and outline the selection, if any."""
     LayerImportance.load(others.importance).plot(args.output, **args.selection())
     return _as_json({"written": [args.output]}) if others.json else f"Wrote {args.output}."
 
 
 def plan(args: PlanArguments, others: argparse.Namespace) -> str:
-    """Print what tuning all units or a share of them, and ranking them, needs of a GPU's memory."""
+    """Print the GPU memory for tuning all units or a share of them, and for ranking them."""
     from .workflows.models import model_config, model_name
     from .workflows.plan import plan as plan_memory
     from .workflows.plan import table
@@ -358,7 +350,7 @@ def plan(args: PlanArguments, others: argparse.Namespace) -> str:
 
 
 def demo(args: DemoArguments) -> None:
-    """All of it on the embedded model and data."""
+    """Run the whole method on the embedded model and data."""
     from .workflows.demo import demo as run
 
     run(Path(required(args.output_dir, "output_dir")))
@@ -369,17 +361,17 @@ def _as_json(value: Any) -> str:
 
 
 UNTRAINED = (
-    "Nothing was trained: the ranking is to choose what to tune, and the adapter is fresh. To see what fine-tuning "
-    "changes: --method attribution."
+    "Nothing was trained: use the ranking to choose what to tune. The adapter is fresh. To see what fine-tuning "
+    "changes, pass --method attribution."
 )
-TRACEBACK = "PEFT_ILA_TRACEBACK"  # an environment variable: errors are raised as they are
+TRACEBACK = "PEFT_ILA_TRACEBACK"  # environment variable: raise errors unchanged
 
 
 class _Command(NamedTuple):
     run: Callable[..., str | None]
     arguments: Any  # a dataclass
-    trains: bool = False  # it takes all of TRL's arguments too
-    usage: str | None = None  # where argparse's own would be pages, or too wide
+    trains: bool = False  # takes all of TRL's arguments too
+    usage: str | None = None  # where argparse's is too long or too wide
 
 
 _COMMANDS = {
@@ -431,29 +423,27 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
         formatter_class=HelpFormatter,
     )
     if command in ("convert", "plot"):
-        parser.add_argument("importance", help="A ranking, as `rank` wrote it, or the name of a published one.")
+        parser.add_argument("importance", help="A ranking file of `rank`, or the name of a published ranking.")
     if command == "prune":
         parser.add_argument("adapter", help="The directory, or the repository, of a trained LoRA or ILA adapter.")
     if command == "export":
         parser.add_argument("adapter", help="The directory of an ILA adapter, such as OUT/adapter.")
     if command == "compare":
-        parser.add_argument(
-            "importance", nargs="+", help="Rankings, as `rank` wrote them, or names of published ones."
-        )
+        parser.add_argument("importance", nargs="+", help="Ranking files of `rank`, or names of published rankings.")
     if command != "demo":
-        text = "Print JSON, and nothing else, on stdout."
+        text = "Print only JSON to stdout."
         parser.add_argument("--json", type=_truth, nargs="?", const=True, default=False, help=text)
     if trains:
-        parser.add_argument("--help_all", action="help", help="Show these and all of TRL's options, and exit.")
+        parser.add_argument("--help_all", action="help", help="Show all options, including TRL's, and exit.")
     return parser
 
 
 def _help(command: str) -> str:
-    """What `--help` shows, of TRL's options without importing its trainers."""
+    """The text of `--help`, without importing TRL's trainers."""
     parser = _parser(command, [_COMMANDS[command].arguments])
-    parser.add_argument("--config", metavar="FILE", help="YAML that holds any of the settings.")
+    parser.add_argument("--config", metavar="FILE", help="A YAML file with any of the settings.")
     if _COMMANDS[command].trains:
-        group = parser.add_argument_group("of TRL, what most runs need (`--help_all` shows all)")
+        group = parser.add_argument_group("TRL settings that most runs need (`--help_all` shows all)")
         for name, text in TRL_OPTIONS.items():
             group.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
     return parser.format_help()
@@ -469,7 +459,7 @@ def _training_parser(command: str) -> Any:
     return parser
 
 
-# what TRL takes for the value of a flag
+# the values that TRL takes for a flag
 _TRUTH = {
     **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
     **dict.fromkeys(("no", "false", "f", "n", "0"), False),
@@ -483,7 +473,7 @@ def _truth(text: str) -> bool:
 
 
 def _with_values(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """The same with `True` behind each flag that has no value, so that it does not take a path for one."""
+    """Add `True` after each flag without a value, so that the flag does not take the next argument."""
     flags = {name for action in parser._actions if action.const is True for name in action.option_strings}
     said = []
     for arg, following in zip(argv, [*argv[1:], ""]):
@@ -492,7 +482,7 @@ def _with_values(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
 
 
 def _config_first(argv: list[str]) -> tuple[list[str], list[str]]:
-    """`--config FILE`, if it was passed, with `~` expanded; and the other arguments."""
+    """`--config FILE`, if passed, with `~` expanded; and the other arguments."""
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in argv:
         return [], argv
@@ -504,7 +494,7 @@ def _config_first(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
-    """What the command's function takes."""
+    """The arguments of the command's function."""
     import yaml
 
     if "-h" in argv or "--help" in argv:
@@ -520,15 +510,15 @@ def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
             config + argv, return_remaining_strings=True, separate_remaining_strings=True
         )
     except yaml.YAMLError as error:
-        raise ValueError(f"The file of `--config` is not YAML: {error}") from error
+        raise ValueError(f"The `--config` file is not YAML: {error}") from error
     if unknown_keys:
-        raise ValueError(f"The file of `--config` has unknown settings: {unknown_keys}.")
+        raise ValueError(f"The `--config` file has unknown settings: {unknown_keys}.")
     if unknown:
         parser.error(f"unrecognized arguments: {unknown}")
     if trains:
         training = arguments[1]
         if training.learning_rate is None:
-            # SFTConfig's is for full tuning; the other is TRL's advice for LoRA
+            # SFTConfig's default is for full fine-tuning; TRL advises 2e-4 for LoRA
             training.learning_rate = type(training).learning_rate if getattr(arguments[3], "full", False) else 2e-4
     if command == "rank":
         found = vars(parser.parse_known_args(argv)[0])
@@ -536,7 +526,7 @@ def _parse(command: str, argv: list[str]) -> tuple[Any, ...]:
     return tuple(arguments)
 
 
-# what holds a path, or may: `~` is the user's home in all of them
+# settings that may hold a path: `~` is the user's home
 _PATHS = (
     "output_dir",
     "output",
@@ -568,7 +558,7 @@ def _top_parser() -> argparse.ArgumentParser:
     lines = [f"  {name:<9}{line}" for name, line in first.items()]
     parser = argparse.ArgumentParser(
         prog="peft-ila",
-        description="Rank the layers of a model, tune the important ones.",
+        description="Rank the layers of a model and tune the important ones.",
         epilog="\n".join(["commands:", *lines, "", EXIT_CODES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -581,28 +571,28 @@ def _top_parser() -> argparse.ArgumentParser:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if "does not work with lora_dropout" in text:  # PEFT's, of the fused experts of a model
+    if "does not work with lora_dropout" in text:  # PEFT's message for fused experts
         text += " Pass `--lora_dropout 0`."
     if not isinstance(error, (OSError, ValueError, TypeError, ImportError)):
         text = f"{type(error).__name__}: {text} (`{TRACEBACK}=1` shows where)"
-    # from files of others: no control sequences for the terminal
+    # it may quote a file: keep control sequences from the terminal
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; whatever goes wrong ends it with one line on stderr and exit code 1, Ctrl-C with 130."""
+    """Run a command. An error prints one line to stderr and exits with 1; Ctrl-C exits with 130."""
     argv = sys.argv[1:] if argv is None else argv
     command = _top_parser().parse_args(argv[:1]).command
     logging.basicConfig(format="%(message)s")
     logging.getLogger("peft_ila").setLevel(logging.INFO)
     silence_others()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # of an encoding that has no bars, such as a pipe's on Windows
+        sys.stdout.reconfigure(errors="replace")  # some encodings lack bars, such as a pipe's on Windows
     try:
         arguments = _parse(command, argv[1:])
         _expand_paths(arguments)
         as_json = any(getattr(group, "json", False) for group in arguments)
-        # trainers print their logs
+        # trainers print their logs to stdout
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             text = _COMMANDS[command].run(*arguments)
         if text is not None:

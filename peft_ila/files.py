@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, are read with care, and a directory that one run at a time writes to."""
+"""Files that are written whole or not at all, careful reading, and a lock on an output directory."""
 
 import contextlib
 import json
@@ -15,19 +15,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-# of what is being written, and of what was there before while the new one takes its place
+# suffixes: of a path being written, and of the earlier one while it is replaced
 PARTIAL, _EARLIER = ".peft_ila-partial", ".peft_ila-earlier"
-_LOCK = "_peft_ila.lock"  # trainers do not upload names that begin so
+_LOCK = "_peft_ila.lock"  # trainers do not upload names with this prefix
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """
-    Give a temporary path beside `path`, with the same name, that replaces `path` if the block succeeds.
-
-    Raises:
-        OSError: The path is a directory, or cannot be written.
-    """
+    """Yield a temporary path with the same name, which replaces `path` if the block succeeds."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name a file.")
@@ -41,14 +36,14 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def whole_directory(path: str | os.PathLike[str], own: Collection[str] | None = None) -> Iterator[Path]:
     """
-    Give a temporary directory beside `path`; what it holds at the end of a successful block becomes `path`.
+    Yield a temporary directory, which replaces `path` if the block succeeds and writes anything.
 
-    A directory that is there already is replaced; a process that is killed meanwhile leaves one of the two, which
-    [`recover`] puts in its place. Nothing is left behind by a block that fails or stays empty.
+    A process that is killed meanwhile leaves the old or the new directory, which [`recover`] restores. A block that
+    fails leaves nothing.
 
     Args:
         path: The directory.
-        own: The names that writers of this directory use; anything else that is there is kept. By default nothing is.
+        own: The names that writers of this directory use. Other files in it are kept; by default, none are.
     """
     path = Path(path)
     recover(path)
@@ -73,7 +68,7 @@ def whole_directory(path: str | os.PathLike[str], own: Collection[str] | None = 
 
 
 def recover(path: Path) -> None:
-    """Put a directory back whose writer was killed before the new one took its place, or drop the earlier one."""
+    """Restore the earlier directory if its writer was killed before replacing it, else delete it."""
     earlier = _earlier(path)
     if earlier.exists() and not path.exists():
         os.rename(earlier, path)
@@ -83,11 +78,8 @@ def recover(path: Path) -> None:
 @contextmanager
 def lock_directory(directory: str | os.PathLike[str]) -> Iterator[None]:
     """
-    Hold a directory so that no other run writes to it; a killed run holds nothing. What a killed run has left
-    half-written there is removed. A directory that had to be made and stays empty is removed again.
-
-    Raises:
-        OSError: Another process holds the directory, or it is none.
+    Lock a directory against other runs, and remove half-written files of killed runs. A killed run keeps no lock. A
+    directory that was created here and stays empty is removed again.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -106,7 +98,7 @@ def lock_directory(directory: str | os.PathLike[str]) -> Iterator[None]:
             f"{directory} is in use by {holder or 'another process'}. Wait for it, or choose another output directory."
         ) from None
     try:
-        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+        with contextlib.suppress(OSError):  # Windows allows no writes to a locked file
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         for left in directory.glob(f".*{PARTIAL}"):
             shutil.rmtree(left, ignore_errors=True)
@@ -114,7 +106,7 @@ def lock_directory(directory: str | os.PathLike[str]) -> Iterator[None]:
             recover(directory / left.name[1 : -len(_EARLIER)])
         yield
     finally:
-        with contextlib.suppress(OSError):  # where a file in use cannot be removed, it stays
+        with contextlib.suppress(OSError):  # it stays where a file in use cannot be removed
             path.unlink()
             if made:
                 directory.rmdir()
@@ -122,23 +114,13 @@ def lock_directory(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def read_json(path: str | os.PathLike[str], most: int = 2**28) -> Any:
-    """
-    Read a file of JSON that may hold anything.
-
-    Args:
-        path: A regular file.
-        most: The greatest size in bytes.
-
-    Raises:
-        OSError: There is no such file.
-        ValueError: It is no regular file, too large, or not JSON.
-    """
+    """Read a regular file of JSON with any content, of at most `most` bytes."""
     path = Path(path)
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is not a regular file.")
     if found.st_size > most:
-        raise ValueError(f"{path} has {found.st_size} bytes, more than the {most} that it may have.")
+        raise ValueError(f"{path} has {found.st_size} bytes; the maximum is {most}.")
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -147,32 +129,26 @@ def read_json(path: str | os.PathLike[str], most: int = 2**28) -> Any:
 
 @contextmanager
 def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """
-    `safetensors.safe_open` on the CPU.
-
-    Raises:
-        OSError: There is no such file.
-        ValueError: The file is truncated or damaged.
-    """
+    """`safetensors.safe_open` on the CPU."""
     try:
         with safe_open(path, "pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); write or download it again.") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); save or load it again.") from error
 
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """A new directory beside `path`, which is gone at the end of the block."""
+    """A new directory beside `path`, deleted at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}{PARTIAL}"
-    temporary.mkdir()  # by the umask, unlike `tempfile.mkdtemp`
+    temporary.mkdir()  # follows the umask, unlike `tempfile.mkdtemp`
     try:
         yield temporary
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"{path} could not be written: {error}") from error
     except OSError as error:
-        if error.errno is not None:  # one of the system, which names no file where the disk is full
+        if error.errno is not None:  # from the system, which names no file if the disk is full
             error.filename = error.filename or str(path)
         raise
     finally:
@@ -180,7 +156,7 @@ def _partial(path: Path) -> Iterator[Path]:
 
 
 def _follow_umask(directory: Path) -> None:
-    """safetensors makes files for the owner alone."""
+    """safetensors makes files that only the owner can read."""
     mode = directory.stat().st_mode
     for path in directory.rglob("*"):
         with contextlib.suppress(OSError):  # not every file system has modes
@@ -200,6 +176,6 @@ def _copy(source: Path, target: Path) -> None:
 
 def _link(source: str | Path, target: str | Path) -> None:
     try:
-        os.link(source, target, follow_symlinks=False)  # of any kind and size
+        os.link(source, target, follow_symlinks=False)  # works for any kind and size
     except (OSError, NotImplementedError):
         shutil.copy2(source, target, follow_symlinks=False)

@@ -1,4 +1,4 @@
-"""What the command line shows around the work: help, versions, no noise of others."""
+"""Help and versions of the command line, and silence for other libraries."""
 
 import argparse
 import copy
@@ -10,31 +10,31 @@ from .version import __version__
 
 EXIT_CODES = "Exit codes: 0 done; 1 an error, one line on stderr; 2 a wrong command line; 130 Ctrl-C."
 
-# the settings of TRL that most runs need, for `--help`
+# the TRL settings that most runs need, for `--help`
 TRL_OPTIONS = {
     "model_name_or_path": "The model: a directory, or a name on the hub.",
     "dataset_name": "The data: a `.jsonl` file in one of TRL's formats, or a name on the hub.",
     "output_dir": "Where to write all results.",
-    "resume_from_checkpoint": "True: go on with a run that was killed.",
+    "resume_from_checkpoint": "True: resume a killed run.",
     "learning_rate": "2e-4 by default, 2e-5 with `tune --full`.",
-    "num_train_epochs": "At most so many epochs,",
-    "max_steps": "or at most so many steps.",
-    "per_device_train_batch_size": "The number of examples of a batch,",
-    "gradient_accumulation_steps": "and of batches of a step.",
-    "max_length": "The greatest number of tokens of an example.",
-    "logging_steps": "Log the loss every so many steps.",
+    "num_train_epochs": "The maximum number of epochs.",
+    "max_steps": "The maximum number of steps; overrides the epochs.",
+    "per_device_train_batch_size": "The number of examples per batch.",
+    "gradient_accumulation_steps": "The number of batches per step.",
+    "max_length": "The maximum number of tokens per example.",
+    "logging_steps": "Log the loss every N steps.",
     "eval_strategy": "Evaluate on held-out data: 'no', 'steps' or 'epoch'.",
-    "seed": "Of the first weights and the order of the data.",
+    "seed": "The seed of the initial weights and the data order.",
     "lora_r": "LoRA's rank.",
     "lora_alpha": "LoRA's alpha.",
     "lora_dropout": "LoRA's dropout.",
     "load_in_4bit": "Quantise the model to NF4 (QLoRA).",
-    "gradient_checkpointing": "Compute activations again in the backward pass.",
-    "report_to": "Where to log to, such as 'wandb', or 'none'.",
+    "gradient_checkpointing": "Recompute activations in the backward pass.",
+    "report_to": "Where to log, such as 'wandb', or 'none'.",
     "push_to_hub": "Upload the result.",
 }
 
-# what libraries log or warn of on each start, or that only their authors can act on
+# lines that libraries print on each start, or that only their authors can act on
 _LOGGED = {
     "torchao": ("Failed to load", "Skipping import of cpp extensions"),
     "torchao.kernel.intmm": ("Detected no triton",),
@@ -53,7 +53,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def silence_others() -> None:
-    """Keep known lines of other libraries from the terminal, each by its own text; before they are imported."""
+    """Hide known lines of other libraries, each by its own text. Call it before they are imported."""
     for name in _LOGGED:
         logging.getLogger(name).addFilter(_is_news)
     for message, category in _WARNED:
@@ -61,7 +61,7 @@ def silence_others() -> None:
 
 
 def versions() -> str:
-    """The version of peft-ila, and of what its results depend on, where it is installed; imports none of them."""
+    """The versions of peft-ila and the libraries that its results depend on, without importing them."""
     lines = [f"peft-ila {__version__}"]
     for name in ("peft", "torch", "transformers", "trl"):
         try:
@@ -72,10 +72,10 @@ def versions() -> str:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names each option once, with its default if that says something."""
+    """Names each option once, with its default unless it is None or False."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = copy.copy(action)  # the parser takes `--top-p` beside `--top_p`
+        shown = copy.copy(action)  # the parser also takes `--top-p`
         shown.option_strings = [name for name in action.option_strings if "-" not in name.removeprefix("--")[1:]]
         return super()._format_action_invocation(shown)
 

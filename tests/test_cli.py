@@ -105,7 +105,9 @@ def test_rank_prints_a_table(workspace, tmp_path, capsys):
     assert [float(line[4]) for line in lines] == pytest.approx(
         [importance.probability(top_p=0.3)[unit] for unit in importance.ranking()], abs=0.005
     )
-    assert (f"In the top 30% or not by a coin toss: {', '.join(tosses)}\n" in output) == bool(tosses)
+    assert (f"Uncertain (in the top 30% with a probability of ¼ to ¾): {', '.join(tosses)}\n" in output) == bool(
+        tosses
+    )
 
 
 def test_rank_ends_stage_1_when_it_is_stable(workspace, tmp_path):
@@ -256,7 +258,7 @@ def test_a_compiled_model_is_saved(workspace, tmp_path):
 
 
 def test_a_file_has_no_split_to_evaluate_on(workspace, tmp_path):
-    with pytest.raises(SystemExit, match=r"data.jsonl is a file without a split 'test'. Train on it by"):
+    with pytest.raises(SystemExit, match=r"data.jsonl is a file without a split 'test'. To train on it, pass"):
         rank(workspace, tmp_path, "--eval_strategy", "steps")
 
 
@@ -269,7 +271,7 @@ def test_a_directory_with_an_earlier_run(workspace, tmp_path, capsys):
     (tmp_path / "importance.json").unlink()
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     error = error_of(["rank", *data, "--output_dir", str(tmp_path), *TRAINING, *BOTH_STAGES], capsys)
-    assert "is of a run that was not finished; go on with it by `--resume_from_checkpoint True`" in error
+    assert "belongs to an unfinished run. Resume it with `--resume_from_checkpoint True`" in error
     assert (tmp_path / "adapter").exists()
 
 
@@ -279,7 +281,7 @@ def test_an_adapter_that_was_not_ranked_is_not_trained_anew(workspace, tmp_path,
         patch.setattr("peft_ila.workflows.rank.learn_gates", interrupted)
         rank(workspace, tmp_path)
     adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="is of a run that was not finished; go on with it by"):
+    with pytest.raises(SystemExit, match="belongs to an unfinished run. Resume it with"):
         rank(workspace, tmp_path)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     rank(workspace, tmp_path, "--resume_from_checkpoint", "True")
@@ -323,7 +325,7 @@ def test_convert_without_the_model_at_hand(ranked, tmp_path, caplog):
     content["metadata"]["model"] = "someone/elsewhere"
     (tmp_path / "moved.json").write_text(json.dumps(content))
     main(["convert", str(tmp_path / "moved.json"), "--top_p", "0.3", "--output_dir", str(tmp_path / "lora")])
-    assert "'someone/elsewhere' is not at hand" in caplog.text
+    assert "'someone/elsewhere' was not found, so targets are checked by name only" in caplog.text
     assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 1
 
 
@@ -379,7 +381,10 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
         (["--memory_budget", "1KB"], "A memory budget of 1e-06 GB is too small: the frozen model takes"),
         (["--memory_budget", "much"], "must be a size such as '24GB', '24GiB' or a number of bytes, got 'much'"),
         (["--memory_budget", "24GB", "--top_p", "0.3"], "`--memory_budget` decides .*: leave out `--top_p`"),
-        (["--memory_budget", "24GB", "--format", "axolotl-full", "--lora_r", "16"], "full fine-tuning is not counted"),
+        (
+            ["--memory_budget", "24GB", "--format", "axolotl-full", "--lora_r", "16"],
+            "counts LoRA only: for `--format axolotl-full`",
+        ),
     ):
         assert re.search(message, error_of([*arguments, *extra], capsys))
     without = re.escape("pass it, or leave out `--max_length` and `--gradient_checkpointing`.")
@@ -388,7 +393,7 @@ def test_convert_by_a_memory_budget(workspace, ranked, tmp_path, capsys, caplog)
     content["metadata"]["model"] = "/gone"
     (tmp_path / "moved.json").write_text(json.dumps(content))
     error = error_of(["convert", str(tmp_path / "moved.json"), *arguments[2:], "--memory_budget", "24GB"], capsys)
-    assert "needs the model: say where it is by `--model_name_or_path`" in error
+    assert "needs the model: pass `--model_name_or_path`" in error
 
 
 def test_tune_by_a_memory_budget(workspace, ranked, tmp_path, capsys):
@@ -430,7 +435,7 @@ def test_a_masked_adapter_is_ranked_by_its_open_units(workspace, ranked, tmp_pat
     masked = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     masked += ["--adapter", str(tmp_path / "masked"), "--output_dir", str(tmp_path / "out"), *TRAINING]
     error = error_of(["rank", *masked], capsys)
-    (command,) = re.findall(r"is masked.* by `peft-ila (export .*)`, and pass `--adapter PLAIN`", error)
+    (command,) = re.findall(r"is masked.* run `peft-ila (export .*)` and pass `--adapter PLAIN`", error)
     main(command.replace("PLAIN", str(tmp_path / "plain")).split())
     rank(workspace, tmp_path / "out", "--adapter", str(tmp_path / "plain"))
     assert LayerImportance.load(tmp_path / "out" / "importance.json").units == ["model.layers.0", "model.layers.2"]
@@ -455,7 +460,7 @@ def test_a_fully_fine_tuned_model_is_ranked(workspace, ranked, tmp_path, truncat
     assert second.scores == pytest.approx(first.scores, abs=1e-3)
     facts = second.metadata["stage_1"]
     assert facts["energy_kept"] == pytest.approx(1, abs=1e-4) and facts["energy_outside"] == 0
-    assert "100.0% of the squared norm of the target modules' deltas; 0.0% of all" in capsys.readouterr().out
+    assert "100.0% of the squared norm of the target modules' deltas; 0.0% of the total" in capsys.readouterr().out
 
     written = (tmp_path / "out" / "delta" / "adapter_model.safetensors").stat().st_mtime_ns
     rank(workspace, tmp_path / "out", *extra, "--resume_from_checkpoint", "True")
@@ -506,7 +511,7 @@ def test_a_model_with_code_of_its_own(workspace, ranked, tmp_path):
     "arguments, message",
     [
         (["--adapter", "a", "--tuned_model", "b"], "Pass `--adapter` or `--tuned_model`, not both."),
-        (["--tuned_rank", "4"], "`--tuned_rank` is of no use without `--tuned_model`."),
+        (["--tuned_rank", "4"], "`--tuned_rank` needs `--tuned_model`."),
         (["--tuned_model", "/nowhere"], "There is no model directory /nowhere."),
         (["--gate_learning_rate", "0.2"], r"\['gate_learning_rate'\] are settings of `method=\"descent\"`"),
         (["--gate_steps", "2"], "`gate_steps` must be a whole number of at least 4, got 2"),
@@ -582,7 +587,7 @@ def test_compare_loses_nothing_by_the_mean(ranked, tmp_path, monkeypatch, mean, 
         shutil.copyfile(ranked / "importance.json", name)
     before = Path("a.json").read_bytes()
     error = error_of(["compare", "a.json", "b.json", "--mean", mean, "--output", "picture.png"], capsys)
-    assert re.search("would replace what is|is required|is a directory; name a file", error)
+    assert re.search("would overwrite a ranking or the picture|is required|is a directory; name a file", error)
     assert Path("a.json").read_bytes() == before
     assert re.search("suffix", error_of(["compare", "a.json", "b.json", "--mean", "m", "--output", "p.zzz"], capsys))
     assert not Path("m").exists()
@@ -620,7 +625,7 @@ def error_of(arguments, capsys) -> str:
         (["rank", "--dataset_name", "big", "--dataset_streaming"], "`--dataset_streaming` is not supported"),
         (
             ["plan", "--model_name_or_path", "nowhere"],
-            "no model directory nowhere, and the hub gives none of that name: ",
+            "no model directory nowhere, and the hub has no such model: ",
         ),
         (["convert", TESTS, "--top_p", "0.3", "--output_dir", "x"], "is a directory.*such as .*tests/importance.json"),
         (["export", "A", "--output_dir", __file__], "test_cli.py is a file; choose another output directory"),
@@ -653,7 +658,7 @@ def test_rank_without_matplotlib(workspace, tmp_path, monkeypatch, capsys, caplo
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     rank(workspace, tmp_path)
-    assert "importance.png is left out. Plots need matplotlib: pip install matplotlib" in caplog.text
+    assert "importance.png is not written. Plots need matplotlib: pip install matplotlib" in caplog.text
     assert f"Wrote {tmp_path}/importance.json and adapter/." in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.png"))
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -714,11 +719,11 @@ def test_what_the_trainer_reads_is_ranked(workspace, tmp_path, monkeypatch, cont
 def test_a_part_of_a_file(tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(5)))
     assert load_dataset(str(tmp_path / "data.jsonl"), split="train[:2]")["text"] == ["0", "1"]
-    with pytest.raises(ValueError, match=r"data.jsonl is a file without a split 'test'. Train on it by"):
+    with pytest.raises(ValueError, match=r"data.jsonl is a file without a split 'test'. To train on it, pass"):
         load_dataset(str(tmp_path / "data.jsonl"), split="test")
 
 
-LINES = "Expected one JSON object a line"
+LINES = "Expected one JSON object per line"
 
 
 @pytest.mark.parametrize(
@@ -727,7 +732,7 @@ LINES = "Expected one JSON object a line"
         ("", "cannot be read as a data set: it holds no examples"),
         ("\n\n", "cannot be read as a data set: .*no data"),
         ('{"text": "a"}\nnot json\n', f"cannot be read as a data set: JSON parse error.* in row 1. {LINES}"),
-        ("prompt,completion\na,b\n", f"JSON parse error: .*{LINES}; `datasets.Dataset.from_csv"),
+        ("prompt,completion\na,b\n", f"JSON parse error: .*{LINES}. `datasets.Dataset.from_csv"),
         ("[" * 100_000, f"cannot be read as a data set: .*depth.*{LINES}"),
         ('{"text": "ä"}\n'.encode("latin-1"), "cannot be trained on .*UnicodeDecodeError: 'utf-8' codec"),
         ('{"text": "a"}\n'.encode("utf-16"), f"cannot be read as a data set: .*{LINES}"),
@@ -736,7 +741,7 @@ LINES = "Expected one JSON object a line"
         ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', r"with missing values in .*'text'\]. TRL takes"),
         ('{"text": ["hello"]}\n', r"'list' object has no attribute 'endswith'. .* has the columns \['text'\]"),
         ("[1, 2]\n", r"'int' object has no attribute 'endswith'. .* has the columns \['text'\]"),
-        ('{"messages": "hello"}\n', "No example of .* is left to train on: within `--max_length 1024`, none"),
+        ('{"messages": "hello"}\n', "No example of .* is left to train on: none .* within `--max_length 1024`"),
         ('{"messages": [{"role": "user"}]}\n', r"cannot be trained on .*has the columns \['messages'\]"),
         (None, "There is no data file"),
     ],
@@ -771,7 +776,7 @@ def test_a_directory_as_data(tmp_path):
         ({"hidden_size": "a"}, "The configuration of .*model cannot be read"),
         ({"hidden_size": -1}, "No model can be built from this LlamaConfig|cannot be read"),
         ({"hidden_size": 10**40}, "No model can be built from this LlamaConfig|cannot be read"),
-        ({"num_hidden_layers": 10**12}, "has `num_hidden_layers` 1000000000000, more than 10000"),
+        ({"num_hidden_layers": 10**12}, "has `num_hidden_layers` 1000000000000; the maximum is 10000"),
         (None, "is not JSON"),
     ],
 )
@@ -795,7 +800,7 @@ def test_only_models_of_a_configuration_are_built(architecture):
 def test_a_tokenizer_of_another_model(workspace, tmp_path, capsys):
     model = shutil.copytree(workspace / "model", tmp_path / "model")
     tiny_llama(vocab_size=20).save_pretrained(model)
-    with pytest.raises(SystemExit, match="has the token .* by this tokenizer, but the model knows only 20"):
+    with pytest.raises(SystemExit, match="has the token .*, but the model has only 20 tokens"):
         rank(tmp_path, tmp_path / "out", "--dataset_name", str(workspace / "data.jsonl"))
 
 
@@ -810,7 +815,7 @@ def test_a_damaged_model(workspace, tmp_path):
     model = shutil.copytree(workspace / "model", tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(SystemExit, match="model.safetensors is damaged or no safetensors file"):
+    with pytest.raises(SystemExit, match="model.safetensors is damaged or not a safetensors file"):
         rank(tmp_path, tmp_path / "out", "--dataset_name", str(workspace / "data.jsonl"))
 
 

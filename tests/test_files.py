@@ -70,7 +70,7 @@ def test_files_of_others_are_kept(tmp_path):
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_text("[" + " " * 100 + "]")
-    for name, message in (("pipe", "not a regular file"), ("large", "has 102 bytes, more than the 50")):
+    for name, message in (("pipe", "not a regular file"), ("large", "has 102 bytes; the maximum is 50")):
         with pytest.raises(ValueError, match=message):
             read_json(tmp_path / name, most=50)
 

@@ -1,5 +1,5 @@
 """
-How long does what is done with a ranking of 10,000 units take?
+How long does it take to use a ranking of 10,000 units?
 
     python -m benchmarks.cost.scale --output benchmarks/results/scale.json
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure  # noqa: F401  its import is no part of the drawing
+import matplotlib.figure  # noqa: F401  not timed as part of the drawing
 
 from benchmarks.record import save
 from peft_ila import LayerImportance

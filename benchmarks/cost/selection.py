@@ -1,9 +1,9 @@
 """
-What tuning a selection costs, against LoRA on all layers: bytes that autograd keeps, FLOPs and the time of a step.
+The cost of tuning a selection, compared with LoRA on all layers: bytes kept by autograd, FLOPs and the time of a step.
 
-The selection is the ranking's own, scattered as it is. Gradient checkpointing is off and on, there without and with
-`FrozenPrefix`; on NF4 (whose products PyTorch's counter does not see) with it. Times are medians of ratios to full
-LoRA's step of the same round, see `step_cost.py`.
+The ranking's own selection is used, scattered as it is. Gradient checkpointing is off, on, and on with `FrozenPrefix`;
+on NF4 (whose products PyTorch's counter misses), only the last. Times are medians of ratios to the step of full LoRA
+in the same round, see `step_cost.py`.
 
     python -m benchmarks.cost.selection --importance demo_output/learned/importance.json \
         --output benchmarks/results/selection.json

@@ -1,9 +1,9 @@
 """
-What gates add on models of any size, counted on the meta device.
+The cost of gates on models of any size, counted on the meta device.
 
-First the FLOPs of a step of 4×128 tokens (r = 16, all linear modules) against the floor: the frozen model with the
-gradient carried down to the first decoder layer. Then injection, ranking, conversion (checked by injection) and plot
-on a model of 126 decoder layers and 405 billion parameters.
+First the FLOPs of a step of 4×128 tokens (r = 16, all linear modules), compared with the floor: the frozen model with
+the gradient carried down to the first decoder layer. Then the time of injection, ranking, conversion (checked by
+injection) and plot on a model of 126 decoder layers and 405 billion parameters.
 
     python -m benchmarks.cost.size --output benchmarks/results/size.json
 """

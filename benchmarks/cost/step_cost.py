@@ -1,15 +1,18 @@
 """
-What a step costs in each mode: the exact count of bytes that autograd keeps for the backward pass, and its time.
+The cost of a step in each mode: its time, and the exact count of bytes that autograd keeps for the backward pass.
 
     python -m benchmarks.cost.step_cost --output benchmarks/results/step_cost.json
 
-SmolLM2-135M in fp32 and NF4, one random decoder layer as wide as those of Llama-3.1-8B, and one of Qwen3-30B-A3B with
-32 of its 128 experts, which are parameters; all that LoRA adapts by "all-linear", r = 16, 4×128 tokens, both
-granularities. "Stage 2" is the step of `learn_gates`, "prune" the one of `prune`, "floor" the frozen model with the
-gradient carried down to the first decoder layer. A time is the median over rounds, in each of which every step is
-taken once in random order, of the ratio to the floor's step (stage 2, soft) or to LoRA's (open, joint), since the
-machine's speed drifts and a step feels what the one before left in memory; the spread is half the distance of the
-quartiles, divided by the root of the number of rounds. A round takes 25 s on 2 quiet cores for SmolLM2.
+Models: SmolLM2-135M in fp32 and NF4, one random decoder layer as wide as those of Llama-3.1-8B, and one of
+Qwen3-30B-A3B with 32 of its 128 experts, which are parameters. Adapters: "all-linear", r = 16, both granularities,
+4×128 tokens. "Stage 2" is the step of `learn_gates`, "prune" the step
+of `prune`; "floor" is the frozen model with the gradient carried down to the
+first decoder layer.
+
+Each round runs every step once in random order, since the machine's speed drifts and a step depends on the memory left
+by the previous one. A time is the median over rounds of the ratio to the floor's step (stage 2, soft), to stage 2's (prune) or to LoRA's
+(open, joint). Its spread is half the interquartile range, divided by the root of the number of rounds. A round takes
+25 s on 2 quiet cores for SmolLM2.
 """
 
 import argparse
@@ -55,7 +58,7 @@ MOE = Qwen3MoeConfig(
     vocab_size=1024,
 )
 BASES = ("fp32", "NF4", "wide", "MoE")
-# and what they are compared with
+# and their baselines
 MODES = {"open": "LoRA", "stage 2": "floor", "prune": "stage 2", "soft": "floor", "joint": "LoRA"}
 
 
@@ -69,7 +72,7 @@ def load(base: str) -> Any:
 
 def floor(base: str) -> Any:
     model = load(base).requires_grad_(False)
-    # the first decoder layer's input is what a gate in that layer would need a gradient for
+    # a gate in the first decoder layer would need the gradient of the layer's input
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
     return model
 
@@ -86,7 +89,7 @@ def seconds(model: Any) -> float:
 
 
 def interleaved(steps: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
-    """What each step returns in each round, in which all are taken once, in random order."""
+    """The results of each step in each round. A round takes all steps once, in random order."""
     order = random.Random(0)
     taken: dict[Any, list[float]] = {step: [] for step in steps}
     for _ in range(rounds):
@@ -114,7 +117,7 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, help="a JSON file for the figures, beside those that it holds")
+    parser.add_argument("--output", type=Path, help="a JSON file to add the figures to")
     args = parser.parse_args()
 
     figures: dict[str, Any] = {}

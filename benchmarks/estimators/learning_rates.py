@@ -1,15 +1,15 @@
 """
-How much do learning rates matter, and can a short first stage stand for a long one? See `docs/appendix/steps.md`.
+How much do learning rates matter, and can a short stage 1 replace a long one? See `docs/appendix/steps.md`.
 
-On the last adapter that `steps.py` has kept: descent on the scores under pressure, by several optimisers and learning
-rates. Then first stages of a tenth of the long one's steps, by several learning rates, ranked as by `learn_gates`. All
-rankings are compared with that of the long run, from batches that no other ranking has seen, and applied to its
-adapter as a hard mask.
+First, descent on the scores under pressure runs on the last adapter of `steps.py`, by several optimisers and learning
+rates. Then short runs of stage 1, with a tenth of the steps and several learning rates, are ranked by `learn_gates`.
+All rankings are applied to the long run's adapter as a hard mask and compared with its own ranking, from batches that
+no other ranking has seen.
 
     python -m benchmarks.estimators.learning_rates --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/learning_rates.json --plot docs/learning_rates.png
 
-1 hour on one core. What the output holds already is only printed and drawn.
+1 hour on one core. Results in the output are only printed and drawn.
 """
 
 import json
@@ -35,7 +35,7 @@ SCORES: dict[str, Callable[[Problem], torch.Tensor]] = {
     "SGD, four times that": partial(pressure_sgd, scale=4),
 }
 SHORT = STAGE_1[-1] // 10
-RATES = (5e-4, 2e-3, 5e-3)  # of the short first stages
+RATES = (5e-4, 2e-3, 5e-3)  # of the short stages 1
 
 
 def measure(data: str, seed: int, path: Path, output: Path) -> dict[str, Any]:

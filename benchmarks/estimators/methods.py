@@ -1,10 +1,10 @@
 """
 How do the methods of `learn_gates` differ? On the demo's part a, see `docs/appendix/rankings.md`.
 
-The adapter that `make demo` ranks last, full LoRA's, is ranked anew by "attribution" and by "descent" without and with
-a budget, and a fresh one by "untrained", with one gate for each decoder layer and for each module. Overlap and rank
+The adapter that `make demo` ranks last (full LoRA) is ranked by "attribution" and by "descent" without and with a
+budget, and a fresh adapter by "untrained", with one gate per decoder layer and per module. Overlap and rank
 correlation are with the ranking by attribution; "kept" is (L(0) − L(mask)) / (L(0) − L(1)) on the demo's held-out
-dialogues, nothing retrained.
+dialogues, without retraining.
 
     python -m benchmarks.estimators.methods --demo demo_output --output benchmarks/results/methods.json
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, required=True, help="the output of `peft-ila demo`")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--output", type=Path, required=True, help="what it holds already is not computed again")
+    parser.add_argument("--output", type=Path, required=True, help="results in it are not computed again")
     args = parser.parse_args()
     figures: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     for granularity in ("layer", "module"):

@@ -2,16 +2,16 @@
 Which estimator of importance finds the modules that matter? The tables of `docs/appendix/rankings.md`.
 
 For each data set and seed: fine-tune SmolLM2-135M with LoRA (kept for the next call), then rank its 210 modules by
-several estimators. All see the same training batches and may set the gates γ to any values; their cost is the number
-of batches whose gradient they ask for. "Kept" is (L(0) − L(mask)) / (L(0) − L(1)) on held-out examples, with the
-deltas of all modules but the top ones switched off and nothing retrained. For "layers", whole decoder layers are
-ranked by the sum of their modules' scores.
+several estimators. All use the same training batches and may set the gates γ to any values; their cost is the number
+of batches with a backward pass. "Kept" is (L(0) − L(mask)) / (L(0) − L(1)) on held-out examples, with only the deltas
+of the top modules on and without retraining. For "layers", whole decoder layers are ranked by the sum of their
+modules' scores.
 
     python -m benchmarks.estimators.quality --data ../shared/data/sft_alpaca_gpt4.jsonl ../shared/data/sft_lima.jsonl \
         ../shared/data/sft_dolly.jsonl --seeds 0 1 2 --output_dir benchmarks/results/estimators
 
-On one core, stage 1 takes 7 minutes a run, each estimator 4. What the output holds already is not computed again;
-without --data, only the tables are printed.
+On one core, stage 1 takes 7 minutes per run, each estimator 4. Results in the output are not computed again. Without
+`--data`, only the tables are printed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PATH = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 
 
 def random_masks(problem: Problem) -> torch.Tensor:
-    """Attribution along the path, but at random masks instead of all gates alike."""
+    """Attribution along the path, but at random masks instead of equal gates."""
     generator = torch.Generator().manual_seed(0)
     gradients = []
     for i, batch in enumerate(problem.batches):
@@ -66,7 +66,7 @@ def at_points(
     batches: int = BATCHES,
     loss: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The mean of −∂L/∂γ with all gates alike, at these values in turn, one batch each."""
+    """The mean of −∂L/∂γ with equal gates, at these values in turn, one batch each."""
     ones = torch.ones(len(problem.units))
     gradients = [
         problem.gradient(ones * points[i % len(points)], batch, loss)
@@ -108,7 +108,7 @@ def pressure_sgd(problem: Problem, scale: float = 1.0) -> torch.Tensor:
 
 
 def of_the_package(problem: Problem, **settings: Any) -> torch.Tensor:
-    """What `learn_gates(method="descent")` does."""
+    """As `learn_gates(method="descent")`."""
     search = Descent(len(problem.units), BATCHES, **settings)
     for batch in problem.batches:
         gamma = torch.sigmoid(search.scores)
@@ -135,7 +135,7 @@ def hard_concrete(problem: Problem) -> torch.Tensor:
 
 
 def straight_through(problem: Problem, start: torch.Tensor, share: float, batches: slice) -> torch.Tensor:
-    """The forward pass has the hard top-H mask, the gradient goes to all scores as if it had not."""
+    """The forward pass has the hard top-H mask; the gradient reaches all scores as if it had not."""
     s = (start / start.std()).requires_grad_()
     adam = torch.optim.Adam([s], lr=0.1)
     for batch in problem.batches[batches]:
@@ -219,10 +219,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[], help="JSONL files with `messages`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=60, help="of stage 1")
+    parser.add_argument("--steps", type=int, default=60, help="the steps of stage 1")
     parser.add_argument("--estimators", nargs="+", default=list(ESTIMATORS), choices=list(ESTIMATORS))
-    parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where stage 1 is kept")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the figures of each run are kept")
+    parser.add_argument(
+        "--adapters", type=Path, default=Path("adapters"), help="the directory of the adapters of stage 1"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="the directory of the figures of each run")
     args = parser.parse_args()
 
     for seed, data in itertools.product(args.seeds, args.data):

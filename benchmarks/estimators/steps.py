@@ -1,15 +1,15 @@
 """
-How many steps of either stage does a ranking need? What defaults of `learn_gates` rest on: `docs/appendix/steps.md`.
+How many steps of each stage does a ranking need? The basis of the defaults of `learn_gates`: `docs/appendix/steps.md`.
 
-One long LoRA run is kept at several steps, and the gates of each of these adapters are measured. All rankings are
-compared with that of the last one from batches that no other ranking has seen, and applied to the last adapter as a
-hard mask. "Agreement" is what `learn_gates` looks at. The spread of the scores is right if the differences between
+One long LoRA run is saved at several steps, and the gates of each of these adapters are measured. All rankings are
+applied to the last adapter as a hard mask and compared with its own ranking, from batches that no other ranking has
+seen. "Agreement" is the measure that `learn_gates` uses. The spread of the scores is right if the differences between
 rankings from disjoint batches, in units of their standard errors, have a standard deviation of 1.
 
     python -m benchmarks.estimators.steps --data ../shared/data/sft_alpaca_gpt4.jsonl --seed 2 \
         --output benchmarks/results/steps.json --plot docs/steps.png
 
-45 minutes on one core. An output that is there already is only printed and drawn.
+45 minutes on one core. An existing output is only printed and drawn.
 """
 
 import argparse
@@ -120,11 +120,13 @@ def plot(lines: dict[str, dict[Any, list[dict[str, Any]]]], title: str, path: Pa
 
 
 def arguments(description: str | None) -> tuple[argparse.Namespace, Path]:
-    """The command line, and the path that the adapters of its run have in common."""
+    """The command line, and the common path of the adapters of its run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a JSONL file with `messages`")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapters", type=Path, default=Path("adapters"), help="where stage 1 is kept")
+    parser.add_argument(
+        "--adapters", type=Path, default=Path("adapters"), help="the directory of the adapters of stage 1"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path, help="a picture of the figures")
     args = parser.parse_args()

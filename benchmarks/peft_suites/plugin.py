@@ -1,4 +1,4 @@
-"""What `peft_suites.py` needs inside pytest: ILA in LoRA's place, and a hub cache of tiny random models."""
+"""The pytest plugin of `run.py`: ILA in LoRA's place, and a hub cache of tiny random models."""
 
 import contextlib
 import importlib.machinery

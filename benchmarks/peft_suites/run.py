@@ -1,11 +1,11 @@
 """
-PEFT's own test suites, run for LoRA and with ILA in its place, and the cases that differ.
+Run PEFT's own test suites for LoRA and with ILA in its place, and list the cases that differ.
 
     pip download --no-deps --no-binary :all: --no-build-isolation peft==0.21.2
     tar xzf peft-0.21.2.tar.gz
     python -m benchmarks.peft_suites.run --tests peft-0.21.2/tests --output benchmarks/results/peft_suites.json
 
-The tests run without a network, on tiny random stand-ins for the models of the hub. Needs the extra `dev`, and
+The tests run offline, on tiny random stand-ins for the models of the hub. They need the extra `dev`, and
 `parameterized`, `scipy`, `attrs` and `scikit-learn`. 40 minutes on 2 cores; `--files test_config test_auto` runs only
 these.
 """
@@ -76,9 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", type=Path, required=True, help="the folder `tests` of PEFT's sdist")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
-    parser.add_argument(
-        "--files", nargs="+", default=FILES, choices=FILES, metavar="FILE", help="by default all of them"
-    )
+    parser.add_argument("--files", nargs="+", default=FILES, choices=FILES, metavar="FILE", help="by default all")
     args = parser.parse_args()
 
     suites, differs = {}, {}

@@ -3,16 +3,15 @@ Does a damaged or hostile file ever do more than raise one clear error?
 
     python -m benchmarks.robustness.fuzz --number 20000 --output benchmarks/results/fuzz.json
 
-Rankings, adapters, data, models' configurations and command lines, each made from a good one by a few random changes;
-the same by seed. What is accepted must be whole: a ranking converts to a configuration that targets exactly what it
-selects, an adapter is exported to one that holds all of its weights and computes the same, both as PEFT loads them.
-What is refused raises `ValueError` or `OSError` with a message of one line, on the command line exit code 1 or 2, and
-leaves no file. Nothing is executed. About 20 ms a case.
+Each case is a ranking, adapter, data file, model configuration or command line: a good one with a few random changes,
+reproducible by seed. Accepted input must give whole output, as PEFT loads it: a ranking converts to a configuration
+that targets exactly its selection; an adapter exports to one that has all its weights and computes the same. Refused
+input raises `ValueError` or `OSError` with a message of one line, exits the command line with 1 or 2, and leaves no
+file. No input is executed. About 20 ms per case.
 
-Without the model, `export` cannot know that a file lacks a module altogether: models have layers with differing
-modules. PEFT loads such a file, warns, and initialises the module, which then adds nothing; so it does with the
-export. A file whose shapes are not those of the model is refused by PEFT before and after, unless the mask leaves
-them out.
+Without the model, `export` cannot know that a file lacks a whole module, since layers may have different modules. PEFT
+loads such a file and its export alike: it warns and initialises the module, which then adds nothing. PEFT refuses a
+file with the wrong shapes before and after export, unless the mask leaves them out.
 """
 
 import argparse
@@ -353,7 +352,7 @@ def quiet() -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the first case")
     parser.add_argument("--number", type=int, default=20000)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--output", type=Path, help="a JSON file for the counts")

@@ -1,11 +1,11 @@
 """
-Is a run that was killed before any of its file operations resumed to the same files?
+Does a run that was killed before any of its file operations resume to the same files?
 
     python -m benchmarks.robustness.kills --output benchmarks/results/kills.json
 
-A tiny model in this process. A kill is simulated by an audit hook that from one file operation on lets none happen,
-not even those of clean-up; what torch or safetensors was just writing is left as half a file. Every operation is
-tried, with checkpoints, without, and in a directory that holds an earlier run. About 2 s for each.
+A tiny model runs in this process. An audit hook simulates the kill: from one file operation on it blocks all others,
+including clean-up, and leaves half of the file that torch or safetensors was writing. Every operation is tried, with
+and without checkpoints, and in a directory with an earlier run. About 2 s for each.
 """
 
 import argparse

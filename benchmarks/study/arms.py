@@ -1,4 +1,4 @@
-"""What the study trains: arms, each a way to spend trainable parameters, and the order in which they are run."""
+"""The arms of the study, each a way to spend trainable parameters, and the order of their runs."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""What the paper claims, and what the study found: one table for all models."""
+"""The paper's claims and the study's findings: one table for all models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The study's rows as figures: gains against LoRA on all modules, with their errors, and overlaps of rankings."""
+"""Figures from the study's rows: gains compared with LoRA on all modules, with errors, and overlaps of rankings."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""A model on a data set, tuned by any adapter, with its held-out loss: on the CPU or on a GPU."""
+"""Tune a model on a data set by any adapter and measure its held-out loss, on the CPU or a GPU."""
 
 import contextlib
 import json

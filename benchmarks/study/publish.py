@@ -1,5 +1,5 @@
 """
-The mean rankings that the package publishes, from the study's figures: modules, and decoder layers by their sums.
+Write the package's published rankings from the study: of modules, and of decoder layers by the sums of their modules.
 
     python -m benchmarks.study.publish benchmarks/results/study peft_ila/published/smollm2-135m-instruct
 """
@@ -53,7 +53,7 @@ def published(results: Path, layers: bool) -> LayerImportance:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("name", type=Path, help="of the files to write, without their suffix")
+    parser.add_argument("name", type=Path, help="the path of the files to write, without suffix")
     args = parser.parse_args()
     for layers in (False, True):
         name = args.name.name + ("-layers" if layers else "")

@@ -1,4 +1,4 @@
-"""The searches that the study compares: each gives a score to every module, from training data alone."""
+"""The searches that the study compares. Each scores every module, from training data alone."""
 
 import copy
 import tempfile

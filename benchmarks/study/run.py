@@ -1,21 +1,21 @@
 """
-Which search finds what to tune, what does a selection gain, and does a ranking carry over? See `docs/reproduction.md`.
+Which search selects best, what does a selection gain, and does a ranking carry over? See `docs/reproduction.md`.
 
 SmolLM2-135M is tuned on every set by LoRA on all modules, and by each arm: the modules or decoder layers that a search
-finds, at a share of the parameters, at LoRA's rank or a raised one, ranks by importance, EVA, AdaLoRA, random draws,
+selects (a share of the parameters, at LoRA's rank or a higher one), ranks by importance, EVA, AdaLoRA, random draws,
 and full fine-tuning of a part. The learning rate of each group of arms is chosen on a seed that is not reported.
 
     python -m benchmarks.study.run --data ../shared/data --output_dir benchmarks/results/study
     python -m benchmarks.study.tables benchmarks/results/study --into docs/reproduction.md
 
-Few arms of a second model, such as Gemma-3-270m as `benchmarks.gemma` converts it:
+A few arms on a second model, such as Gemma-3-270m, converted by `benchmarks.gemma`:
 
     python -m benchmarks.study.run --data ../shared/data --model WORK/gemma-3-270m --second \
         --output_dir benchmarks/results/study_gemma
 
-About 1,250 jobs of 100 steps each. On an H200 (products in TF32), a step takes 31 ms in one process, 19 ms with 14 of
-them under CUDA's MPS: some 80 minutes with the tasks of lm-eval; about 200 hours on two cores. It goes on where it
-stopped, in the order of `arms.ARMS`, and ends by `--time_limit`.
+About 1,250 jobs of 100 steps each. On an H200 (products in TF32), a step takes 31 ms in one process, and 19 ms with 14
+processes under CUDA's MPS: some 80 minutes in all, with the tasks of lm-eval; on two cores, about 200 hours. It
+resumes where the last one stopped, in the order of `arms.ARMS`, and ends by `--time_limit`.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--jobs", type=int, help="at most as many")
+    parser.add_argument("--jobs", type=int, help="the maximum number of jobs")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
     began = time.perf_counter()

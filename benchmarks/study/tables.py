@@ -1,5 +1,5 @@
 """
-The tables of the study's figures, as Markdown, between the marks in `README.md` and `docs/reproduction.md`.
+Write the study's tables, as Markdown, between the marks in `README.md` and `docs/reproduction.md`.
 
     python -m benchmarks.study.tables benchmarks/results/study benchmarks/results/study_gemma \
         --into README.md docs/reproduction.md
@@ -263,7 +263,7 @@ def insert(models: list[Figures], page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="the directories of one model each")
+    parser.add_argument("results", type=Path, nargs="+", help="directories of results, one per model")
     parser.add_argument("--into", type=Path, nargs="+", required=True, help="the pages with the marks")
     args = parser.parse_args()
     models = [Figures.load(results) for results in args.results]

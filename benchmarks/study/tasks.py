@@ -1,4 +1,4 @@
-"""HellaSwag, ARC-easy and PIQA by lm-eval, on local files: what tuning on dialogues may have lost."""
+"""HellaSwag, ARC-easy and PIQA by lm-eval, on local files: does tuning on dialogues lose accuracy?"""
 
 import functools
 import re

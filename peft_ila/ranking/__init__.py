@@ -1,1 +1,1 @@
-"""The scores of all units as a thing of their own: selection, comparison, file, table, picture, card."""
+"""Rankings of units: selection, comparison, file, table, picture, model card."""

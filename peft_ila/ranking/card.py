@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _PICTURE = "importance.png"
-TOP_ROWS = 40  # of a longer ranking, the card and the terminal show these
+TOP_ROWS = 40  # the most that the card and the terminal show
 _TAGS = ("peft-ila", "arxiv:2410.17875")
 
 
@@ -24,14 +24,14 @@ def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, f
     Add a section with the ranking to the model card in a directory.
 
     Args:
-        directory: Where `README.md` is, beside `importance.json` and, if there is a picture, `importance.png`.
-        ranking: All units and their gates, the most important first.
+        directory: Holds `README.md`, `importance.json` and optionally `importance.png`.
+        ranking: All units and their gates, most important first.
     """
     add_section(directory, "Layer importance", _section(ranking, (Path(directory) / _PICTURE).exists()))
 
 
 def add_section(directory: str | os.PathLike[str], title: str, text: str) -> None:
-    """Add a section to the model card in a directory, or make a card. An earlier section of this title is replaced."""
+    """Add a section to the model card in a directory, or replace the one with this title. Create a missing card."""
     heading = f"## {title}"
     file = Path(directory) / "README.md"
     try:
@@ -39,7 +39,7 @@ def add_section(directory: str | os.PathLike[str], title: str, text: str) -> Non
             ModelCard(file.read_text(encoding="utf-8")) if file.exists() else ModelCard.from_template(ModelCardData())
         )
     except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is no model card that can be added to; mend or delete it: {error}") from error
+        raise ValueError(f"{file} is not a valid model card; fix or delete it: {error}") from error
     tags = card.data.get("tags")
     known = tags if isinstance(tags, list) else [tags] if tags else []
     card.data["tags"] = sorted({*(tag for tag in known if isinstance(tag, str)), *_TAGS})
@@ -52,8 +52,8 @@ def add_section(directory: str | os.PathLike[str], title: str, text: str) -> Non
 
 def _section(ranking: Sequence[tuple[str, float]], picture: bool) -> str:
     lines = [
-        f"The {len(ranking)} units of this adapter, ranked by one gate each with "
-        "[ILA](https://huggingface.co/papers/2410.17875) (peft-ila; all scores and settings: `importance.json`).",
+        f"The {len(ranking)} units of this adapter, ranked by [ILA](https://huggingface.co/papers/2410.17875) with "
+        "peft-ila. All scores and settings are in `importance.json`.",
         "",
         *([f"![Importance of the layers]({_PICTURE})", ""] if picture else []),
         "| rank | unit | gate |",
@@ -66,7 +66,7 @@ def _section(ranking: Sequence[tuple[str, float]], picture: bool) -> str:
 
 
 def _code(name: str) -> str:
-    # Names of real models need no care; those of a ranking from elsewhere may hold anything that prints.
+    # A ranking from elsewhere may have names with any printable characters.
     if re.fullmatch(r"[\w.-]+", name):
         return f"`{name}`"
     return "<code>" + re.sub(r"[^\w. -]", lambda match: f"&#{ord(match[0])};", name) + "</code>"
@@ -79,7 +79,7 @@ def upload(
     private: bool | None = None,
     **kwargs: Any,
 ) -> "CommitInfo":
-    """Upload a directory to a repository, which is created if it does not exist."""
+    """Upload a directory to a repository, which is created if missing."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(repo_id=repo_id, folder_path=directory, **kwargs)

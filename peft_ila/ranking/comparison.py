@@ -1,4 +1,4 @@
-"""How two rankings agree, and how sure one is of a selection. Plain numbers in, plain numbers out."""
+"""How well two rankings agree, and how certain a selection is. Functions on plain numbers."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ def jaccard(mine: Collection[str], theirs: Collection[str]) -> float:
 
 
 def spearman(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties ranked by their mean; NaN if either has only one value."""
+    """Spearman's rank correlation. Ties get their mean rank; NaN if one side has only one value."""
     x, y = _ranks(mine), _ranks(theirs)
     mean = (len(x) - 1) / 2
     covariance = sum((a - mean) * (b - mean) for a, b in zip(x, y))
@@ -31,12 +31,12 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def standardised(scores: Sequence[float]) -> list[float]:
-    """The scores less their mean, in standard deviations; 0 where all are equal."""
+    """(score - mean) / standard deviation of each score; 0 if all are equal."""
     mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     return [(score - mean) / deviation if deviation else 0.0 for score in scores]
 
 
-SURE = 8  # values: the standard error of fewer does not say how sure a mean is
+SURE = 8  # values: with fewer, the standard error is too uncertain
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -45,23 +45,23 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def top(scores: Sequence[float], number: int) -> list[int]:
-    """The positions of the greatest scores, the greatest first; among equals, in their order."""
+    """The positions of the greatest scores, greatest first. Ties keep their order."""
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:number]
 
 
 def is_coin_toss(probability: float) -> bool:
-    """Whether membership is open."""
+    """Whether a unit with this probability of selection is uncertain."""
     return 0.25 < probability < 0.75
 
 
 def membership(scores: Sequence[float], spread: Sequence[float], number: int) -> list[float]:
     """
-    The share of 1,000 draws in which each score is among the `number` greatest; among equals, the first are.
+    The share of 1,000 draws in which each score is among the `number` greatest. Ties keep their order.
 
     Args:
-        scores: The means of the normal distributions that are drawn from.
+        scores: The means of the normal distributions.
         spread: Their standard deviations.
-        number: How many are selected.
+        number: The size of the selection.
     """
     random = np.random.default_rng(0)
     counts = np.zeros(len(scores), dtype=int)

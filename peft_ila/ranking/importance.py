@@ -1,4 +1,4 @@
-"""LayerImportance: the scores of all units, and what is done with them."""
+"""LayerImportance: the scores of all units, and how to use them."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ _VERSION = 1
 
 
 class Selection(TypedDict, total=False):
-    """What [`LayerImportance.select`] takes beside `top_p`."""
+    """The arguments of [`LayerImportance.select`] besides `top_p`."""
 
     top_k: int | None
     threshold: float | None
@@ -50,23 +50,23 @@ class LayerImportance:
         units (`list[str]`):
             The units in the order of the model: decoder layers such as `"model.layers.3"`, or modules such as
             `"model.layers.3.mlp.up_proj"`.
-        scores (`list[float]`): The score of each unit, any finite number; the greater, the more important.
-        metadata (`dict`): Where the scores come from, JSON values only.
+        scores (`list[float]`): One finite number per unit; a greater score is more important.
+        metadata (`dict`): How the scores were made, in JSON values.
         modules (`dict[str, list[str]]`, *optional*):
-            What is adapted in each unit: target modules, and parameters. By default each unit is a module itself.
+            The target modules and parameters of each unit. By default, each unit is a module itself.
         lookalikes (`list[str]`, *optional*):
-            Modules of the model that share the last part of their name with a target module but are none, so that
-            [`to_lora_config`] can tell them apart without the model.
+            Modules that are not targets but share the last part of a target's name, so that [`to_lora_config`] can
+            tell them apart without the model.
         spread (`list[float]`, *optional*):
-            The standard error of each score, such as [`learn_gates`] finds it from the differences between batches.
+            The standard error of each score. [`learn_gates`] estimates it from the differences between batches.
         parameters (`dict[str, float]`, *optional*):
-            Which of `modules` are no modules but parameters, such as experts that are fused into one, and the rank of
-            each in multiples of LoRA's (PEFT takes twice the rank for two fused projections).
+            The entries of `modules` that are parameters, such as fused experts, with the rank of each in multiples of
+            LoRA's (PEFT doubles the rank for two fused projections).
 
     Raises:
-        TypeError: A field or an entry is of the wrong kind.
-        ValueError: No units, a repeated unit, a name that cannot be a module's, modules outside their unit, scores of
-            another number than units, or a score that is not finite.
+        TypeError: A field or an entry has the wrong type.
+        ValueError: There are no units, a unit is repeated, a name cannot be a module's, a module is outside its unit,
+            the numbers of scores and units differ, or a score is not finite.
     """
 
     units: list[str]
@@ -91,7 +91,7 @@ class LayerImportance:
         return [1 / (1 + math.exp(-score)) if score >= 0 else 1 - 1 / (1 + math.exp(score)) for score in self.scores]
 
     def ranking(self) -> list[str]:
-        """All units, the most important first; among equals, in the order of the model."""
+        """All units, most important first. Ties keep the order of the model."""
         return [self.units[i] for i in top(self.scores, len(self.units))]
 
     def select(
@@ -103,22 +103,20 @@ class LayerImportance:
         units: Sequence[str] | None = None,
     ) -> list[str]:
         """
-        The most important units, most important first. Exactly one of `top_p`, `top_k`, `threshold` and `units` is
-        needed.
+        The most important units, most important first. Pass exactly one of `top_p`, `top_k`, `threshold` and `units`.
 
         Args:
-            top_p (`float`, *optional*): The share of the units to select, in (0, 1]; rounded, at least one unit.
+            top_p (`float`, *optional*): The share of units to select, in (0, 1], rounded to at least one unit.
             top_k (`int`, *optional*): The number of units to select.
-            threshold (`float`, *optional*): The least gate γ of a selected unit, in [0, 1].
+            threshold (`float`, *optional*): The minimum gate γ of a selected unit, in [0, 1].
             min_probability (`float`, *optional*):
-                Of the share or number, only units that belong to it with at least this probability, see
-                [`probability`].
+                Keep only units that belong to the share or number with at least this probability, see [`probability`].
             units (`list[str]`, *optional*):
-                These units, such as those that fit into a memory budget, see [`~workflows.budget.select_within`].
+                The units, such as those that fit into a memory budget, see [`~workflows.budget.select_within`].
 
         Raises:
-            ValueError: Not exactly one of the four, one out of range, units of another ranking, no unit that is
-                left, or a part of the units where all scores are equal, as before any search.
+            ValueError: Not exactly one of the four is passed, a value is out of range, a unit is not in the ranking,
+                no unit is left, or all scores are equal, as before any search, and cannot select a part.
         """
         if sum(value is not None for value in (top_p, top_k, threshold, units)) != 1:
             listed = None if units is None else f"{len(units)} units"
@@ -145,12 +143,12 @@ class LayerImportance:
             probability = self.probability(top_p, top_k)
             selected = [unit for unit in selected if probability[unit] >= min_probability]
             if not selected:
-                raise ValueError(f"No unit is selected with a probability of at least {min_probability}.")
+                raise ValueError(f"No unit reaches `min_probability={min_probability}`; lower it.")
         if len(selected) < len(self.units) and len(set(self.scores)) == 1:
             raise ValueError(
-                f"All {len(self.units)} units have the same score, {self.scores[0]}, so the ranking cannot tell "
-                f"{len(selected)} of them from the rest. Rank them first, such as by `learn_gates(trainer)`, select "
-                "all by `top_p=1.0`, or name some by `units`."
+                f"All {len(self.units)} units have the same score, {self.scores[0]}, so the ranking cannot select "
+                f"{len(selected)} of them. Rank them first, for example by `learn_gates(trainer)`, or select all by "
+                "`top_p=1.0` or some by `units`."
             )
         return selected
 
@@ -175,58 +173,58 @@ class LayerImportance:
 
     def probability(self, top_p: float | None = None, top_k: int | None = None) -> dict[str, float]:
         """
-        The probability of each unit to belong to the selection that ever more batches would settle on.
+        The probability of each unit that it stays in the selection with ever more batches.
 
-        From 1,000 draws of all scores, each from a normal distribution with the score as mean and its `spread` as
-        standard deviation. The noise of fine-tuning (another seed, other data) is in it only if the ranking is a mean
-        of such. Scores that are measured once more have noise of their own: their selection differs more often.
+        It is estimated from 1,000 draws of all scores, each from a normal distribution with the score as mean and its
+        `spread` as standard deviation. It covers the noise of fine-tuning (another seed, other data) only if the
+        ranking is a mean over such runs. A second measurement has its own noise, so its selection differs more often.
 
         Args:
             top_p, top_k: The share or the number of units to select, see [`select`].
 
         Raises:
-            ValueError: The ranking has no `spread`, or a bad selection.
+            ValueError: The ranking has no `spread`, or the selection is invalid.
         """
         if not self.spread:
-            raise ValueError("This ranking does not say how sure its scores are: it has no `spread`.")
+            raise ValueError("The probabilities are unknown: this ranking has no `spread`.")
         return dict(zip(self.units, membership(self.scores, self.spread, self._number(top_p, top_k))))
 
     def coin_tosses(self, top_p: float | None = None, top_k: int | None = None) -> list[str]:
         """
-        The units whose membership in the selection is open: selected with a probability between ¼ and ¾.
+        The units whose selection is uncertain: their probability is between ¼ and ¾.
 
         Args:
             top_p, top_k: The share or the number of units to select, see [`select`].
 
         Raises:
-            ValueError: The ranking has no `spread`, or a bad selection.
+            ValueError: The ranking has no `spread`, or the selection is invalid.
         """
         probability = self.probability(top_p, top_k)
         return [unit for unit in self.ranking() if is_coin_toss(probability[unit])]
 
     def overlap(self, other: "LayerImportance", top_p: float = 0.75) -> float:
         """
-        The Jaccard index |A ∩ B| / |A ∪ B| of the units that both rankings select.
+        The Jaccard index |A ∩ B| / |A ∪ B| of the two selections.
 
         Args:
             other (`LayerImportance`): A ranking of the same units.
-            top_p (`float`): The share of the units to select. Two random rankings overlap 0.60 at 0.75.
+            top_p (`float`): The share of units to select. At 0.75, two random rankings overlap by 0.60.
 
         Raises:
-            ValueError: The rankings are of different units.
+            ValueError: The rankings have different units.
         """
         self._check_same_units(other)
         return jaccard(self.select(top_p=top_p), other.select(top_p=top_p))
 
     def spearman(self, other: "LayerImportance") -> float:
         """
-        Spearman's rank correlation of the scores, ties ranked by their mean; NaN if either has only one value.
+        Spearman's rank correlation of the scores. Ties get their mean rank; NaN if one side has only one value.
 
         Args:
             other (`LayerImportance`): A ranking of the same units.
 
         Raises:
-            ValueError: The rankings are of different units.
+            ValueError: The rankings have different units.
         """
         self._check_same_units(other)
         theirs = dict(zip(other.units, other.scores))
@@ -235,32 +233,32 @@ class LayerImportance:
     @classmethod
     def mean(cls, rankings: "Iterable[LayerImportance]") -> "LayerImportance":
         """
-        One ranking of several, such as of one model on different data: the means of their standardised scores.
+        The mean of several rankings, such as of one model on different data, by their standardised scores.
 
         Args:
             rankings (`list[LayerImportance]`):
-                At least two rankings of one type of model, of the same units with the same modules.
+                At least two rankings of one model type, with the same units and modules.
 
         Returns:
-            [`LayerImportance`]: Its `spread` is the standard error of each mean, none of fewer than 8 rankings. Its
-                metadata are those that all rankings share, and in `mean_of` what each has of its own.
+            [`LayerImportance`]: Its `spread` is the standard error of each mean, if there are at least 8 rankings. Its
+                metadata are those that all rankings share; `mean_of` lists the others of each ranking.
 
         Raises:
-            ValueError: Fewer than two rankings, or rankings of different units, modules or types of models.
+            ValueError: There are fewer than two rankings, or their units, modules or model types differ.
         """
         rankings = list(rankings)
         if len(rankings) < 2:
             raise ValueError(f"A mean needs at least two rankings, got {len(rankings)}.")
         types = {name for ranking in rankings if (name := ranking.metadata.get("model_type"))}
         if len(types) > 1:
-            raise ValueError(f"A mean is of rankings of one model, but these are of the types {sorted(types)}.")
+            raise ValueError(f"A mean needs rankings of one model type, got {sorted(types)}.")
         first, *others = rankings
         for other in others:
             first._check_same_units(other)
             if any(set(other.modules[unit]) != set(first.modules[unit]) for unit in first.units) or (
                 other.parameters != first.parameters
             ):
-                raise ValueError("A mean is of rankings that adapt the same modules, but these adapt different ones.")
+                raise ValueError("A mean needs rankings that adapt the same modules, but these adapt different ones.")
         scores = [dict(zip(ranking.units, standardised(ranking.scores))) for ranking in rankings]
         means, spread = zip(*(mean_and_error([own[unit] for own in scores]) for unit in first.units))
         shared = {
@@ -282,12 +280,12 @@ class LayerImportance:
     def _check_same_units(self, other: "LayerImportance") -> None:
         if difference := sorted(set(self.units) ^ set(other.units)):
             raise ValueError(
-                f"Only rankings of the same units can be compared; {len(difference)} units are in one of them alone, "
+                f"Only rankings of the same units can be compared; {len(difference)} units are in only one of them, "
                 f"such as {difference[0]!r}."
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ranking as JSON, one unit a line, in the order of the model."""
+        """Write the ranking as JSON, one unit per line, in the order of the model."""
         rows: list[dict[str, Any]] = [
             {"unit": unit, "score": score, "modules": self.modules[unit]}
             for unit, score in zip(self.units, self.scores)
@@ -302,7 +300,7 @@ class LayerImportance:
         units = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
         text = "{\n" + "\n".join(lines) + '\n "units": [\n' + units + "\n ]\n}\n"
         with whole_file(path) as temporary:
-            # half a character, as in a path that is not UTF-8, is written as JSON's escape for it
+            # a lone surrogate, as in a path that is not UTF-8, becomes a JSON escape
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     @classmethod
@@ -311,11 +309,11 @@ class LayerImportance:
         Read a ranking that [`save`] wrote.
 
         Args:
-            path (`str`): A file, or the name of a ranking that comes with the package, see docs/howto/published.md.
+            path (`str`): A file, or the name of a published ranking, see docs/howto/published.md.
 
         Raises:
-            FileNotFoundError: There is no such file and no such name.
-            ValueError: The file is not a ranking, or was written by a newer version.
+            FileNotFoundError: There is no such file or published ranking.
+            ValueError: The file is not a ranking, or a newer version wrote it.
         """
         path = find(path)
         try:
@@ -352,19 +350,19 @@ class LayerImportance:
         **selection: "Unpack[Selection]",
     ) -> "Figure":
         """
-        Draw the gates as a heatmap: decoder layers along x, for modules the linear names along y; many layers go on
-        in bands below. Units outside every stack of layers, such as `lm_head`, get a last column. Where the ranking
-        says how sure it is, a dot marks the units that are among the selected share or number, by default the top
-        30 %, or not by a coin toss, see [`coin_tosses`].
+        Draw the gates as a heatmap: decoder layers along x, the names of linear modules along y. Many layers continue
+        in bands below. Units outside every stack of layers, such as `lm_head`, get a last column. If the ranking has a
+        `spread`, dots mark the uncertain units of the selected share or number, by default the top 30 %, see
+        [`coin_tosses`].
 
         Args:
-            path (`str`, *optional*): The picture to write; matplotlib tells the format from its suffix.
-            top_p (`float`, *optional*): The share of the units to outline; by default none is outlined.
+            path (`str`, *optional*): The picture to write; its suffix sets the format.
+            top_p (`float`, *optional*): The share of units to outline; by default, none.
             **selection: Further arguments of [`select`].
 
         Raises:
-            ImportError: matplotlib is missing.
-            ValueError: A bad selection, or a path without a suffix that names a format.
+            ImportError: matplotlib is not installed.
+            ValueError: The selection is invalid, or the path's suffix names no format.
         """
         from .plotting import heatmap
 
@@ -380,11 +378,11 @@ class LayerImportance:
 
     def save_card(self, directory: str | os.PathLike[str]) -> None:
         """
-        Add the ranking to an adapter's directory: a section of its model card, `importance.png`, `importance.json`.
-        Without matplotlib, there is no picture.
+        Add the ranking to an adapter's directory: a section of its model card, `importance.json`, and
+        `importance.png` if matplotlib is installed.
 
-        Call it after `model.save_pretrained(directory)`, which writes the card that the section goes into. The
-        section of an earlier ranking is replaced.
+        Call it after `model.save_pretrained(directory)`, which writes the card. It replaces the section of an earlier
+        ranking.
         """
         from .card import write_card
 
@@ -394,18 +392,18 @@ class LayerImportance:
             self.plot(picture)
         except ImportError as error:
             picture.unlink(missing_ok=True)  # of an earlier ranking
-            logger.warning(f"{picture.name} is left out. {error}")
+            logger.warning(f"{picture.name} is not written. {error}")
         gates = dict(zip(self.units, self.gates))
         write_card(directory, [(unit, gates[unit]) for unit in self.ranking()])
 
     def push_model_to_hub(self, model: "PeftModel", repo_id: str, **kwargs: Any) -> "CommitInfo":
         """
-        Upload the model's adapters with a card that holds the ranking, see [`save_card`].
+        Upload the model's adapters with a card that shows the ranking, see [`save_card`].
 
         Args:
-            model ([`~peft.PeftModel`]): The model whose adapters are uploaded.
-            repo_id (`str`): The repository, which is created if it does not exist.
-            **kwargs: `token` and `private`, further arguments of [`~huggingface_hub.HfApi.upload_folder`].
+            model ([`~peft.PeftModel`]): The model with the adapters.
+            repo_id (`str`): The repository, which is created if missing.
+            **kwargs: `token`, `private`, and further arguments of [`~huggingface_hub.HfApi.upload_folder`].
         """
         from .card import upload
 
@@ -414,7 +412,7 @@ class LayerImportance:
             self.save_card(directory)
             return upload(directory, repo_id, **kwargs)
 
-    push_to_hub = push_model_to_hub  # its name before, which was documented
+    push_to_hub = push_model_to_hub  # the documented old name
 
     def to_lora_config(
         self,
@@ -428,15 +426,15 @@ class LayerImportance:
         A plain [`~peft.LoraConfig`] whose targets are exactly the modules of the selected units.
 
         Decoder layers become `layers_to_transform` (with `layers_pattern` where PEFT needs it to find the index),
-        modules become `target_modules`, parameters `target_parameters`. Where that would hit anything else, such as
-        the other stack of an encoder-decoder model, the modules are named one by one. What counts is what PEFT makes
-        of the names when it injects them: in some models it takes those of linear modules for fused experts.
+        modules become `target_modules`, parameters become `target_parameters`. If these would hit anything else, such
+        as the other stack of an encoder-decoder model, the modules are named one by one. Names count as PEFT injects
+        them: in some models, it reads names of linear modules as fused experts.
 
         Args:
-            top_p (`float`, *optional*): The share of the units to select.
+            top_p (`float`, *optional*): The share of units to select.
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
-                The base model or its configuration: the result is then injected into it on the meta device, and
-                returned only if PEFT hits exactly the selected modules. It is not changed.
+                The base model or its configuration, which is not changed. If given, the result is injected into it on
+                the meta device, and returned only if PEFT hits exactly the selected modules.
             config_cls (`type`, *optional*):
                 Another configuration class of PEFT that can target single layers, such as [`~peft.AdaLoraConfig`],
                 [`~peft.LoKrConfig`] or [`~peft.OFTConfig`].
@@ -444,7 +442,7 @@ class LayerImportance:
 
         Raises:
             TypeError: `config_cls` cannot target single layers.
-            ValueError: A bad selection, an option that the selection decides, or a model without these modules.
+            ValueError: The selection is invalid, it decides a passed option, or the model lacks its modules.
         """
         from ..export.lora import LoraConfig, to_lora_config
 
@@ -454,7 +452,7 @@ class LayerImportance:
         return to_lora_config(self._targets(), selected, model, config_cls or LoraConfig, **kwargs)
 
     def _selected(self, top_p: float | None, options: dict[str, Any]) -> list[str]:
-        """What is selected by `top_p` and by those of the options that [`select`] takes, which are removed."""
+        """Select by `top_p` and the options that [`select`] takes, which are removed."""
         return self.select(top_p, **{name: options.pop(name) for name in Selection.__optional_keys__ & options.keys()})
 
     def _targets(self) -> "Targets":
@@ -471,19 +469,20 @@ class LayerImportance:
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
-        The part of another training program's settings that makes it tune the selected units.
+        The settings that make another training program tune the selected units.
 
         Args:
             program (`str`):
                 `"axolotl"` (LoRA), `"axolotl-full"` (full fine-tuning: `unfrozen_parameters`), `"llamafactory"`
                 (LoRA) or `"trl"` (LoRA, the flags of its scripts).
-            top_p (`float`, *optional*): The share of the units to select.
+            top_p (`float`, *optional*): The share of units to select.
             model (`torch.nn.Module` or `PretrainedConfig`, *optional*):
                 The base model or its configuration, see [`to_lora_config`]; `"axolotl-full"` needs it.
             **kwargs: Further arguments of [`select`], and LoRA's `r`, `lora_alpha` and `lora_dropout`.
 
         Raises:
-            ValueError: A bad selection, `"axolotl-full"` without a model, or targets that the program cannot name.
+            ValueError: The selection is invalid, `"axolotl-full"` has no model, or the program cannot name the
+                targets.
         """
         from ..export.recipes import recipe
 
@@ -503,16 +502,16 @@ class LayerImportance:
 
         Args:
             model (`torch.nn.Module`): The plain model that was ranked, without adapters.
-            top_p (`float`, *optional*): The share of the units to select.
-            outside (`bool`): Whether to freeze what belongs to no unit too, such as embeddings, norms and the head.
-                With `False`, these train along if they did before.
+            top_p (`float`, *optional*): The share of units to select.
+            outside (`bool`): Whether to freeze parameters outside all units too, such as embeddings, norms and the
+                head. With `False`, they stay as they are.
             **selection: Further arguments of [`select`].
 
         Returns:
             `list[str]`: The names of the frozen parameters.
 
         Raises:
-            ValueError: A bad selection, or a model that lacks a unit.
+            ValueError: The selection is invalid, or the model lacks a unit.
         """
         from ..export.freezing import check_units, freeze
 

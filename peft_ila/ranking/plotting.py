@@ -1,4 +1,4 @@
-"""The pictures of rankings: the heatmap, how rankings overlap, what they keep."""
+"""Pictures of rankings: heatmap, overlaps, kept gain."""
 
 import itertools
 import math
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST = 80  # characters of a name
-_LAYER = "decoder layer"  # the row of whole layers of the only stack
+_LAYER = "decoder layer"  # the row of whole layers, if there is one stack
 _NO_LAYER = "–"  # the last column, for units outside every stack of layers, such as `lm_head`
-_LABELS = 60  # names along y at most
-# more layers than this go on in a band below, like lines of text; so many bands and rows at most, then cells shrink
+_LABELS = 60  # at most, along y
+# layers per band (the rest continues below, like lines of text), bands and rows, at most; then cells shrink
 _COLUMNS, _BANDS, _ROWS = 40, 10, 40
 _CELL, _WIDEST = 0.25, 10.0  # inches
 _CHARACTER = 0.07  # inches, at the font size of the labels
@@ -40,19 +40,15 @@ def heatmap(
 
     Args:
         gates: The gate, or another value, of each unit, in the order of the model.
-        label: What the colour bar says.
-        unsure: The units to mark by a dot: selected or not by a coin toss; without `selected`, in the top 30 % or not.
+        label: The label of the colour bar.
+        unsure: The units to mark by a dot: their selection (without `selected`, as top 30 %) is uncertain.
         selected: The units to outline.
         model: The model's name or path, for the title.
         path: The picture to write.
-        subject: What the title says.
+        subject: The start of the title.
 
     Returns:
         The figure. Its axes are bands of layers, from the first layer on, and the colour bar.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: The path has no suffix that names a format.
     """
     figure = _figure(path)
     from matplotlib.colors import Normalize
@@ -104,13 +100,9 @@ def overlap_matrix(
     See [`~ranking.table.plot_overlaps`].
 
     Args:
-        names: Of the n rankings.
-        overlaps: By the share that is selected, in (0, 1), an n × n matrix of Jaccard indices, in [0, 1].
+        names: The names of the n rankings.
+        overlaps: For each selected share in (0, 1), an n × n matrix of Jaccard indices in [0, 1].
         path: The picture to write.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: The path has no suffix that names a format.
     """
     figure = _figure(path)
     labels = [f"{_short(name)}  {number}" for number, name in enumerate(names, start=1)]
@@ -122,7 +114,7 @@ def overlap_matrix(
         for (row, column), value in np.ndenumerate(np.array(matrix)):
             color = "black" if value > 0.45 else "white"
             axes.text(column, row, f"{value:.2f}", color=color, fontsize=_FONT, ha="center", va="center")
-        # of n units and the share p, |A ∩ B| is p²·n by chance and |A ∪ B| = 2·p·n - p²·n
+        # by chance, for n units and a share p: |A ∩ B| = p²·n and |A ∪ B| = 2·p·n - p²·n
         axes.set_title(f"top {100 * share:.0f} % (by chance {share / (2 - share):.2f})", fontsize=10)
         axes.set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=_FONT)
         axes.set_yticks(range(len(names)), labels, fontsize=_FONT, parse_math=False)
@@ -139,19 +131,15 @@ def kept_curve(
     result: tuple[str, float, float] | None = None,
 ) -> "Figure":
     """
-    Draw what selections keep of the gain of all units, against how many units they are.
+    Draw the share of the gain that selections keep, against their share of the units.
 
     Args:
-        shares: Of the units, in (0, 1], ascending.
-        kept: For each kind of ranking a row, or several that are drawn as their mean and their range: the part that is
-            kept of the gain at each share.
+        shares: The shares of the units, in (0, 1], ascending.
+        kept: For each kind of ranking one or more rows with the kept share of the gain at each of `shares`. Several
+            rows are drawn as their mean and range.
         path: The picture to write.
-        subject: What the shares are of.
-        result: One more point, with its label, its share and what it keeps.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: The path has no suffix that names a format.
+        subject: The label of x.
+        result: One more point: its label, its share, and its kept share of the gain.
     """
     figure = _figure(path)
     from matplotlib.ticker import PercentFormatter
@@ -178,10 +166,6 @@ def kept_curve(
 
 
 def check_matplotlib() -> None:
-    """
-    Raises:
-        ImportError: matplotlib is missing.
-    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -206,14 +190,14 @@ def _write(figure: "Figure", path: str | os.PathLike[str] | None) -> None:
 
 
 def _bar(image: Any, every: Any, label: str, height: float) -> None:
-    """Say what the colours of some axes mean, beside them; their height is in inches."""
+    """Add a colour bar beside some axes; their height is in inches."""
     bar = image.figure.colorbar(image, ax=list(every), pad=0.01, fraction=0.05, aspect=15 * height)
     bar.set_label(label, fontsize=_FONT)
     bar.ax.tick_params(labelsize=_FONT)
 
 
 def _ticks(axes: "Axes", columns: Sequence[float], names: Sequence[str], cell: float) -> None:
-    """Label what there is room for; `cell` is a column's width in inches."""
+    """Add as many labels as fit; `cell` is a column's width in inches."""
     labels = [_NO_LAYER if column == math.inf else _short(str(int(column))) for column in columns]
     room = _CHARACTER * (1 + max(map(len, labels)))
     powers = (10**power * step for power in itertools.count() for step in (1, 2, 5))
@@ -223,19 +207,19 @@ def _ticks(axes: "Axes", columns: Sequence[float], names: Sequence[str], cell: f
         ticks = [*(tick for tick in ticks if tick < len(labels) - step), len(labels) - 1]
     axes.set_xticks(ticks, [labels[tick] for tick in ticks], fontsize=_FONT)
     step = math.ceil(len(names) / _LABELS) or 1
-    # names may hold signs that matplotlib reads as formulas
+    # matplotlib would read some names as formulas
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=_FONT, parse_math=False)
     axes.spines[:].set_visible(False)
 
 
 def _mark(axes: "Axes", dots: Any, outlined: Any, cell: float) -> None:
     """
-    Draw dots, and a line around what is outlined: black and white, to be seen on all colours.
+    Draw dots and outlines in black and white, which show on all colours.
 
     Args:
-        axes: Those of the cells.
-        dots, outlined: Which cells, boolean, (rows, columns).
-        cell: The lesser of a cell's width and height, in points.
+        axes: The axes of the cells.
+        dots, outlined: Boolean, (rows, columns).
+        cell: The smaller of a cell's width and height, in points.
     """
     from matplotlib.collections import LineCollection
 
@@ -263,7 +247,7 @@ def _legend(figure: "Figure", selected: int, units: int, unsure: bool) -> None:
     if selected:
         handles.append(Patch(facecolor="none", edgecolor="black", label=f"selected: {selected} of {units}"))
     if unsure:
-        label = "selected or not by a coin toss" if selected else "in the top 30 % or not by a coin toss"
+        label = "uncertain selection" if selected else "uncertain in the top 30 %"
         handles.append(Line2D([], [], linestyle="", marker="o", mfc="white", mec="black", ms=4, mew=0.7, label=label))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=_FONT, frameon=False)
@@ -275,7 +259,7 @@ def _short(name: str) -> str:
 
 
 def _cells(units: list[str]) -> dict[str, tuple[str, float]]:
-    """The row and the column of each unit: what is in a decoder layer, and the layer's index, ∞ for none."""
+    """The row of each unit (its name inside a decoder layer) and its column (the layer's index, ∞ for none)."""
     layers = {unit: split_layer(unit) for unit in units}
     one_stack = len({layer[0] for layer in layers.values() if layer}) == 1
     cells = {}

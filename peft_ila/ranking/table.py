@@ -1,4 +1,4 @@
-"""Rankings as rows, as text for the terminal, and side by side as a picture."""
+"""Rankings as rows and as text tables, and their overlaps as a picture."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .plotting import overlap_matrix
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHARE = 0.3  # the table shows how sure it is that a unit belongs to this share
+_SHARE = 0.3  # the table shows the probability that a unit belongs to this share
 
 
 def ranking_rows(importance: LayerImportance) -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def ranking_rows(importance: LayerImportance) -> list[dict[str, Any]]:
     The ranking, most important unit first.
 
     Returns:
-        For each unit `unit`, `score` and `gate`; and where the ranking says how sure it is, `spread` and
+        For each unit `unit`, `score` and `gate`. If the ranking has a spread, also `spread` and
         `probability_top_30`, see [`LayerImportance.probability`].
     """
     columns: dict[str, dict[str, float]] = {
@@ -37,7 +37,7 @@ def ranking_rows(importance: LayerImportance) -> list[dict[str, Any]]:
 
 
 def ranking_table(importance: LayerImportance) -> str:
-    """The ranking, most important unit first, with a bar for each gate and how sure the top 30 % are."""
+    """The ranking, most important unit first, with a bar per gate and the probability of the top 30 %."""
     rows = ranking_rows(importance)
     width = max(len(row["unit"]) for row in rows)
     sure = f"  {'±':>5}  p(top {_SHARE:.0%})" if importance.spread else ""
@@ -49,22 +49,19 @@ def ranking_table(importance: LayerImportance) -> str:
     if len(rows) > TOP_ROWS:
         lines.append(f"      … and {len(rows) - TOP_ROWS} more")
     if open_ones := [row["unit"] for row in rows if is_coin_toss(row.get("probability_top_30", 1))]:
-        lines.append(f"In the top {_SHARE:.0%} or not by a coin toss: {', '.join(open_ones)}")
+        lines.append(f"Uncertain (in the top {_SHARE:.0%} with a probability of ¼ to ¾): {', '.join(open_ones)}")
     return "\n".join(lines)
 
 
 def comparison_rows(rankings: Sequence[tuple[str, LayerImportance]]) -> list[dict[str, Any]]:
     """
-    Overlap and rank correlation of each pair.
+    The overlap and rank correlation of each pair.
 
     Args:
         rankings: Each with its name.
 
     Returns:
         For each pair the names `a` and `b`, and `overlap_75`, `overlap_30` and `spearman`.
-
-    Raises:
-        ValueError: Two rankings are of different units.
     """
     return [
         {
@@ -79,7 +76,7 @@ def comparison_rows(rankings: Sequence[tuple[str, LayerImportance]]) -> list[dic
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What [`comparison_rows`] finds, a line for each pair."""
+    """The result of [`comparison_rows`], one line per pair."""
     width = max(len(row[name]) for row in rows for name in "ab")
     lines = [f"{'A':<{width}}  {'B':<{width}}  overlap@75%  overlap@30%  Spearman"]
     for row in rows:
@@ -92,15 +89,15 @@ def plot_overlaps(
     rankings: Sequence[tuple[str, LayerImportance]], path: str | os.PathLike[str] | None = None
 ) -> "Figure":
     """
-    Draw how much of the top 30 % and of the top 75 % each two rankings share, as two matrices with the numbers.
+    Draw the overlap of each pair of rankings, in the top 30 % and the top 75 %, as two matrices with numbers.
 
     Args:
         rankings: Each with its name.
-        path: The picture to write; matplotlib tells the format from its suffix.
+        path: The picture to write; its suffix sets the format.
 
     Raises:
-        ImportError: matplotlib is missing.
-        ValueError: Two rankings are of different units, or the path has no suffix that names a format.
+        ImportError: matplotlib is not installed.
+        ValueError: The rankings have different units, or the path's suffix names no format.
     """
     overlaps = {share: [[a.overlap(b, share) for _, b in rankings] for _, a in rankings] for share in (0.3, 0.75)}
     return overlap_matrix([name for name, _ in rankings], overlaps, path)

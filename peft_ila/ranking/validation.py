@@ -1,4 +1,4 @@
-"""What a ranking must be, whether it was made or read."""
+"""Checks of the fields of a ranking."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,7 @@ _LONGEST = 1000  # characters of a path or name
 def check_ranking(
     units: Any, scores: Any, metadata: Any, modules: Any, lookalikes: Any, spread: Any, parameters: Any
 ) -> None:
-    """
-    Check the fields of a [`LayerImportance`].
-
-    Raises:
-        TypeError: A field or an entry is of the wrong kind.
-        ValueError: No units, names that cannot be a module's or appear twice, modules outside their unit, or numbers
-            that are missing or not finite.
-    """
+    """Check the fields of a [`LayerImportance`]."""
     for field, value, kind in (
         ("units", units, list),
         ("scores", scores, list),
@@ -41,25 +34,20 @@ def check_ranking(
 
 
 def check_metadata(metadata: Any) -> None:
-    """
-    Check the metadata of a ranking that was read.
-
-    Raises:
-        TypeError: They are no dictionary, or an entry that is used is no string.
-    """
+    """Check the metadata of a ranking file."""
     if not isinstance(metadata, dict):
         raise TypeError(f"`metadata` must be a dict, got a {type(metadata).__name__}.")
     for key in ("model", "model_type", "task_type"):
         if not isinstance(metadata.get(key), (str, type(None))):
             raise TypeError(f"`metadata[{key!r}]` must be a string, got a {type(metadata[key]).__name__}.")
         if len(metadata.get(key) or "") > _LONGEST:
-            raise ValueError(f"`metadata[{key!r}]` has {len(metadata[key])} characters, more than {_LONGEST}.")
+            raise ValueError(f"`metadata[{key!r}]` has {len(metadata[key])} characters; the maximum is {_LONGEST}.")
         if key != "model" and not (metadata.get(key) or "").isprintable():  # a path may hold anything
             raise ValueError(f"`metadata[{key!r}]` must be a name, got {metadata[key][:40]!r}.")
 
 
 def is_integer(value: Any) -> TypeGuard[int]:
-    """Whether it is a whole number, of Python or NumPy, and no truth value."""
+    """Whether the value is an integer of Python or NumPy, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -73,7 +61,7 @@ def _check_names(names: Iterable[Any], what: str) -> None:
 
 
 def _finite(value: Any) -> bool:
-    # another kind of number than bool, and none that is too large for a float
+    # a bool is no number here, and an integer may be too large for a float
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -106,7 +94,7 @@ def _check_modules(
         for name in own:
             check_name(name)
             if name != unit and not name.startswith(f"{unit}."):
-                raise ValueError(f"`modules` lists {name!r} for {unit!r}, which it is no part of.")
+                raise ValueError(f"`modules` lists {name!r} for {unit!r}, but it is not part of that unit.")
             if name in unit_of_module:
                 raise ValueError(f"`modules` lists {name!r} twice, for {unit_of_module[name]!r} and {unit!r}.")
             unit_of_module[name] = unit

@@ -1,4 +1,4 @@
-"""Whole workflows as functions, with their files: what the command line calls.
+"""Whole workflows that read and write files; the command line calls them.
 
-`rank.rank` takes any trainer. What needs TRL is in modules of its own: `sft.rank_by_sft`, `tune.tune`, `demo.demo`.
+`rank.rank` takes any trainer. These need TRL: `sft.rank_by_sft`, `tune.tune`, `demo.demo`.
 """

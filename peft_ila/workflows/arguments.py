@@ -1,4 +1,4 @@
-"""The settings of the workflows as dataclasses, for the command line and YAML. Beside them stand TRL's own."""
+"""The settings of the workflows as dataclasses, for the command line and YAML, besides TRL's own."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -9,7 +9,7 @@ from ..units import Granularity
 
 
 def given(arguments: Any, names: str) -> str:
-    """The flags of the options that have another value than their default, for a message; `names` is a pattern."""
+    """The flags that differ from their default, for a message; `names` is a pattern."""
     changed = [
         one.name
         for one in fields(arguments)
@@ -20,13 +20,13 @@ def given(arguments: Any, names: str) -> str:
 
 @dataclass
 class EvaluationArguments:
-    """What `eval_strategy` evaluates on."""
+    """The held-out data."""
 
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
             "help": "Held-out data for `eval_strategy`: a `.jsonl` file, or a name on the hub. By default "
-            "`dataset_test_split` of the data that are trained on."
+            "`dataset_test_split` of the training data."
         },
     )
 
@@ -37,80 +37,79 @@ class RankArguments(EvaluationArguments):
     Arguments of `peft-ila rank`.
 
     Args:
-        eval_dataset_name (`str`): Held-out data, to evaluate on in stage 1.
+        eval_dataset_name (`str`): Held-out data for stage 1.
         granularity (`str`): See [`ILAConfig`].
-        adapter (`str`): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
+        adapter (`str`): A LoRA or ILA adapter to rank as it is, without stage 1.
         tuned_model, tuned_rank: A fully fine-tuned model to rank as it is, see [`extract_lora`].
-        epsilon, window, patience: See [`EpsilonStability`], whose defaults they have.
+        epsilon, window, patience: See [`EpsilonStability`], with its defaults.
         method, gate_steps, min_agreement, initial_score, gate_learning_rate, budget: See [`learn_gates`].
     """
 
     granularity: Granularity = field(
-        default="layer", metadata={"help": "What one gate stands for: a decoder 'layer' or a 'module'."}
+        default="layer", metadata={"help": "One gate per decoder 'layer' or per 'module'."}
     )
     epsilon: float | None = field(
         default=None,
-        metadata={"help": "Stage 1 is stable when the smoothed loss changes by less than this, by default 0.02."},
+        metadata={"help": "Stage 1 is stable when the smoothed loss changes by less than this (0.02 by default)."},
     )
     window: int | None = field(
-        default=None, metadata={"help": "The number of logged losses to average, by default 5."}
+        default=None, metadata={"help": "The number of logged losses to average (5 by default)."}
     )
     patience: int | None = field(
-        default=None, metadata={"help": "How many comparisons in a row must be stable, by default 3."}
+        default=None, metadata={"help": "The number of stable comparisons in a row (3 by default)."}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "A LoRA or ILA adapter to rank as it is, instead of fine-tuning (stage 1)."}
+        default=None, metadata={"help": "A LoRA or ILA adapter to rank as it is, without stage 1."}
     )
     tuned_model: str | None = field(
         default=None,
-        metadata={"help": "A model that was fully fine-tuned from the given one, to rank instead of fine-tuning."},
+        metadata={"help": "A fully fine-tuned version of the model, to rank as it is, without stage 1."},
     )
     tuned_rank: int | None = field(
         default=None,
-        metadata={"help": "Truncate the deltas of `tuned_model` to this rank; by default they are whole."},
+        metadata={"help": "Truncate the deltas of `tuned_model` to this rank; by default, keep them whole."},
     )
     method: Method | None = field(
         default=None,
         metadata={
-            "help": "'untrained' measures what a fresh adapter promises, without training: to choose what to tune; "
-            "the default. 'attribution' fine-tunes until stable (stage 1), then measures what each delta is worth: to "
-            "see what fine-tuning changes, and the default with `adapter`, `tuned_model` or a setting of stage 1. "
-            "'descent' learns the scores after stage 1, as the paper does."
+            "help": "'untrained' (default) measures a fresh adapter, without training, to choose what to tune. "
+            "'attribution' fine-tunes until stable (stage 1), then measures the worth of each delta, to see what "
+            "fine-tuning changes; the default with `adapter`, `tuned_model` or a setting of stage 1. 'descent' learns "
+            "the scores after stage 1, as in the paper."
         },
     )
     gate_steps: int | None = field(
         default=None,
         metadata={
-            "help": "The greatest number of steps of stage 2, by default 32 (attribution), 16 "
+            "help": "The maximum number of steps of stage 2; by default 32 (attribution), 16 "
             "(untrained) or 128 (descent)."
         },
     )
     min_agreement: float = field(
         default=0.8,
         metadata={
-            "help": "The search ends when the rankings from half and from all of its steps agree so well; 0: never."
+            "help": "End the search when the rankings from half and all of its steps agree this well; 0: never."
         },
     )
-    initial_score: float | None = field(default=None, metadata={"help": "Of descent: where all scores start; 4.0."})
-    gate_learning_rate: float | None = field(default=None, metadata={"help": "Of descent, of the scores; 0.1."})
-    budget: float | str | None = field(  # the command line gives what was written, which says a share or a number
+    initial_score: float | None = field(
+        default=None, metadata={"help": "Descent: the initial score (4.0 by default)."}
+    )
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "Descent: the learning rate of the scores (0.1 by default)."}
+    )
+    budget: float | str | None = field(  # text on the command line, where 1.0 is a share and 1 a number
         default=None,
-        metadata={"help": "Of descent: the units to keep, as a share such as 0.3 or 1.0, or a number such as 8."},
+        metadata={"help": "Descent: the units to keep, as a share such as 0.3 or 1.0, or a number such as 8."},
     )
 
     def stability_settings(self) -> dict[str, Any]:
-        """
-        As [`EpsilonStability`] takes them.
-
-        Raises:
-            ValueError: They are of no use, since there is no stage 1.
-        """
+        """Arguments of [`EpsilonStability`]."""
         settings = {"epsilon": self.epsilon, "window": self.window, "patience": self.patience}
         given = {name: value for name, value in settings.items() if value is not None}
         if given and self.method == "untrained":
             raise ValueError(
                 f"`--{next(iter(given))}` ends stage 1, which `--method untrained` does not have. To fine-tune until "
-                "stable and rank what was learned, pass `--method attribution`."
+                "stable, pass `--method attribution`."
             )
         return given
 
@@ -119,7 +118,7 @@ class RankArguments(EvaluationArguments):
         return self.method or ("attribution" if learned else "untrained")
 
     def gate_settings(self) -> dict[str, Any]:
-        """As [`learn_gates`] takes them."""
+        """Arguments of [`learn_gates`]."""
         return {
             "method": self._method(),
             "steps": self.gate_steps,
@@ -171,44 +170,39 @@ class PruneArguments(EvaluationArguments):
 
 @dataclass
 class SelectionArguments:
-    """What to select: exactly one of the first three, see [`LayerImportance.select`]."""
+    """The selection: exactly one of the first three, see [`LayerImportance.select`]."""
 
-    top_p: float | None = field(default=None, metadata={"help": "The share of the units to select, in (0, 1]."})
+    top_p: float | None = field(default=None, metadata={"help": "The share of units to select, in (0, 1]."})
     top_k: int | None = field(default=None, metadata={"help": "The number of units to select."})
-    threshold: float | None = field(default=None, metadata={"help": "The least gate of a selected unit, in [0, 1]."})
+    threshold: float | None = field(default=None, metadata={"help": "The minimum gate of a selected unit, in [0, 1]."})
     min_probability: float | None = field(
-        default=None, metadata={"help": "Of the share or number, only units that belong to it with this probability."}
+        default=None, metadata={"help": "Keep only units that belong to the share or number with this probability."}
     )
 
     def selection(self) -> dict[str, Any]:
-        """As [`LayerImportance.select`] takes it."""
+        """Arguments of [`LayerImportance.select`]."""
         return {name: getattr(self, name) for name in ("top_p", "top_k", "threshold", "min_probability")}
 
 
 @dataclass
 class BudgetArguments(SelectionArguments):
-    """What to select, or a memory budget that decides it, see [`select_within`]."""
+    """The selection, or a memory budget that decides it, see [`select_within`]."""
 
     memory_budget: str | None = field(
         default=None,
         metadata={
-            "help": "Select what is of the greatest importance and fits into a size, such as '24GB' or '24GiB'. The "
-            "GPU's context, the kernels' workspaces and what the allocator loses come on top of it."
+            "help": "Select the most important units that fit into a size such as '24GB' or '24GiB'. Leave room for "
+            "the GPU's context, the kernels' workspaces and the allocator."
         },
     )
 
     def selection(self) -> dict[str, Any]:
-        """
-        As [`LayerImportance.select`] takes it; nothing if a memory budget is to decide.
-
-        Raises:
-            ValueError: The budget is not alone.
-        """
+        """Arguments of [`LayerImportance.select`], none with a memory budget."""
         selection = super().selection()
         if self.memory_budget is None:
             return selection
         if others := [f"`--{name}`" for name, value in selection.items() if value is not None]:
-            raise ValueError(f"`--memory_budget` decides what is selected: leave out {' and '.join(others)}.")
+            raise ValueError(f"`--memory_budget` decides the selection: leave out {' and '.join(others)}.")
         return {}
 
 
@@ -219,15 +213,15 @@ LORA_R = 16  # TRL's default
 class StepArguments:
     """The training step whose memory is counted, see [`plan`], with TRL's defaults."""
 
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "The number of examples of a step."})
-    max_length: int = field(default=1024, metadata={"help": "Their number of tokens."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Whether the linear layers are quantised to NF4."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "The number of examples per step."})
+    max_length: int = field(default=1024, metadata={"help": "The number of tokens per example."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the linear layers to NF4."})
     gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Whether activations are computed again in the backward pass, as by TRL."}
+        default=True, metadata={"help": "Recompute activations in the backward pass, as TRL does."}
     )
 
     def step(self) -> dict[str, Any]:
-        """As [`plan`] takes it."""
+        """Arguments of [`plan`]."""
         return {
             "batch_size": self.per_device_train_batch_size,
             "max_length": self.max_length,
@@ -241,25 +235,21 @@ class TuneArguments(EvaluationArguments, BudgetArguments):
     """Arguments of `peft-ila tune`."""
 
     importance: str | None = field(
-        default=None, metadata={"help": "The ranking, as `rank` wrote it, or the name of a published one."}
+        default=None, metadata={"help": "A ranking file of `rank`, or the name of a published ranking."}
     )
     full: bool = field(
         default=False,
-        metadata={"help": "Train the selected units' own weights instead of a LoRA; nothing else moves."},
+        metadata={"help": "Train the selected units' own weights instead of a LoRA, and freeze all others."},
     )
 
 
 def required(value: str | None, flag: str) -> str:
-    """
-    Raises:
-        ValueError: The value is missing.
-    """
     if not value:
         raise ValueError(f"`--{flag}` is required.")
     return value
 
 
 def short(value: object) -> str:
-    """A value as it is shown in a message."""
+    """A value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

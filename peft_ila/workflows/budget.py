@@ -1,4 +1,4 @@
-"""The selection of the greatest importance that fits into a GPU's memory: what `--memory_budget` does."""
+"""The most important units that fit into a GPU's memory: `--memory_budget`."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -33,42 +33,42 @@ def select_within(
     **lora: Any,
 ) -> list[str]:
     """
-    The units of the greatest total importance whose tuning fits into a memory budget, most important first.
+    The units with the greatest total importance whose tuning fits into a memory budget, most important first.
 
-    The lowest selected unit decides how far the backward pass goes, and so how many activations are kept. Each unit is
-    tried as the lowest: what is left of the budget is filled with units above it, by importance per byte. The best of
-    these selections is returned only if the count of [`plan`] says that it fits; else less is planned with, and so on.
-    Of units of equal size, as most decoder layers are, that is the greatest total there is. Of modules, whose sizes
-    differ, it need not be. Units without importance are left out.
+    The lowest selected unit decides how far the backward pass goes, and so how many activations are kept. The search
+    tries each unit as the lowest and fills the rest of the budget with units above it, by importance per byte. It
+    returns the best selection only if the count of [`plan`] fits; otherwise it corrects its estimate and repeats.
+    Units of equal size, such as most decoder layers, get the greatest possible total. Modules, whose sizes differ, can
+    miss it. Units without importance are left out.
 
-    The importance must add up, and be positive. Of an attribution, or a measurement on a fresh adapter, it is the
-    unit's share of the total, score + 1 (in shares of a mean unit), or 0 if that is negative: a delta that does harm.
-    Of any other score it is the gate σ(score).
+    The importance adds up and is not negative. For an attribution or a fresh adapter, it is the unit's share of the
+    total, score + 1 (in shares of a mean unit), or 0 if the share is negative, since such a delta does harm. For other
+    scores, it is the gate σ(score).
 
     Args:
-        config ([`~transformers.PretrainedConfig`]): That of the ranked model, a causal language model.
+        config ([`~transformers.PretrainedConfig`]): The configuration of the ranked model, a causal language model.
         importance ([`LayerImportance`]): The ranking.
         memory_budget (`int` or `str`):
-            Bytes, or a size such as `"24GB"` (10⁹ bytes) or `"24GiB"`. What is not counted, see [`Memory`], must fit
-            beside it: the GPU's context, the kernels' workspaces, what the allocator loses.
+            Bytes, or a size such as `"24GB"` (10⁹ bytes) or `"24GiB"`. Leave room for the memory that is not counted,
+            see [`Memory`].
         batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype:
-            Of the training step, see [`plan`]. With checkpointing the inputs of all layers are kept, whichever is the
-            lowest; the callback [`FrozenPrefix`] spares those below it, which is not counted.
+            The training step, see [`plan`]. With checkpointing, the inputs of all layers count, also those below the
+            lowest unit, which the callback [`FrozenPrefix`] avoids.
         r (`int`): LoRA's rank.
         **lora: Other options of [`~peft.LoraConfig`].
 
     Returns:
-        `list[str]`: For [`LayerImportance.to_lora_config`], as `units`.
+        `list[str]`: The `units` for [`LayerImportance.to_lora_config`].
 
     Raises:
-        ValueError: The budget is no size, or too small for any unit; no unit has any importance; or see [`plan`].
+        ValueError: The budget is not a size or too small for any unit; no unit is important; or see [`plan`].
     """
     budget = size_in_bytes(memory_budget)
     lora["r"] = r
     worth = {unit: value for unit, value in zip(importance.units, additive(importance)) if value > 0}
     if not worth:
-        raise ValueError("The ranking has no unit of positive importance, so there is nothing to select.")
-    importance.to_lora_config(top_p=1.0, model=config, **lora)  # the ranking is of this model
+        raise ValueError("The ranking has no unit of positive importance, so none can be selected.")
+    importance.to_lora_config(top_p=1.0, model=config, **lora)  # checks that the ranking is of this model
     skeleton = meta_skeleton(config, importance.units)
     step = Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
     counts = _Counts(step, importance, lora)
@@ -84,13 +84,7 @@ def select_within(
 
 
 def size_in_bytes(size: int | str) -> int:
-    """
-    Args:
-        size: Bytes, or a string such as `"24GB"`, `"24GiB"` or `"24000000000"`.
-
-    Raises:
-        ValueError: It is none of these.
-    """
+    """Bytes of a number or a string such as `"24GB"`, `"24GiB"` or `"24000000000"`."""
     try:
         text = str(size).strip().upper()  # accelerate takes "24gb" for gigabits
         return convert_file_size_to_int(int(text) if text.isdecimal() else text)
@@ -101,9 +95,9 @@ def size_in_bytes(size: int | str) -> int:
 
 
 def additive(importance: LayerImportance) -> list[float]:
-    """The importance of each unit as it can be added up: not negative, see [`select_within`]."""
+    """The importance of each unit in values that add up and are not negative, see [`select_within`]."""
     if "mean_of" in importance.metadata:
-        least = min(importance.scores)  # they are standardised: what would be 0 is not known
+        least = min(importance.scores)  # standardised scores have no known zero
         return [score - least for score in importance.scores]
     facts = importance.metadata.get("learn_gates")
     if isinstance(facts, dict) and facts.get("method") in ("attribution", "untrained"):
@@ -112,7 +106,7 @@ def additive(importance: LayerImportance) -> list[float]:
 
 
 class _Counts:
-    """What selections need: exactly, by a count of each, or as a sum, by counts of a few."""
+    """The memory of selections: counted exactly, or estimated as a sum."""
 
     def __init__(self, step: Step, importance: LayerImportance, lora: Mapping[str, Any]) -> None:
         self._step = step
@@ -121,7 +115,7 @@ class _Counts:
         self._counted: dict[frozenset[str], Memory] = {}
 
     def memory(self, units: Sequence[str]) -> Memory:
-        """Counted exactly."""
+        """The exact count."""
         key = frozenset(units)
         if key not in self._counted:
             self._counted[key] = self._step.memory(self._config(units))
@@ -129,13 +123,13 @@ class _Counts:
 
     def cost_by_unit(self, units: Sequence[str]) -> tuple[dict[str, Peaks], dict[str, Peaks]]:
         """
-        What any selection of `units` needs, as a sum.
+        The estimated memory of any selection of `units`, as a sum.
 
         Returns:
-            What each unit adds to each of [`Memory.peaks`], in the order of the forward pass; and what the rest takes
-            if it is the lowest.
+            The part of each unit in each of [`Memory.peaks`], in the order of the forward pass; and the memory of the
+            rest if this unit is the lowest.
         """
-        at: dict[str, list[str]] = {}  # a parameter is met where its module is
+        at: dict[str, list[str]] = {}  # a parameter counts where its module is entered
         for unit in units:
             at.setdefault(unit.rpartition(".")[0] if unit in self._importance.parameters else unit, []).append(unit)
         trained, kept = self._step.memory_by_module(self._config(units), list(at))
@@ -150,7 +144,7 @@ class _Counts:
             for unit in at[place]:
                 own[unit] = (held // len(at[place]), (held + trained[place] * 4) // len(at[place]))
                 lowest, start = layers.setdefault(split_layer(unit) or unit, (unit, place))
-                # nothing is kept in front of the lowest unit, in its own layer neither
+                # nothing is kept before the lowest unit, not even in its own layer
                 spared = without[place] - without[start]
                 first_peak, second_peak = _less(self.memory([lowest]).peaks, own[lowest])
                 rest[unit] = (first_peak - spared, second_peak - spared)
@@ -168,7 +162,7 @@ def _search(counts: _Counts, worth: Mapping[str, float], budget: int) -> list[st
     if memory.total > budget:
         raise ValueError(
             f"A memory budget of {budget / 1e9:.3g} GB is too small: the frozen model takes "
-            f"{memory.weights / 1e9:.3g} GB, and tuning one unit, {least}, {memory.total / 1e9:.3g} GB in all."
+            f"{memory.weights / 1e9:.3g} GB, and tuning one unit ({least}) takes {memory.total / 1e9:.3g} GB in all."
         )
     by_value = sorted(order, key=lambda unit: worth[unit] / max(1, *own[unit]), reverse=True)
     while True:
@@ -182,7 +176,7 @@ def _search(counts: _Counts, worth: Mapping[str, float], budget: int) -> list[st
         needed = counts.memory(selected)
         if needed.total <= budget:
             return selected
-        # more than the sum says: so it is for all that have their lowest unit in this layer
+        # the sum is too low for all selections with their lowest unit in this layer
         lowest = selected[0]
         missing = _less(needed.peaks, rest[lowest])
         for unit in selected:
@@ -197,7 +191,7 @@ def _less(a: Peaks, b: Peaks) -> Peaks:
 
 
 def _fill(lowest: str, others: Sequence[str], own: Mapping[str, Peaks], room: Peaks) -> list[str]:
-    """The lowest unit and as many of the others, in their order, as there is room for; none if it has none itself."""
+    """The lowest unit and those of the others that fit, in their order; none if the lowest does not fit."""
     selected: list[str] = []
     for unit in (lowest, *others):
         left = _less(room, own[unit])

@@ -1,4 +1,4 @@
-"""A ranking's selection as a file for PEFT or another program: what `peft-ila convert` does."""
+"""Write a selection for PEFT or another program: `peft-ila convert`."""
 
 import logging
 from pathlib import Path
@@ -25,7 +25,7 @@ def convert(
     **lora: Any,
 ) -> tuple[Path, list[str]]:
     """
-    Write `adapter_config.json` of the selected units, or the settings that make another program tune them.
+    Write `adapter_config.json` for the selected units, or the settings for another program.
 
     Args:
         importance ([`LayerImportance`]): The ranking.
@@ -33,26 +33,26 @@ def convert(
         format (`str`): `"peft"`, or see [`LayerImportance.to_recipe`].
         selection (`dict`): The arguments of [`LayerImportance.select`].
         model_name_or_path (`str`, *optional*):
-            The ranked model, to check the conversion by injection into its architecture. By default the one in the
-            ranking's metadata, which may be gone; then names alone are compared.
+            The ranked model, to check the result by injection into its architecture. By default, the model in the
+            ranking's metadata; if it is not found, only names are checked.
         memory_budget (`int` or `str`, *optional*): Instead of a selection, see [`select_within`].
-        step (`dict`): The arguments of [`select_within`] that say what a training step is.
+        step (`dict`): The arguments of [`select_within`] for the training step.
         **lora: `r`, `lora_alpha` and `lora_dropout` of LoRA.
 
     Returns:
-        The file, and the selected units.
+        The file and the selected units.
 
     Raises:
-        OSError: There is no such model.
-        ValueError: A bad selection or budget, another model than the ranked one, or targets that the program cannot
-            name.
+        OSError: The model does not exist.
+        ValueError: The selection or budget is invalid, the model is not the ranked one, or the program cannot name the
+            targets.
     """
     model = _ranked_config(importance) if model_name_or_path is None else _config(model_name_or_path, hub=True)
     if memory_budget is not None:
         if model is None:
-            raise ValueError("A memory budget needs the model: say where it is by `--model_name_or_path`.")
+            raise ValueError("A memory budget needs the model: pass `--model_name_or_path`.")
         if format == "axolotl-full":
-            raise ValueError("A memory budget is of tuning by LoRA: full fine-tuning is not counted.")
+            raise ValueError("`--memory_budget` counts LoRA only: for `--format axolotl-full`, select by `--top_p`.")
         units = select_within(model, importance, memory_budget, **(step or {}), **lora)
     else:
         units = importance.select(**(selection or {}))
@@ -68,7 +68,7 @@ def convert(
 
 
 def _config(model: str, hub: bool) -> Any:
-    # code from the hub is not run for a check, nor asked about on the terminal
+    # a check neither runs code from the hub nor asks to
     return model_config(model, local_files_only=not hub, trust_remote_code=False)
 
 
@@ -78,7 +78,7 @@ def _ranked_config(importance: LayerImportance) -> Any:
         return _config(model, hub=False) if model else None
     except (OSError, ValueError):
         logger.warning(
-            f"The configuration of {str(model)[:80]!r} is not at hand; the targets are checked by name only. Say "
-            "where it is by `--model_name_or_path`."
+            f"The configuration of {str(model)[:80]!r} was not found, so targets are checked by name only. To check "
+            "them on the model, pass `--model_name_or_path`."
         )
         return None

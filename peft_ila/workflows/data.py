@@ -1,4 +1,4 @@
-"""Data sets of the command line: a local JSONL file, or a name on the hub. What is in them, the trainer judges."""
+"""Load data sets by name: a local JSONL file, or a name on the hub. The trainer checks their content."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _LINES = (
-    " Expected one JSON object a line; `datasets.Dataset.from_csv(FILE).to_json('data.jsonl')`, or `from_parquet`, "
+    " Expected one JSON object per line. `datasets.Dataset.from_csv(FILE).to_json('data.jsonl')`, or `from_parquet`, "
     "makes such a file."
 )
 
@@ -20,13 +20,9 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
     Load a data set by the library `datasets`.
 
     Args:
-        name: A path that ends in `.jsonl` or `.json` (one JSON object a line), or the name of a data set on the hub.
+        name: A path that ends in `.jsonl` or `.json` (one JSON object per line), or the name of a data set on the hub.
         config: The configuration of a data set on the hub.
-        split: The split of a data set on the hub. A file is its train split.
-
-    Raises:
-        OSError: There is no such file or data set.
-        ValueError: A file was asked for another split, or the data cannot be read.
+        split: The split of a data set on the hub. A file is its own train split.
     """
     import datasets
 
@@ -35,8 +31,8 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
         raise FileNotFoundError(f"There is no data file {path}.")
     if file and not split.startswith("train"):
         raise ValueError(
-            f"{name} is a file without a split {split!r}. Train on it by `--dataset_train_split train`, and "
-            "evaluate on held-out data by `--eval_dataset_name FILE`, or not at all (`--eval_strategy no`)."
+            f"{name} is a file without a split {split!r}. To train on it, pass `--dataset_train_split train`. To "
+            "evaluate, pass `--eval_dataset_name FILE`; otherwise pass `--eval_strategy no`."
         )
     try:
         if file:
@@ -44,19 +40,19 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
         return datasets.load_dataset(path, name=config, split=split)
     except (OSError, ImportError):
         raise
-    except Exception as error:  # whatever is in a file makes a builder raise, an empty one a bare StopIteration
+    except Exception as error:  # builders may raise anything, for an empty file a bare StopIteration
         reason = str(error.__cause__ or error) or "it holds no examples"
         raise ValueError(f"{name} cannot be read as a data set: {reason}.{_LINES if file else ''}") from error
 
 
 def is_file(name: str) -> bool:
-    """Whether a name is one of a file rather than of a data set on the hub or a directory."""
+    """Whether a name is a file, not a directory or a data set on the hub."""
     path = Path(name).expanduser()
     return path.suffix in (".jsonl", ".json") or path.is_file()
 
 
 def described(data: "dict[str, Dataset]") -> str:
-    """The columns of data that the trainer does not take, by their names, and what it takes, for a message."""
+    """The columns of data that the trainer refuses, and the formats that it takes, for a message."""
     parts = []
     for name, dataset in data.items():
         missing = [column for column in dataset.column_names if dataset.data.column(column).null_count]

@@ -1,8 +1,8 @@
 """
-The whole method on a real model and real data, offline: what `peft-ila demo --output_dir OUT` does.
+The whole method on a real model and real data, offline: `peft-ila demo --output_dir OUT`.
 
-SmolLM2-135M-Instruct learns the short answers of ChatterBot's dialogues. The rankings, the conversion and the tuning
-are the workflows behind the commands that a user types; this module prepares their data and measures what they made.
+SmolLM2-135M-Instruct learns the short answers of ChatterBot's dialogues. The workflows of the commands `rank`,
+`convert` and `tune` do the work; this module prepares their data and measures the results.
 """
 
 import functools
@@ -69,7 +69,7 @@ def demo(output_dir: Path) -> None:
     importance = importances[0][1]
     ranked = time.perf_counter() - start
 
-    _headline("Do both parts of the data find the same layers, and does the published ranking?")
+    _headline("Do both parts of the data and the published ranking find the same layers?")
     print(comparison_table(comparison_rows([*importances, ("published", LayerImportance.load(_PUBLISHED))])))
 
     _headline(f"Convert the top {_SHARE:.0%} to a LoraConfig")
@@ -86,11 +86,11 @@ def demo(output_dir: Path) -> None:
     _headline("Side by side")
     _print_comparison(model, tuned, parts["held_out"])
 
-    _headline("What has tuning all layers changed? Rank what full LoRA has learned")
+    _headline("What did tuning all layers change? Rank the deltas of full LoRA")
     arguments = _arguments(model, parts["part_a"], output_dir / "learned")
     learned, _ = rank_by_sft(*arguments, RankArguments(adapter=str(tuned["full LoRA"])))
     print(ranking_table(learned))
-    print(comparison_table(comparison_rows([("before training", importance), ("of what was learned", learned)])))
+    print(comparison_table(comparison_rows([("before training", importance), ("after training", learned)])))
     _headline("How much of full LoRA is needed? Prune it")
     held_out = PruneArguments(eval_dataset_name=str(parts["held_out"]))
     arguments = _arguments(model, parts["part_a"], output_dir / "pruned")
@@ -98,7 +98,7 @@ def demo(output_dir: Path) -> None:
     print(pruning_table(pruning))
     print(
         f"\nPictures: importance.png in {output_dir}/learned, ranks.png and kept.png in {output_dir}/pruned. Both "
-        f"rankings before training took {ranked:.0f} s, all {time.perf_counter() - start:.0f} s."
+        f"rankings before training took {ranked:.0f} s, the whole demo {time.perf_counter() - start:.0f} s."
     )
 
 
@@ -113,7 +113,7 @@ def _headline(text: str) -> None:
 
 
 def _write_data(directory: Path) -> dict[str, Path]:
-    """Two disjoint halves to train on and held-out examples; no question is in two of them."""
+    """Two halves to train on and held-out examples; no question is in two of them."""
     rows = dialogues()
     random.Random(0).shuffle(rows)
     half = (len(rows) - _HELD_OUT) // 2
@@ -126,12 +126,12 @@ def _write_data(directory: Path) -> dict[str, Path]:
 
 def measuring_trainer(model: Any, directory: str | Path, data: Path) -> Any:
     """
-    A trainer that only measures, on SmolLM2.
+    A trainer that only measures SmolLM2.
 
     Args:
         model: The model, with or without adapters.
-        directory: That of the embedded model, for its tokenizer.
-        data: A file of the demo's data, to evaluate on and to rank on.
+        directory: The embedded model's, for its tokenizer.
+        data: A file of the demo's data, for evaluation and ranking.
     """
     dataset = load_dataset(str(data))
     args = SFTConfig(
@@ -182,6 +182,6 @@ def _print_comparison(directory: str, adapters: dict[str, Path], held_out: Path)
     first, second = adapters
     ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[second]))
     print(
-        f"{first} against {second}: {trainable[first] / trainable[second]:.2f} of the trainable parameters, "
+        f"{first} compared with {second}: {trainable[first] / trainable[second]:.2f} of the trainable parameters, "
         f"{kept[first] / kept[second]:.2f} of the saved tensors, {ratio:.2f} of the step time."
     )

@@ -1,4 +1,4 @@
-"""Base models by name: a directory or a repository, and a configuration that may hold anything."""
+"""Base models by name, a directory or a repository, with checks of their configuration."""
 
 import os
 import re
@@ -11,23 +11,17 @@ from transformers.utils import CONFIG_NAME
 from ..files import open_safetensors, read_json
 from .arguments import required
 
-_MOST_BYTES, _MOST_LAYERS = 2**24, 10_000  # of a configuration; those of real models stay far below
+_MOST_BYTES, _MOST_LAYERS = 2**24, 10_000  # limits of a configuration, far above real models
 
 
 def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
-    """
-    The name of a model, as `from_pretrained` takes it.
-
-    Raises:
-        ValueError: The name is missing, or a file in the model's directory is damaged.
-        FileNotFoundError: It is that of a directory that does not exist.
-    """
+    """The name of a model for `from_pretrained`, after checks of its files."""
     name = os.path.expanduser(required(value, flag))
     directory = Path(name)
     if not directory.exists() and name.startswith((".", "/")):
         raise FileNotFoundError(f"There is no model directory {name}.")
     if directory.is_file():
-        raise ValueError(f"`--{flag}` must be the directory of a model or its name on the hub, but {name} is a file.")
+        raise ValueError(f"`--{flag}` must be a model's directory or its name on the hub, but {name} is a file.")
     for path in directory.glob("*.safetensors") if directory.is_dir() else ():
         with open_safetensors(path):
             pass
@@ -40,11 +34,7 @@ def model_config(name: str, **kwargs: Any) -> Any:
 
     Args:
         name: A directory, or a name on the hub.
-        **kwargs: Of [`~transformers.AutoConfig.from_pretrained`].
-
-    Raises:
-        OSError: There is none.
-        ValueError: It cannot be read, or is of no model that could exist.
+        **kwargs: Arguments of [`~transformers.AutoConfig.from_pretrained`].
     """
     directory = Path(name)
     if directory.is_dir():
@@ -56,8 +46,8 @@ def model_config(name: str, **kwargs: Any) -> Any:
     except OSError as error:
         if directory.is_dir():
             raise
-        raise OSError(f"There is no model directory {name}, and the hub gives none of that name: {error}") from error
-    except Exception as error:  # whatever the values in it make transformers do
+        raise OSError(f"There is no model directory {name}, and the hub has no such model: {error}") from error
+    except Exception as error:  # transformers may raise anything for bad values
         raise ValueError(f"The configuration of {name} cannot be read: {error}") from error
     _check_depth(config.to_dict(), name)
     return config
@@ -68,4 +58,4 @@ def _check_depth(values: dict[Any, Any], name: str) -> None:
         if isinstance(value, dict):
             _check_depth(value, name)
         elif re.search(r"layers?$|^depth", str(key)) and isinstance(value, int) and value > _MOST_LAYERS:
-            raise ValueError(f"The configuration of {name} has `{key}` {value}, more than {_MOST_LAYERS}.")
+            raise ValueError(f"The configuration of {name} has `{key}` {value}; the maximum is {_MOST_LAYERS}.")

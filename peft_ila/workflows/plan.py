@@ -1,4 +1,4 @@
-"""What fine-tuning needs of a GPU's memory, from a model's configuration alone: what `peft-ila plan` does."""
+"""The GPU memory of fine-tuning, from a model's configuration alone: `peft-ila plan`."""
 
 import contextlib
 import copy
@@ -22,28 +22,28 @@ from ..tuner.model import ILAModel
 from .arguments import LORA_R, StepArguments
 
 SHARES = (1.0, 0.75, 0.5, 0.3, 0.1)
-# of bitsandbytes' NF4 without nested quantisation: 4 bits, and 4 bytes of scale for each 64 weights
+# bitsandbytes' NF4 without nested quantisation: 4 bits, and a scale of 4 bytes per 64 weights
 _NF4_BYTES = 0.5 + 4 / 64
-ADAMW = 2  # moments of each trained parameter, as large as it
-# of the logits in fp32, while the loss is differentiated: that of the log-probabilities, and that of the logits
+ADAMW = 2  # moments per trained parameter, of its size
+# in fp32, in the backward pass of the loss: of the log-probabilities and of the logits
 _GRADIENTS_OF_LOGITS = 2
 
 
 @dataclass
 class Memory:
     """
-    Bytes that a training step needs. Beside them a GPU holds its context, the kernels' workspaces, and what the
-    allocator loses.
+    The memory of a training step, in bytes. The GPU's context, the kernels' workspaces and the allocator's losses are
+    not counted.
 
     Args:
-        weights: Of the base model.
-        adapter: Its weights, in fp32 as PEFT makes them.
-        gradients: Of what trains.
-        optimizer: AdamW's moments of what trains; in stage 2 of what stage 1 has trained, which are still held.
-        activations: What is kept for the backward pass, without the logits.
-        recomputed: Under gradient checkpointing, the most that one layer keeps while it is computed again.
-        logits: What the loss keeps of the size of the vocabulary, and the two gradients of that size.
-        trainable: The number of trained parameters, which is no number of bytes.
+        weights: The base model's weights.
+        adapter: The adapter's weights, in fp32 as PEFT makes them.
+        gradients: The gradients of the trainable parameters.
+        optimizer: AdamW's moments; in stage 2, those of stage 1, which are still held.
+        activations: The tensors kept for the backward pass, without the logits.
+        recomputed: Under gradient checkpointing, the most that one layer keeps while it is recomputed.
+        logits: The tensors of the vocabulary's size that the loss keeps, and two gradients of that size.
+        trainable: The number of trainable parameters, not of bytes.
     """
 
     weights: int
@@ -57,13 +57,13 @@ class Memory:
 
     @property
     def peaks(self) -> tuple[int, int]:
-        """With the logits, and with the gradients: what the logits need is gone before a layer has gradients."""
+        """The peaks with the logits and with the gradients. The logits are freed before any layer has gradients."""
         held = self.weights + self.adapter + self.optimizer + self.activations
         return held + self.logits, held + self.recomputed + self.gradients
 
     @property
     def total(self) -> int:
-        """The most at any time."""
+        """The peak of the step."""
         return max(self.peaks)
 
 
@@ -80,34 +80,34 @@ def plan(
     **lora: Any,
 ) -> dict[str, Memory]:
     """
-    What tuning a share of the units needs, by default all, 75, 50, 30 and 10 %, and what the search itself needs.
+    The memory of tuning all, 75, 50, 30 and 10 % of the units (by default), and of the search.
 
-    The model is built without weights, and a training step of it is taken with tensors that have no data, so that
-    what it keeps is counted, not estimated: exactly what it would keep on the CPU. The kernels of a GPU may keep
-    less, such as for attention. What the backward pass works with beside that is counted of the logits only.
+    The model is built without weights and runs a training step with tensors without data. So the tensors kept for the
+    backward pass are counted exactly, as on the CPU. A GPU's kernels may keep less, such as for attention. Of the
+    temporary tensors of the backward pass, only those of the logits are counted.
 
     Args:
-        config ([`~transformers.PretrainedConfig`]): That of a causal language model.
+        config ([`~transformers.PretrainedConfig`]): The configuration of a causal language model.
         importance ([`LayerImportance`], *optional*):
-            Which units are selected. Without it, as many decoder layers are spread evenly from the first one on, which
-            is the most that so many can need.
-        batch_size (`int`): The number of examples of a step.
-        max_length (`int`): Their number of tokens.
+            The ranking that selects the units. Without it, decoder layers are spread evenly from the first one on,
+            which needs the most memory.
+        batch_size (`int`): The number of examples per step.
+        max_length (`int`): The number of tokens per example.
         load_in_4bit (`bool`): Whether the linear layers are quantised to NF4.
-        gradient_checkpointing (`bool`): Whether activations are computed again, without reentrance.
+        gradient_checkpointing (`bool`): Whether activations are recomputed (non-reentrant).
         dtype (`torch.dtype`):
-            Of the weights that are not quantised, and of the activations: in half precision the step is taken under
-            autocast, as trainers take it with `bf16=True`.
-        shares (`list[float]`): Of the units to tune.
+            The dtype of the activations and of the weights that are not quantised. In half precision, the step runs
+            under autocast, as in trainers with `bf16=True`.
+        shares (`list[float]`): The shares of units to tune.
         r (`int`): LoRA's rank.
         **lora: Other options of [`~peft.LoraConfig`].
 
     Returns:
-        `dict`: By the share, such as `"30%"`; `"rank"`, the search without training; and `"rank, stage 2"`, that of
-        what was learned, whose first stage is as `"100%"`.
+        `dict`: A [`Memory`] for each share, such as `"30%"`; for `"rank"`, the search without training; and for
+        `"rank, stage 2"`, the search after training, whose stage 1 needs as much as `"100%"`.
 
     Raises:
-        ValueError: No causal language model can be built of the configuration, or the ranking is of another one.
+        ValueError: The configuration makes no causal language model, or the ranking is of another one.
     """
     lora["r"] = r
     skeleton = meta_skeleton(config, importance.units if importance else ())
@@ -125,17 +125,17 @@ def plan(
 
 
 def table(needed: dict[str, Memory]) -> str:
-    """What [`plan`] finds, in GB of 10⁹ bytes."""
+    """The result of [`plan`], in GB of 10⁹ bytes."""
     columns = ("weights", "adapter", "gradients", "optimizer", "activations", "recomputed", "logits", "total")
     lines = [f"{'GB':<14}" + "".join(f"{column:>13}" for column in columns) + f"{'trained':>14}"]
     for row, memory in needed.items():
         gigabytes = "".join(f"{getattr(memory, column) / 1e9:>13.2f}" for column in columns)
         lines.append(f"{row:<14}{gigabytes}{memory.trainable:>14,}")
-    return "\n".join([*lines, "Beside it: the GPU's context, the kernels' workspaces, what the allocator loses."])
+    return "\n".join([*lines, "Not counted: the GPU's context, the kernels' workspaces, the allocator's losses."])
 
 
 def _layers(skeleton: nn.Module, lora: dict[str, Any]) -> LayerImportance:
-    """A ranking that selects decoder layers evenly, the first one always."""
+    """A ranking that selects decoder layers evenly, always including the first."""
     own = ILAConfig(**{"target_modules": "all-linear", **lora})
     model: Any = _inject(copy.deepcopy(skeleton), own)
     for gate in model.gates().values():
@@ -156,14 +156,11 @@ def _inject(skeleton: nn.Module, config: PeftConfig) -> PeftModel:
 
 class Step:
     """
-    A training step of a model, taken without data, so that what it needs is counted.
+    A training step of a model, run without data to count its memory.
 
     Args:
         skeleton: The model on the meta device.
         batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype: See [`plan`].
-
-    Raises:
-        ValueError: The batch or the length is empty.
     """
 
     def __init__(
@@ -187,10 +184,7 @@ class Step:
         """
         Args:
             config: The adapter.
-            untrained: Whether the step is one of the search without training: B has gradients, and nothing moments.
-
-        Raises:
-            ValueError: The step cannot be taken without data, or trains more than adapters.
+            untrained: Whether the step is of the search without training: only B has gradients, nothing has moments.
         """
         model = self._with_adapter(config)
         for name, parameter in model.named_parameters():
@@ -214,18 +208,15 @@ class Step:
 
     def memory_by_module(self, config: PeftConfig, names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
         """
-        Where in the model the bytes are needed.
+        The memory by module.
 
         Args:
-            config: What trains.
-            names: Modules, none within another.
+            config: The adapter.
+            names: Modules, none inside another.
 
         Returns:
-            The number of trained parameters in each; and the bytes kept for the backward pass at the
-            moment when each is first entered, in this order, with those of the whole pass under `""` at the end.
-
-        Raises:
-            ValueError: See [`memory`].
+            The number of trainable parameters in each; and the bytes kept for the backward pass when each is first
+            entered, in this order, with the total under `""` at the end.
         """
         model = self._with_adapter(config)
         base = model.get_base_model()
@@ -251,7 +242,7 @@ class Step:
             if "lora_" in name:
                 parameter.data = parameter.data.float()
             elif parameter.requires_grad:
-                raise ValueError(f"Only adapters are counted, but {name} is to be trained, too.")
+                raise ValueError(f"Only adapters are counted, but {name} is also trainable.")
         return model
 
     @contextlib.contextmanager
@@ -267,12 +258,12 @@ class Step:
                 yield
             except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
                 name = type(base).__name__
-                raise ValueError(f"No training step of {name} can be taken without data: {error}") from error
+                raise ValueError(f"A training step of {name} cannot run without data: {error}") from error
 
     def _loss(self, model: Any) -> None:
         ids = torch.zeros(self._shape, dtype=torch.long)
         half = self._dtype != torch.float32
-        with torch.autocast("cpu", self._dtype) if half else contextlib.nullcontext():  # a caller's own stays
+        with torch.autocast("cpu", self._dtype) if half else contextlib.nullcontext():  # else the caller's
             model(input_ids=ids, labels=ids)
 
     def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
@@ -283,7 +274,7 @@ class Step:
             return saved.bytes() - logits, logits, recomputed
 
     def _most_of_a_layer(self, model: Any) -> int:
-        """The most that one of the layers keeps while it is computed again."""
+        """The most that one of the layers keeps while it is recomputed."""
         before, most = 0, 0
 
         def enter(layer: nn.Module, args: Any) -> None:
@@ -318,16 +309,16 @@ class Step:
 
 
 def _adapter(module: nn.Module) -> tuple[int, int]:
-    """The number of the adapter's parameters in a module, and of those that train."""
+    """The numbers of adapter parameters and of trainable ones in a module."""
     own = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
     return sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
 
 
 @contextlib.contextmanager
 def _fake(model: nn.Module) -> Iterator[None]:
-    """Tensors that know their size and no data in place of all parameters and buffers, as if on the CPU."""
+    """Replace all parameters and buffers with tensors without data, as if on the CPU."""
     level = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # torch logs whatever it cannot do without data
+    logging.disable(logging.ERROR)  # torch logs operations that need data
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for module in model.modules():

@@ -1,4 +1,4 @@
-"""Both stages with their files and their resuming: what `peft-ila rank` does."""
+"""Run both stages, write their files, resume them: `peft-ila rank`."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from .resuming import STAGE_1, CheckpointGuard, Run, check_finished, is_true, lo
 from .training import load_adapter
 
 RANKING, PICTURE = "importance.json", "importance.png"
-# what runs write into the adapter's directory
+# the files that runs write into the adapter's directory
 _OWN = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STAGE_1, RANKING, PICTURE, "README.md")
 
 
@@ -32,15 +32,14 @@ def rank(
     """
     Rank the units, and write the ranking and the adapter: the whole of ILA's search.
 
-    By default nothing is trained: the ranking is from a fresh adapter, `method="untrained"`. With an
-    [`EpsilonStability`], passed or among the trainer's callbacks, or with `method="attribution"`, the adapter is first
-    fine-tuned until stable (stage 1), then its gates are learned (stage 2).
+    By default, nothing is trained: a fresh adapter is ranked, by `method="untrained"`. With an [`EpsilonStability`],
+    passed or among the trainer's callbacks, or with `method="attribution"`, the adapter is first fine-tuned until
+    stable (stage 1), then its gates are learned (stage 2).
 
-    `importance.json`, `importance.png` (if matplotlib is installed) and `adapter/` (with a model card) go to the
-    trainer's output directory. With `resume_from_checkpoint=True` in its training arguments, the same call goes on
-    from what a killed run has left there, in either stage, and ends with the same files; `_run.json` holds the
-    settings that must be the same. What an earlier run has left is replaced when there is something to replace it by.
-    Under several processes all of them must call it.
+    The trainer's output directory gets `importance.json`, `importance.png` (if matplotlib is installed) and `adapter/`
+    (with a model card). With `resume_from_checkpoint=True` in the training arguments, the same call resumes a killed
+    run in either stage and ends with the same files; `_run.json` holds the settings that must not change. Files of an
+    earlier run stay until new ones replace them. In a run of several processes, all must call it.
 
     ```py
     >>> config = ILAConfig(target_modules="all-linear", gate_mode="open")
@@ -51,22 +50,22 @@ def rank(
     Args:
         trainer ([`~transformers.Trainer`]): Any trainer whose model has one active ILA adapter, in mode "open".
         stability ([`EpsilonStability`], *optional*):
-            What ends stage 1, by default the one among the trainer's callbacks, or else one with its defaults.
-        adapter (`str`, *optional*): A LoRA or ILA adapter to rank as it is; there is no stage 1 then.
+            The end of stage 1; by default, the one among the trainer's callbacks, or one with its defaults.
+        adapter (`str`, *optional*): A LoRA or ILA adapter to rank as it is, without stage 1.
         metadata (`dict`, *optional*): Further entries of the ranking's metadata.
         **gate_settings:
-            Of [`learn_gates`], such as `method`, `steps` and `budget`. The default method is "untrained" for a fresh
-            adapter, and "attribution" if a stability or an adapter is given or the trainer's adapter has been trained.
+            Arguments of [`learn_gates`], such as `method`, `steps` and `budget`. The default method is "untrained" for
+            a fresh adapter, and "attribution" for a trained one or with `stability` or `adapter`.
 
     Returns:
-        [`LayerImportance`]: The ranking that was written.
+        [`LayerImportance`]: The ranking.
 
     Raises:
-        OSError: Another run holds the output directory, or a file cannot be read or written.
+        OSError: Another run uses the output directory, or a file cannot be read or written.
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range, the output directory holds a run that was not finished or one with
-            other settings, the adapter is damaged or does not fit the model, training has diverged, or a stage fails,
-            see [`EpsilonStability`] and [`learn_gates`].
+        ValueError: A setting is out of range, the output directory holds an unfinished run or one with other settings,
+            the adapter is damaged or does not fit the model, training diverged, or a stage failed, see
+            [`EpsilonStability`] and [`learn_gates`].
     """
     directory = Path(str(trainer.args.output_dir))
     adapter = None if adapter is None else os.fspath(adapter)
@@ -77,14 +76,11 @@ def rank(
 
 def check_output(args: Any, adapter: str | None = None) -> None:
     """
-    Check, before any work, that the output directory can be written to and that nothing is lost by it.
+    Check, before any work, that the output directory is writable and that no training in it gets lost.
 
     Args:
         args ([`~transformers.TrainingArguments`]): The trainer's.
         adapter: The adapter to rank as it is.
-
-    Raises:
-        ValueError: The directory holds a run that was not finished, the adapter itself, or what is in the way.
     """
     directory = Path(args.output_dir)
     _check_targets(directory, adapter)
@@ -99,7 +95,7 @@ def rank_in(
     metadata: dict[str, Any] | None,
     **gate_settings: Any,
 ) -> LayerImportance:
-    """[`rank`] in an output directory that is locked and checked."""
+    """[`rank`] in a locked and checked output directory."""
     check_settings(**gate_settings)
     ila = rankable(trainer)
     own = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EpsilonStability))
@@ -130,7 +126,7 @@ def rank_in(
         trainer.model.set_gate_mode("open")
     else:
         if run.done and trainer.is_world_process_zero():
-            run.record(done=False)  # it goes on from a checkpoint that was named
+            run.record(done=False)  # it resumes from a named checkpoint
         trainer.add_callback(CheckpointGuard(run))
         stage_1 = _stage_1(trainer, stability or EpsilonStability())
         _save_adapter(trainer, run, stage_1)
@@ -138,19 +134,21 @@ def rank_in(
     importance.metadata |= {**metadata, "stage_1": stage_1}
     _save_adapter(trainer, run, stage_1, importance)
     if trainer.is_world_process_zero():
-        for name in (PICTURE, RANKING):  # as the card has them; the ranking says that the run is done
+        for name in (PICTURE, RANKING):  # copies of the card's; the ranking marks the run as done
             if not (done / name).exists():
-                continue  # there is no matplotlib
+                continue  # without matplotlib
             with whole_file(run.directory / name) as temporary:
                 shutil.copyfile(done / name, temporary)
     return importance
 
 
 def _check_targets(directory: Path, adapter: str | None) -> None:
-    """Find what cannot be written, or must not be, before the training rather than after it."""
+    """Refuse paths that cannot or must not be written, before training rather than after it."""
     target = directory / "adapter"
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ValueError(f"{target} is no directory, and would be replaced. Move it, or choose another `output_dir`.")
+        raise ValueError(
+            f"{target} is not a directory, but would be replaced. Move it, or choose another `output_dir`."
+        )
     for name in (RANKING, PICTURE):
         if (directory / name).is_dir():
             raise ValueError(f"{directory / name} is a directory. Move it, or choose another `output_dir`.")
@@ -167,8 +165,8 @@ def _stage_1(trainer: Any, stability: EpsilonStability) -> dict[str, Any]:
 
 
 def _save_adapter(trainer: Any, run: Run, facts: dict[str, Any], importance: LayerImportance | None = None) -> None:
-    # by all processes: under FSDP2 and ZeRO-3 each holds a part of the weights
-    # and of the model without torch.compile's wrapper, which gives every weight another name
+    # on all processes, since each holds a part of the weights under FSDP2 and ZeRO-3;
+    # without torch.compile's wrapper, which renames every weight
     model = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
     state_dict = trainer.accelerator.get_state_dict(model)
     run.claim()

@@ -1,4 +1,4 @@
-"""What a run leaves in its output directory, and where the next one goes on."""
+"""The record of a run in its output directory, and how the next run resumes it."""
 
 import json
 import re
@@ -20,11 +20,11 @@ from ..files import lock_directory, open_safetensors, read_json, whole_file
 from .arguments import short
 from .training import check_finite, load_trained, train
 
-# written with the adapter when stage 1 is done, so that a resumed run need not repeat it
+# written with the adapter after stage 1, so that a resumed run does not repeat it
 STAGE_1 = "stage_1.json"
-_RUN = "_run.json"  # trainers do not upload names that begin so
-# What decides on the outcome of a training, beside the model, its adapter and the data. Not its length: a training
-# may be resumed for more steps.
+_RUN = "_run.json"  # trainers do not upload names with this prefix
+# Settings that decide the result of training, besides the model, its adapter and the data. Its length is left out: a
+# run may be resumed for more steps.
 _DECISIVE = (
     "seed",
     "data_seed",
@@ -42,19 +42,13 @@ _DECISIVE = (
     "load_best_model_at_end",
     "metric_for_best_model",
 )
-# of an adapter's configuration, what changes while it is trained and saved
+# fields of an adapter's configuration that change while it is trained and saved
 _CHANGING = ("inference_mode", "gate_mode", "gate_mask", "gated_parameters", "peft_version", "base_model_name_or_path")
 
 
 @contextmanager
 def lock_output_dir(directory: Path) -> Iterator[None]:
-    """
-    Hold an output directory, of which what a killed run has left is recovered, against other runs. All processes of
-    a run call it.
-
-    Raises:
-        OSError: Another run holds it.
-    """
+    """Lock an output directory against other runs and recover files of killed runs. All processes of a run call it."""
     state = PartialState()
     with lock_directory(directory) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
@@ -63,18 +57,15 @@ def lock_output_dir(directory: Path) -> Iterator[None]:
 
 class Run:
     """
-    One run in its output directory: what is there of an earlier one stays until this run has something whole to put
-    in its place, and a run is resumed with the settings that it was started with.
+    One run in its output directory. Files of an earlier run stay until this run has whole ones to replace them. A run
+    is resumed only with the settings that it was started with.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Its arguments say where. Its model has one active adapter, or none.
-        facts: What the run depends on beside the trainer, such as the data set's name; JSON values.
+        trainer ([`~transformers.Trainer`]): Its arguments name the directory; its model has at most one adapter.
+        facts: Settings besides the trainer's, such as the data set's name; JSON values.
         result: The file that the run writes last.
-        resumes: Whether it goes on with the run that is there.
-        trains: Whether it writes checkpoints; those of an earlier run are removed then.
-
-    Raises:
-        ValueError: The directory holds a run of another command or with other settings, which is to be resumed.
+        resumes: Whether it resumes the run in the directory.
+        trains: Whether it writes checkpoints; if so, those of an earlier run are removed.
     """
 
     def __init__(
@@ -86,7 +77,7 @@ class Run:
         self._resumes = resumes
         self._settings = _settings(trainer, facts)
         self.directory = Path(str(trainer.args.output_dir))
-        # as the main process finds them, whatever the others see
+        # as the main process sees them
         found: list[Any] = [None, False]
         if trainer.is_world_process_zero():
             found = [_recorded(self.directory), (self.directory / "adapter" / STAGE_1).exists()]
@@ -95,7 +86,7 @@ class Run:
             _check_result(self.directory, recorded, result)
             self._check_settings(recorded["settings"])
         self._claimed = resumes and recorded is not None
-        # whether the adapter that is there is this run's
+        # whether the adapter in the directory is this run's
         self.done = resumes and has_adapter and (recorded is None or recorded["done"])
 
     def _check_settings(self, before: dict[str, Any]) -> None:
@@ -103,11 +94,11 @@ class Run:
             if name in self._settings and before[name] != self._settings[name]:
                 raise ValueError(
                     f"{self.directory} holds a run with another `{name}`: {short(before[name])}, now "
-                    f"{short(self._settings[name])}. Resume it with the same, or choose another `output_dir`."
+                    f"{short(self._settings[name])}. Resume it with the same value, or choose another `output_dir`."
                 )
 
     def claim(self) -> None:
-        """Take the directory over from an earlier run; all processes call it before anything is written."""
+        """Take the directory over from an earlier run. All processes call it before they write anything."""
         if not self._claimed:
             if self._trainer.is_world_process_zero():
                 if self._trains and not self._resumes and _is_ours(self.directory):
@@ -118,7 +109,7 @@ class Run:
         self._claimed = True
 
     def record(self, done: bool) -> None:
-        """Write down whose run this is, and whether its training is done; the main process calls it."""
+        """Record the settings and whether training is done. The main process calls it."""
         self.done = done
         content = {"settings": self._settings, "result": self._result, "done": done}
         with whole_file(self.directory / _RUN) as temporary:
@@ -126,7 +117,7 @@ class Run:
 
 
 class CheckpointGuard(TrainerCallback):
-    """Lets a run take its directory over when its first checkpoint is about to be written, and writes none in vain."""
+    """Claims the directory just before the first checkpoint, and stops before a checkpoint that is not finite."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -143,39 +134,36 @@ class CheckpointGuard(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step:  # it may be the best, which is saved
+        if state.global_step:  # it may be saved as the best
             check_finite(model, state.global_step)
             self._run.claim()
 
 
 def check_finished(directory: Path, result: str) -> None:
     """
-    Check that a new run in a directory costs nobody the training of an earlier one.
+    Check that a new run in a directory does not destroy unfinished or other training.
 
     Args:
         directory: The output directory.
         result: The file that a run writes last.
-
-    Raises:
-        ValueError: The directory holds a run that was not finished, or another training.
     """
     recorded = _recorded(directory)
     checkpoints = [checkpoint for _, checkpoint in _checkpoints(directory)]
     if recorded:
         _check_result(directory, recorded, result)
-    if recorded and recorded["settings"].get("adapter"):  # it ranked one from elsewhere, and trained nothing
+    if recorded and recorded["settings"].get("adapter"):  # it ranked an existing adapter and trained nothing
         return
     if (directory / result).exists() and (recorded is None or recorded["done"]):
         if checkpoints and not _is_ours(directory):
-            raise ValueError(f"{checkpoints[0]} is of another training; choose another `--output_dir`.")
+            raise ValueError(f"{checkpoints[0]} belongs to another training run; choose another `--output_dir`.")
         return
     left = checkpoints
     if recorded is None or recorded["done"]:
         left = [directory / "adapter" / STAGE_1, *checkpoints]
     if unfinished := next((path for path in left if path.exists()), None):
         raise ValueError(
-            f"{unfinished} is of a run that was not finished; go on with it by `--resume_from_checkpoint True`, "
-            "or choose another `--output_dir`."
+            f"{unfinished} belongs to an unfinished run. Resume it with `--resume_from_checkpoint True`, or choose "
+            "another `--output_dir`."
         )
 
 
@@ -185,7 +173,7 @@ def _check_result(directory: Path, recorded: dict[str, Any], result: str) -> Non
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether what is in a directory was written by a run of this package."""
+    """Whether a run of this package wrote to a directory."""
     return (directory / _RUN).exists() or (directory / "adapter" / STAGE_1).exists()
 
 
@@ -196,7 +184,7 @@ def _recorded(directory: Path) -> dict[str, Any] | None:
     content = read_json(path)
     settings = content.get("settings") if isinstance(content, dict) else None
     if not isinstance(settings, dict) or not isinstance(content.get("done"), bool):
-        raise ValueError(f"{path} is damaged; choose another `output_dir`, or delete what is in this one.")
+        raise ValueError(f"{path} is damaged; choose another `output_dir`, or empty this one.")
     return content
 
 
@@ -218,47 +206,41 @@ def _settings(trainer: Any, facts: dict[str, Any]) -> dict[str, Any]:
         **arguments,
         **adapter,
     }
-    # as it is read again
+    # as it will be read again
     return json.loads(json.dumps(settings, default=lambda v: sorted(v) if isinstance(v, (set, frozenset)) else str(v)))
 
 
 def is_true(value: str | bool | None) -> bool:
-    """Whether `resume_from_checkpoint` asks for the last checkpoint; the command line gives a string."""
+    """Whether `resume_from_checkpoint` asks for the last checkpoint; on the command line, it is a string."""
     return str(value).lower() == "true"
 
 
 def checkpoint_of(training_args: Any) -> str | None:
-    """
-    The checkpoint to resume from: the one that was named, or for `True` the last one in the output directory that is
-    whole.
-
-    Raises:
-        ValueError: The one that was named is not whole.
-    """
+    """The checkpoint to resume from: the named one, or for `True` the last complete one in the output directory."""
     named = training_args.resume_from_checkpoint
     if is_true(named):
         checkpoints = reversed(_checkpoints(Path(training_args.output_dir)))
         return next((str(path) for _, path in checkpoints if _damage(path) is None), None)
     if named and (damage := _damage(Path(named))):
-        raise ValueError(f"The checkpoint {named} cannot be resumed from: {damage}")
+        raise ValueError(f"Cannot resume from the checkpoint {named}: {damage}")
     return named
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """By their steps; beside them may be others, such as `checkpoint-best`."""
+    """The checkpoints by step, without others such as `checkpoint-best`."""
     named = ((re.fullmatch(r"checkpoint-(\d{1,18})", path.name), path) for path in directory.glob("checkpoint-*"))
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What keeps a checkpoint from being read, if anything. The trainer writes `trainer_state.json` at its end."""
+    """Why a checkpoint cannot be read, if so. The trainer writes `trainer_state.json` last."""
     try:
         read_json(checkpoint / "trainer_state.json")
         for path in checkpoint.glob("*.safetensors"):
             with open_safetensors(path):
                 pass
         for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
-            # as torch writes them; a bare pickle could run code
+            # torch writes archives; a bare pickle could run code
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     return f"{path} is damaged."
@@ -271,11 +253,11 @@ def _damage(checkpoint: Path) -> str | None:
 
 def train_or_resume(trainer: Any) -> bool:
     """
-    Train from the start, or from the checkpoint that the trainer's arguments ask for.
+    Train from the start, or from the checkpoint in the trainer's arguments.
 
     Returns:
-        Whether there was anything left to train: of a run that had ended, the weights and the state are loaded, since
-        the trainer would take a step too many. They are those of the best checkpoint if the arguments ask for it.
+        Whether it trained. For a run that had ended, the weights (of the best checkpoint if the arguments ask for it)
+        and the state are loaded, since the trainer would take one step too many.
     """
     checkpoint = checkpoint_of(trainer.args)
     if checkpoint and (ended := ended_at(checkpoint, trainer.args)):
@@ -288,7 +270,7 @@ def train_or_resume(trainer: Any) -> bool:
 
 
 def ended_at(checkpoint: str, training_args: Any) -> TrainerState | None:
-    """The state of a run that ended with this checkpoint, if the arguments do not ask for more steps than it had."""
+    """The state of a run that ended with this checkpoint, unless the arguments ask for more steps."""
     whole = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     if not any((Path(checkpoint) / name).exists() for name in whole):  # sharded by FSDP2
         return None

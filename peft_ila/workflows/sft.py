@@ -1,4 +1,4 @@
-"""`peft-ila rank` on a model and a data set by name, with TRL's trainer and arguments."""
+"""Rank a model on a data set by name, with TRL's trainer and arguments: `peft-ila rank`."""
 
 import json
 import re
@@ -33,21 +33,17 @@ from .training import load_adapter
 
 
 def lora_config(model_args: Any) -> Any:
-    """The [`~peft.LoraConfig`] that TRL makes of its [`~trl.ModelConfig`]."""
+    """The [`~peft.LoraConfig`] that TRL makes from its [`~trl.ModelConfig`]."""
     model_args.use_peft = True
     targets = model_args.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
-        model_args.lora_target_modules = [targets]  # TRL makes a pattern of a single name, which matches no module
+        model_args.lora_target_modules = [targets]  # TRL reads a single name as a pattern, which matches no module
     return get_peft_config(model_args)
 
 
 def check_evaluation(training_args: Any, eval_dataset_name: str | None) -> None:
-    """
-    Raises:
-        ValueError: Held-out data were named, but nothing is evaluated.
-    """
     if eval_dataset_name and training_args.eval_strategy == "no":
-        raise ValueError("`--eval_dataset_name` is of no use without `--eval_strategy steps` or `epoch`.")
+        raise ValueError("`--eval_dataset_name` needs `--eval_strategy steps` or `epoch`.")
 
 
 def sft_trainer(
@@ -58,19 +54,13 @@ def sft_trainer(
     eval_dataset_name: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
-    """
-    An [`~trl.SFTTrainer`] as TRL's own script makes it; the arguments are TRL's, but for the held-out data's name.
-
-    Raises:
-        FileNotFoundError: There is no such model or data file.
-        ValueError: The model cannot be trained on the data, or the arguments contradict each other.
-    """
+    """An [`~trl.SFTTrainer`] as in TRL's own script. The arguments are TRL's, plus the held-out data's name."""
     if script_args.dataset_streaming:
         raise ValueError(
-            "`--dataset_streaming` is not supported: leave it out; a part of a large data set is a split such "
+            "`--dataset_streaming` is not supported: leave it out. For a part of a large data set, pass a split such "
             'as `--dataset_train_split "train[:2000]"`.'
         )
-    set_seed(training_args.seed)  # the trainer makes LoRA's first weights before it sets its seed
+    set_seed(training_args.seed)  # the trainer makes LoRA's initial weights before it sets its seed
     name = model_name(model_args.model_name_or_path)
     dataset = required(script_args.dataset_name, "dataset_name")
     train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
@@ -103,24 +93,27 @@ def sft_trainer(
         clear = isinstance(error, (OSError, ValueError, ImportError, torch.OutOfMemoryError))
         if clear and not isinstance(error, UnicodeError):
             raise
-        data = {dataset: train_dataset, **({eval_dataset_name or "its split": eval_dataset} if eval_dataset else {})}
+        data = {
+            dataset: train_dataset,
+            **({eval_dataset_name or "the evaluation split": eval_dataset} if eval_dataset else {}),
+        }
         reason = f"{type(error).__name__}: {error}. {described(data)}"
         raise ValueError(f"{name} cannot be trained on {dataset}: {reason}") from error
     _check_comparable(trainer, eval_dataset, eval_dataset_name or dataset)
     _check_examples(trainer, trainer.train_dataset, dataset, "train")
     _check_examples(trainer, trainer.eval_dataset, eval_dataset_name or dataset, "evaluate")
-    disable_cpu_4bit_packing(trainer.accelerator.unwrap_model(trainer.model))  # which an evaluation would spoil
+    disable_cpu_4bit_packing(trainer.accelerator.unwrap_model(trainer.model))  # evaluation would pack them
     return trainer
 
 
 def _check_comparable(trainer: Any, eval_dataset: Any, name: str) -> None:
-    """Find held-out data whose loss would count other tokens than that of the training data."""
+    """Refuse held-out data whose loss would count other tokens than the training loss."""
     if eval_dataset is None or not trainer.completion_only_loss:
         return
     if not {"completion", "completion_mask", "labels"}.intersection(eval_dataset.column_names):
         raise ValueError(
             f"{name} has no `completion`, only {sorted(eval_dataset.column_names)}, but the training loss counts "
-            "completions only: the two losses would be of different tokens. Bring both data sets into one format."
+            "completions only, so the losses would not be comparable. Use one format for both data sets."
         )
 
 
@@ -129,17 +122,17 @@ def _check_examples(trainer: Any, data: Any, name: str, purpose: str) -> None:
         return
     if not len(data):
         raise ValueError(
-            f"No example of {name} is left to {purpose} on: within `--max_length {trainer.args.max_length}`, none "
-            "holds a token of an answer."
+            f"No example of {name} is left to {purpose} on: none has an answer token within `--max_length "
+            f"{trainer.args.max_length}`. Raise it, or check the data."
         )
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
     known = len(trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().weight)
-    if "input_ids" in data.column_names and len(tokenizer) > known:  # else there is no need to look
+    if "input_ids" in data.column_names and len(tokenizer) > known:  # else the model knows all of them
         greatest = max(max(ids, default=0) for ids in data["input_ids"])
         if greatest >= known:
             raise ValueError(
-                f"{name} has the token {greatest} by this tokenizer, but the model knows only {known}: the tokenizer "
-                "is of another model."
+                f"{name} has the token {greatest}, but the model has only {known} tokens. The tokenizer belongs to "
+                "another model: pass the model with its own."
             )
 
 
@@ -147,33 +140,33 @@ def rank_by_sft(
     script_args: Any, training_args: Any, model_args: Any, rank_args: RankArguments
 ) -> tuple[LayerImportance, str | None]:
     """
-    [`rank`] with TRL's `SFTTrainer` on a model and a data set by name: `peft-ila rank`.
+    [`rank`] with TRL's `SFTTrainer`, on a model and a data set by name: `peft-ila rank`.
 
     Args:
         script_args ([`~trl.ScriptArguments`]): The data set.
-        training_args ([`~trl.SFTConfig`]): Both stages; with `push_to_hub`, the ranked adapter is uploaded with a card
-            that holds the ranking.
+        training_args ([`~trl.SFTConfig`]): Both stages; `push_to_hub` uploads the ranked adapter with a card that
+            shows the ranking.
         model_args ([`~trl.ModelConfig`]): The model, its quantisation, LoRA's options.
         rank_args ([`RankArguments`]): The search.
 
     Returns:
-        The ranking, and where it was uploaded to.
+        The ranking, and the URL of the upload.
 
     Raises:
-        FileNotFoundError: There is no such model or data file.
-        ValueError: See [`rank`]; or arguments contradict each other, or the model and the data do not fit.
+        FileNotFoundError: The model or a data file does not exist.
+        ValueError: See [`rank`]; or arguments contradict each other, or the model does not fit the data.
     """
     settings = rank_args.gate_settings()
     try:
         check_settings(**settings)
-    except ValueError as error:  # beside the trainer's settings, two have names of their own
+    except ValueError as error:  # two settings have other names on the command line
         text = str(error).replace("learning_rate", "gate_learning_rate").replace("`steps`", "`gate_steps`")
         raise ValueError(text) from error
     check_evaluation(training_args, rank_args.eval_dataset_name)
     if rank_args.adapter and rank_args.tuned_model:
         raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
     if rank_args.tuned_rank is not None and not rank_args.tuned_model:
-        raise ValueError("`--tuned_rank` is of no use without `--tuned_model`.")
+        raise ValueError("`--tuned_rank` needs `--tuned_model`.")
     if rank_args.method == "untrained" and (rank_args.adapter or rank_args.tuned_model):
         raise ValueError("`--method untrained` ranks by a fresh adapter: leave out `--adapter` and `--tuned_model`.")
     if settings["method"] == "untrained" and training_args.eval_strategy != "no":
@@ -184,7 +177,7 @@ def rank_by_sft(
     stability = EpsilonStability(**rank_args.stability_settings())
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora = lora_config(model_args)
-    # the ranked adapter is pushed at the end, not what the trainer saves on the way
+    # push the ranked adapter at the end, not the trainer's checkpoints
     push, training_args.push_to_hub = training_args.push_to_hub, False
     output_dir = Path(training_args.output_dir)
     with lock_output_dir(output_dir):
@@ -258,12 +251,12 @@ def _gated_config(adapter: str, granularity: Granularity | None = None) -> ILACo
     elif granularity and config.granularity != granularity:
         raise ValueError(
             f"The adapter {adapter} has one gate per {config.granularity}: pass `--granularity {config.granularity}`, "
-            "or make a plain LoRA of it by `peft-ila export` first."
+            "or export it to plain LoRA with `peft-ila export` first."
         )
     elif config.gate_mode == "hard":
         raise ValueError(
-            f"The adapter {adapter} is masked. To rank the units that its mask leaves open, make a plain LoRA of them "
-            f"by `peft-ila export {adapter} --output_dir PLAIN`, and pass `--adapter PLAIN`."
+            f"The adapter {adapter} is masked. To rank the units that its mask keeps open, run `peft-ila export "
+            f"{adapter} --output_dir PLAIN` and pass `--adapter PLAIN`."
         )
     config.init_lora_weights = True  # the weights are loaded
     return config

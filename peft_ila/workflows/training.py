@@ -1,4 +1,4 @@
-"""Training with any trainer, and what can go wrong meanwhile as errors of one kind."""
+"""Train with any trainer, and turn its failures into clear errors."""
 
 import pickle
 import warnings
@@ -16,13 +16,7 @@ from ..export.adapters import read_adapter
 
 
 def train(trainer: Any, checkpoint: str | None) -> None:
-    """
-    Train from the start or from a checkpoint.
-
-    Raises:
-        OSError: A file could not be written, as on a full disk.
-        ValueError: The checkpoint is damaged, nothing was trained, or a weight is not finite at the end.
-    """
+    """Train from the start or from a checkpoint."""
     if checkpoint:
         _check_checkpoint(trainer, Path(checkpoint))
     try:
@@ -41,34 +35,26 @@ def train(trainer: Any, checkpoint: str | None) -> None:
             raise OSError(f"A checkpoint in {trainer.args.output_dir} could not be written: {error}") from error
         raise
     if trainer.state.global_step == 0:
-        raise ValueError(
-            "Not a single step was trained: the data give less than one batch, or the arguments ask for no steps."
-        )
+        raise ValueError("Not a single step was trained: the data fill no batch, or the arguments ask for no steps.")
     check_finite(trainer.model, trainer.state.global_step)
 
 
 def load_adapter(trainer: Any, directory: Path) -> None:
-    """
-    Load a saved adapter into the active one.
-
-    Raises:
-        OSError: There is none.
-        ValueError: It is damaged, or does not fit the model.
-    """
+    """Load a saved adapter into the active one."""
     read_adapter(directory)  # PEFT checks little of it
     try:
-        # by an absolute path, which PEFT cannot take for the name of a repository
+        # PEFT cannot take an absolute path for the name of a repository
         loaded = trainer.model.load_adapter(str(directory.resolve()), trainer.model.active_adapter, is_trainable=True)
-    except RuntimeError as error:  # of tensors of other sizes
+    except RuntimeError as error:  # tensors of other sizes
         base = trainer.model.active_peft_config.base_model_name_or_path
         raise ValueError(f"The adapter {directory} does not fit {base}: {error}") from error
-    except KeyError as error:  # of `modules_to_save`
+    except KeyError as error:  # a weight of `modules_to_save`
         raise ValueError(f"The adapter {directory} lacks the weight {error}.") from error
     _check_keys(trainer, directory, loaded.missing_keys, loaded.unexpected_keys)
 
 
 def _check_checkpoint(trainer: Any, directory: Path) -> None:
-    """The trainer drops the missing and unexpected keys that PEFT returns."""
+    """Check the keys: the trainer ignores the missing and unexpected ones that PEFT returns."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel) or not (directory / SAFETENSORS_WEIGHTS_NAME).exists():  # FSDP2 shards it
         return
@@ -94,12 +80,7 @@ def _check_keys(trainer: Any, directory: Path, missing: Collection[str], unexpec
 
 
 def load_trained(trainer: Any, directory: Path) -> None:
-    """
-    Load the weights of a checkpoint: a saved adapter into the active one, or those of a whole model.
-
-    Raises:
-        OSError, ValueError: There are none, or see [`load_adapter`].
-    """
+    """Load the weights of a checkpoint: a saved adapter into the active one, or a whole model."""
     if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
         load_adapter(trainer, directory)
     else:
@@ -107,10 +88,6 @@ def load_trained(trainer: Any, directory: Path) -> None:
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """
-    Raises:
-        ValueError: A trained weight is not finite.
-    """
     for name, parameter in model.named_parameters():
         own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # sharded by FSDP2
         if parameter.requires_grad and not torch.isfinite(own).all():

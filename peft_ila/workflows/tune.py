@@ -1,4 +1,4 @@
-"""Tuning a selection by name, by LoRA or in full, with TRL's trainer: what `peft-ila tune` does."""
+"""Tune a selection by LoRA or in full, with TRL's trainer: `peft-ila tune`."""
 
 import os
 import re
@@ -21,30 +21,30 @@ from .models import model_config, model_name
 from .resuming import CheckpointGuard, Run, check_finished, lock_output_dir, train_or_resume
 from .sft import check_evaluation, lora_config, sft_trainer
 
-# of a model in full, in one file or in several: what an earlier run has left would be read beside or before it
+# weights of a full model, whole or sharded: those of an earlier run would be read with the new ones
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneArguments) -> SFTTrainer:
     """
-    Fine-tune the selected units and write the result to the output directory: a plain LoRA adapter, or with `full`
-    the model, of which nothing but the parameters of these units has moved.
+    Fine-tune the selected units and write the result to the output directory: a plain LoRA adapter, or with `full` the
+    model, with only the parameters of these units changed.
 
     Args:
         script_args ([`~trl.ScriptArguments`]): The data set.
-        training_args ([`~trl.SFTConfig`]): The training; `resume_from_checkpoint=True` goes on with a killed run.
-        model_args ([`~trl.ModelConfig`]): The model, its quantisation, LoRA's options except its targets.
-        tune_args ([`TuneArguments`]): The ranking, what to select of it and how it is tuned; the held-out data.
+        training_args ([`~trl.SFTConfig`]): The training; `resume_from_checkpoint=True` resumes a killed run.
+        model_args ([`~trl.ModelConfig`]): The model, its quantisation, LoRA's options except the targets.
+        tune_args ([`TuneArguments`]): The ranking, the selection, how to tune it, and the held-out data.
 
     Returns:
-        The trainer, at the end of training.
+        The trainer after training.
 
     Raises:
-        OSError: There is no such model, data file or ranking, another run holds the output directory, or a file
+        OSError: The model, a data file or the ranking does not exist, another run uses the output directory, or a file
             cannot be written.
-        ValueError: A bad selection or ranking, targets were passed, options of LoRA or quantisation beside `full`, the
-            output directory holds a run that was not finished, or training took no step or has diverged; nothing is
-            written then.
+        ValueError: The selection or the ranking is invalid, targets were passed, options of LoRA or quantisation were
+            passed with `full`, the output directory holds an unfinished run, or training took no step or diverged.
+            Nothing is written then.
     """
     importance = LayerImportance.load(required(tune_args.importance, "importance"))
     check_evaluation(training_args, tune_args.eval_dataset_name)
@@ -77,17 +77,15 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
 
 
 def _check_full(model_args: Any, tune_args: TuneArguments, directory: Path) -> None:
-    """What is of no use in full fine-tuning, or would be lost by it."""
+    """Refuse arguments that full fine-tuning cannot use, and outputs that it would overwrite."""
     if tune_args.memory_budget is not None:
         raise ValueError(
-            "`--memory_budget` is of tuning by LoRA, full fine-tuning is not counted: beside `--full`, select by "
-            "`--top_p`, `--top_k` or `--threshold`."
+            "`--memory_budget` counts LoRA only: with `--full`, select by `--top_p`, `--top_k` or `--threshold`."
         )
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name):
             raise ValueError(
-                f"`--full` trains the weights themselves, which quantised ones do not allow: leave out `--{name}`, or "
-                "tune by LoRA, without `--full`."
+                f"`--full` cannot train quantised weights: leave out `--{name}`, or tune by LoRA, without `--full`."
             )
     if unused := given(model_args, "lora_.*|use_(peft|rslora|dora)"):
         raise ValueError(f"`--full` trains no LoRA: leave out {unused}.")
@@ -102,7 +100,7 @@ def _check_full(model_args: Any, tune_args: TuneArguments, directory: Path) -> N
 def _freeze(trainer: Any, importance: LayerImportance, units: list[str]) -> None:
     importance.freeze_unselected(trainer.model, units=units)
     if trainer.args.gradient_checkpointing:
-        # as TRL does for adapters: reentrant checkpointing needs it below what trains, `FrozenPrefix` spares the other
+        # as TRL does for adapters: reentrant checkpointing needs it, `FrozenPrefix` undoes it for the other
         trainer.model.enable_input_require_grads()
 
 
@@ -111,7 +109,7 @@ def _lora_of_selection(
 ) -> Any:
     """The [`~peft.LoraConfig`] of the selection, checked on the architecture."""
     if model_args.lora_target_modules:
-        raise ValueError("`--lora_target_modules` follows from `--importance` and cannot be passed.")
+        raise ValueError("`--importance` decides the targets: leave out `--lora_target_modules`.")
     options = lora_config(model_args).to_dict()
     for decided in ("peft_type", *DECIDED_BY_SELECTION):
         del options[decided]
@@ -129,9 +127,9 @@ def _lora_of_selection(
 def _fitting(
     config: Any, importance: LayerImportance, budget: str, training_args: Any, model_args: Any, lora: dict[str, Any]
 ) -> list[str]:
-    """The units that fit into the budget, in the training that is asked for."""
+    """The units that fit into the budget with these training arguments."""
     if training_args.max_length is None:
-        raise ValueError("`--memory_budget` needs `--max_length`: without it, an example may be of any length.")
+        raise ValueError("`--memory_budget` needs `--max_length`: without it, an example may have any length.")
     if model_args.load_in_8bit:
         raise ValueError(
             "`--memory_budget` does not count `--load_in_8bit`; use `--load_in_4bit`, or select by `--top_p`."
@@ -152,13 +150,13 @@ def _fitting(
 
 
 def _save(trainer: SFTTrainer, directory: Path, result: str) -> None:
-    """What `save_model` writes into the directory, file by file, the adapter's or model's configuration last."""
+    """Move the files of `save_model` into the directory one by one, the adapter's or model's configuration last."""
     partial = directory / f".model{PARTIAL}"
     if trainer.is_world_process_zero() and (directory / "README.md").exists():
         partial.mkdir()
-        shutil.copy2(directory / "README.md", partial)  # PEFT adds to a card that is there
+        shutil.copy2(directory / "README.md", partial)  # PEFT adds to an existing card
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial), _internal_call=True)  # which leaves the upload for later
+    trainer.save_model(str(partial), _internal_call=True)  # the upload comes later
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         written = {path.name for path in partial.iterdir()}

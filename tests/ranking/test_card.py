@@ -67,7 +67,7 @@ def test_front_matter_of_others(model, tmp_path, tags):
 @pytest.mark.parametrize("broken", ["tags: [", "tags: 5", "- a"])
 def test_front_matter_that_is_broken(model, tmp_path, broken):
     (tmp_path / "README.md").write_text(f"---\n{broken}\n---\nText.\n")
-    with pytest.raises(ValueError, match=r"README.md is no model card that can be added to; mend or delete it"):
+    with pytest.raises(ValueError, match=r"README.md is not a valid model card; fix or delete it"):
         model.layer_importance().save_card(tmp_path)
     assert (tmp_path / "README.md").read_text() == f"---\n{broken}\n---\nText.\n"
 

@@ -60,7 +60,7 @@ def test_select():
         ({"units": UNITS, "min_probability": 0.5}, "`min_probability` goes with .* not with `threshold` or `units`"),
         ({"threshold": 0.5, "min_probability": 0.5}, "`min_probability` goes with `top_p` or `top_k`"),
         ({"top_k": 2, "min_probability": 2}, r"`min_probability` must be in \[0, 1\], got 2"),
-        ({"top_k": 2, "min_probability": 0.9}, "it has no `spread`"),
+        ({"top_k": 2, "min_probability": 0.9}, "The probabilities are unknown: this ranking has no `spread`"),
         ({"threshold": 0.99999}, r"No gate reaches `threshold=0.99999`; the greatest is 0.989"),
     ],
 )
@@ -130,7 +130,7 @@ def test_sure_units_alone_are_selected_and_coin_tosses_are_named():
     assert ranked.select(top_k=2, min_probability=0.9) == ["model.layers.0"]
     assert ranked.coin_tosses(top_k=2) == ["model.layers.1", "model.layers.2"]
     assert ranked.to_lora_config(top_k=2, min_probability=0.9).target_modules == {"model.layers.0"}
-    with pytest.raises(ValueError, match=r"No unit is selected with a probability of at least 0\.9"):
+    with pytest.raises(ValueError, match=r"No unit reaches `min_probability=0\.9`; lower it"):
         importance([1.0, 1.0], spread=[1.0, 1.0]).select(top_k=1, min_probability=0.9)
 
 
@@ -173,7 +173,7 @@ def test_order_of_units_does_not_matter_for_comparisons():
 
 
 def test_rankings_of_other_units_are_not_compared():
-    with pytest.raises(ValueError, match=r"1 units are in one of them alone, such as 'model\.layers\.2'"):
+    with pytest.raises(ValueError, match=r"1 units are in only one of them, such as 'model\.layers\.2'"):
         importance([1.0, 2.0]).overlap(importance([1.0, 2.0, 3.0]))
 
 
@@ -239,7 +239,10 @@ GOOD = {
         (lambda c: c.update(lookalikes=["m.0.q"]), "cannot be among `lookalikes`"),
         (lambda c: c["units"][0].update(modules="m.0.q"), "must hold a list of at least one name for 'm.0'"),
         (lambda c: c["units"][0].update(modules=[]), "must hold a list of at least one name for 'm.0'"),
-        (lambda c: c["units"][0].update(modules=["m.1.q"]), "lists 'm.1.q' for 'm.0', which it is no part of"),
+        (
+            lambda c: c["units"][0].update(modules=["m.1.q"]),
+            "lists 'm.1.q' for 'm.0', but it is not part of that unit",
+        ),
         (lambda c: c["units"][0].update(modules=["m.0.q", "m.0.q"]), "lists 'm.0.q' twice"),
         (lambda c: c["units"][0].update(unit=5), "name of a module must be a string"),
         (lambda c: c["units"][0].update(unit="m.1"), "'m.1' is repeated"),
@@ -436,7 +439,7 @@ def test_what_has_no_mean():
     with pytest.raises(ValueError, match="adapt the same modules"):
         LayerImportance.mean([a, importance([1.0, 2.0], modules={u: [f"{u}.q"] for u in a.units})])
     others = [importance([1.0, 2.0], metadata={"model_type": name}) for name in ("llama", "gpt2")]
-    with pytest.raises(ValueError, match=r"of the types \['gpt2', 'llama'\]"):
+    with pytest.raises(ValueError, match=r"rankings of one model type, got \['gpt2', 'llama'\]"):
         LayerImportance.mean([a, *others])
 
 
@@ -448,7 +451,9 @@ def test_published_rankings_load_by_name(tmp_path, monkeypatch):
         assert ranking == LayerImportance.load(file) and ranking.metadata["mean_of"]
         config = ranking.to_lora_config(top_p=0.3)
         assert config.base_model_name_or_path == ranking.metadata["model"]
-    with pytest.raises(FileNotFoundError, match="No such file: 'nothing'.* those are .*smollm2-135m-instruct"):
+    with pytest.raises(
+        FileNotFoundError, match="No such file: 'nothing'. The published rankings are .*smollm2-135m-instruct"
+    ):
         LayerImportance.load("nothing")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="No such file: ''"):

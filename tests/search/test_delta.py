@@ -185,8 +185,8 @@ def test_bad_checkpoints(checkpoints):
         ({"tuned": "empty"}, r"empty holds no model\.safetensors"),
         ({"tuned": "no map"}, r"index\.json is not an index of weights: it lacks `weight_map`"),
         ({"tuned": "outside"}, r"index\.json names '\.\./base/model\.safetensors', which is not in the same dir"),
-        ({"tuned": "truncated"}, r"truncated/model\.safetensors is damaged or no safetensors file"),
-        ({"base": "truncated"}, r"truncated/model\.safetensors is damaged or no safetensors file"),
+        ({"tuned": "truncated"}, r"truncated/model\.safetensors is damaged or not a safetensors file"),
+        ({"base": "truncated"}, r"truncated/model\.safetensors is damaged or not a safetensors file"),
         ({"target_modules": ["embed_tokens"]}, "Only deltas of linear modules can be factorised, but 'model.embed"),
         ({"rank": 0}, "`rank` must be at least 1, got 0"),
     ):

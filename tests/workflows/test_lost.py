@@ -128,7 +128,7 @@ def test_a_target_that_is_no_directory_is_found_before_the_training(workspace, t
         target.symlink_to(tmp_path / "elsewhere")
     else:
         target.write_text("mine")
-    assert "is no directory, and would be replaced" in error_of(workspace, "rank", tmp_path / "out")
+    assert "is not a directory, but would be replaced" in error_of(workspace, "rank", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter"]
 
 
@@ -158,9 +158,7 @@ def test_tune_is_resumed_with_its_own_settings_only(workspace, tmp_path):
     expected = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_config.json").unlink()
     message = error_of(workspace, "tune", tmp_path, *ranking, "--top_k", "1")
-    assert (
-        "checkpoint-2 is of a run that was not finished; go on with it by `--resume_from_checkpoint True`" in message
-    )
+    assert "checkpoint-2 belongs to an unfinished run. Resume it with `--resume_from_checkpoint True`" in message
     resume = ["--resume_from_checkpoint", "True"]
     message = error_of(workspace, "tune", tmp_path, *ranking, "--top_k", "2", *resume)
     assert "holds a run with another `" in message
@@ -186,7 +184,7 @@ def test_a_training_of_others_is_no_place_for_a_run(workspace, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     ranking = ["--importance", str(workspace / "ranked" / "importance.json"), "--top_k", "1"]
     message = error_of(workspace, "tune", tmp_path, *ranking)
-    assert "checkpoint-4 is of another training; choose another `--output_dir`" in message
+    assert "checkpoint-4 belongs to another training run; choose another `--output_dir`" in message
     out = shutil.copytree(workspace / "ranked", tmp_path / "out")
     assert "holds a run of another command" in error_of(workspace, "tune", out, *ranking)
 
@@ -234,7 +232,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(workspace, tmp_path):
         (out / "checkpoint-2" / damaged).write_bytes(b"")
         shutil.rmtree(out / "adapter")
         message = error_of(workspace, "rank", out, *named)
-        assert "checkpoint-2 cannot be resumed from: " in message and damaged in message
+        assert "Cannot resume from the checkpoint " in message and "checkpoint-2: " in message and damaged in message
 
 
 @pytest.mark.parametrize("umask, directory, file", [(0o077, 0o700, 0o600), (0o002, 0o775, 0o664)])

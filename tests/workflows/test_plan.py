@@ -97,7 +97,7 @@ def test_stage_2(input_ids):
         "50%",
         "rank",
         "rank, stage 2",
-        "Beside it: the GPU's context, the kernels' workspaces, what the allocator loses.",
+        "Not counted: the GPU's context, the kernels' workspaces, the allocator's losses.",
     ]
     memory = planned["rank, stage 2"]
     assert memory.activations + memory.logits - 2 * (2 * 64 * 512 * 4) == pytest.approx(kept(model), rel=0.05)

@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on(tmp_path, tokenizer, dialogues, monkeypatch, kille
     with pytest.raises(KeyboardInterrupt):
         rank(trainer, method="attribution", steps=6)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="is of a run that was not finished; go on with it by"):
+    with pytest.raises(ValueError, match="belongs to an unfinished run. Resume it with"):
         rank(make("broken"), method="attribution", steps=6)
     resumed = rank(make("broken", resume_from_checkpoint=True), method="attribution", steps=6)
     assert resumed.scores == expected.scores and resumed.metadata["stage_1"] == expected.metadata["stage_1"]

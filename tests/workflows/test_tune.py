@@ -110,7 +110,7 @@ def test_only_the_selected_units_move(workspace, dialogues, tmp_path, ranking, u
     assert not list(tmp_path.rglob("adapter_*"))
     count, total = (sum(before[name].numel() for name in names) for names in (inside, before))
     printed = capsys.readouterr().out
-    assert f"Wrote a model with {count:,} of {total:,} parameters trained to {tmp_path / 'tuned'}.\n" in printed
+    assert f"Wrote a model to {tmp_path / 'tuned'}; {count:,} of its {total:,} parameters were trained.\n" in printed
     (call,) = re.findall(r"Next, in Python: (.*)\n$", printed)
     assert type(eval(call)).__name__ == "LlamaForCausalLM"
 
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(workspace, tmp_path, b
 
     for path in ("config.json", "model.safetensors"):
         (out / path).unlink()
-    assert "is of a run that was not finished; go on with it by" in error_of(workspace, "tune", out, *options)
+    assert "belongs to an unfinished run. Resume it with" in error_of(workspace, "tune", out, *options)
     run(workspace, "tune", out, *options, *RESUME)
     assert (out / "model.safetensors").read_bytes() == expected
     assert state(out / "checkpoint-4")["global_step"] == 4 and not (out / "checkpoint-5").exists()
@@ -212,11 +212,11 @@ def test_a_directory_with_an_adapter_is_no_place_for_a_model(workspace, tmp_path
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--load_in_4bit"], "which quantised ones do not allow: leave out `--load_in_4bit`, or tune by LoRA"),
+        (["--load_in_4bit"], "cannot train quantised weights: leave out `--load_in_4bit`, or tune by LoRA"),
         (["--load_in_8bit"], "leave out `--load_in_8bit`"),
         (["--lora_r", "4", "--use_dora", "True"], "`--full` trains no LoRA: leave out `--lora_r` and `--use_dora`."),
         (["--lora_target_modules", "q_proj"], "trains no LoRA: leave out `--lora_target_modules`."),
-        (["--memory_budget", "24GB"], "full fine-tuning is not counted: beside `--full`, select by `--top_p`"),
+        (["--memory_budget", "24GB"], "`--memory_budget` counts LoRA only: with `--full`, select by `--top_p`"),
         (["--top_k", "0"], "`top_k` .* got 0"),
         (["--output_dir", "MODEL"], "would be replaced by the tuned one; choose another `--output_dir`"),
     ],
@@ -325,7 +325,7 @@ def test_held_out_data_in_another_format(workspace, tmp_path):
 @pytest.mark.parametrize(
     "content, strategy, message",
     [
-        ('{"text": "a"}\n', "no", "`--eval_dataset_name` is of no use without `--eval_strategy steps` or `epoch`."),
+        ('{"text": "a"}\n', "no", "`--eval_dataset_name` needs `--eval_strategy steps` or `epoch`."),
         (None, "steps", "There is no data file .*bad.jsonl"),
         ("", "steps", "bad.jsonl cannot be read as a data set: it holds no examples"),
         ('{"text": "a"}\n', "steps", r"bad.jsonl has no `completion`, only \['text'\], but the training loss counts"),
