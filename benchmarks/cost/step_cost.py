@@ -10,9 +10,9 @@ of `prune`; "floor" is the frozen model with the gradient carried down to the
 first decoder layer.
 
 Each round runs every step once in random order, since the machine's speed drifts and a step depends on the memory left
-by the previous one. A time is the median over rounds of the ratio to the floor's step (stage 2, soft), to stage 2's (prune) or to LoRA's
-(open, joint). Its spread is half the interquartile range, divided by the root of the number of rounds. A round takes
-25 s on 2 quiet cores for SmolLM2.
+by the previous one. A time is the median over rounds of the ratio to the floor's step (stage 2, soft), to stage 2's
+(prune) or to LoRA's (open, joint). Its spread is half the interquartile range, divided by the root of the number of
+rounds. A round takes 25 s on 2 quiet cores for SmolLM2.
 """
 
 import argparse
