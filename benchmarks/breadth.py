@@ -2,10 +2,10 @@
 Is every configuration exact, for every model class of transformers? The counts of `docs/support.md`.
 
 Each class of the causal, seq2seq, image-text, speech and encoder mappings is built with few layers on the meta device
-and gated by "all-linear" at both granularities. The modules that PEFT really injects are compared: those of ILA with
-those of LoRA; and those of the configurations of 10, 30, 75 and 100 % of the units (made with the model, with its
-configuration and without either) with the selected units. The export of the masked adapter is compared by
-configuration and keys. ILA must refuse a class that LoRA refuses.
+and gated by "all-linear" at both granularities. The modules that PEFT really injects must agree: ILA with LoRA, and
+the configurations of 10, 30, 75 and 100 % of the units (made with the model, with its configuration and without
+either) with the selected units. The export of the masked adapter must agree in configuration and keys. ILA must refuse
+a class that LoRA refuses.
 
     python -m benchmarks.breadth --output benchmarks/results/breadth.json
 

@@ -54,7 +54,9 @@ class ConvertArguments(StepArguments, BudgetArguments):
     )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The ranked model, to check the result by injection. By default, the ranking names it."},
+        metadata={
+            "help": "The ranked model, to check the result by injection. By default, the one named in the ranking."
+        },
     )
     lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's alpha."})
@@ -423,13 +425,13 @@ def _parser(command: str, dataclasses: list[Any]) -> Any:
         formatter_class=HelpFormatter,
     )
     if command in ("convert", "plot"):
-        parser.add_argument("importance", help="A ranking file of `rank`, or the name of a published ranking.")
+        parser.add_argument("importance", help="A ranking written by `rank`, or the name of a published one.")
     if command == "prune":
         parser.add_argument("adapter", help="The directory, or the repository, of a trained LoRA or ILA adapter.")
     if command == "export":
         parser.add_argument("adapter", help="The directory of an ILA adapter, such as OUT/adapter.")
     if command == "compare":
-        parser.add_argument("importance", nargs="+", help="Ranking files of `rank`, or names of published rankings.")
+        parser.add_argument("importance", nargs="+", help="Rankings written by `rank`, or names of published ones.")
     if command != "demo":
         text = "Print only JSON to stdout."
         parser.add_argument("--json", type=_truth, nargs="?", const=True, default=False, help=text)

@@ -249,7 +249,9 @@ def test_plot_and_export_as_json(rankings, tmp_path, capsys):
 def test_tune_as_json(workspace, rankings, tmp_path, extra, trained, capsys):
     data = ["--model_name_or_path", str(workspace / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     ranking = ["--importance", str(tmp_path / "ranking.json"), "--top_k", "1"]
-    ila().layer_importance().save(tmp_path / "ranking.json")
+    importance = ila().layer_importance()
+    importance.scores = [1.0, 0.0, -1.0]
+    importance.save(tmp_path / "ranking.json")
     main(["tune", *data, *ranking, "--json", "--output_dir", str(tmp_path / "out"), *TRAINING.split(), *extra])
     result = json.loads(capsys.readouterr().out)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -214,7 +214,9 @@ class LayerImportance:
             ValueError: The rankings have different units.
         """
         self._check_same_units(other)
-        return jaccard(self.select(top_p=top_p), other.select(top_p=top_p))
+        # not `select`, which refuses equal scores: here they are compared in the order of the model
+        ours, theirs = (importance.ranking()[: importance._number(top_p, None)] for importance in (self, other))
+        return jaccard(ours, theirs)
 
     def spearman(self, other: "LayerImportance") -> float:
         """

@@ -176,7 +176,8 @@ class SelectionArguments:
     top_k: int | None = field(default=None, metadata={"help": "The number of units to select."})
     threshold: float | None = field(default=None, metadata={"help": "The minimum gate of a selected unit, in [0, 1]."})
     min_probability: float | None = field(
-        default=None, metadata={"help": "Keep only units that belong to the share or number with this probability."}
+        default=None,
+        metadata={"help": "Keep only units that belong to the share or number with at least this probability."},
     )
 
     def selection(self) -> dict[str, Any]:
@@ -217,7 +218,7 @@ class StepArguments:
     max_length: int = field(default=1024, metadata={"help": "The number of tokens per example."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the linear layers to NF4."})
     gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass, as TRL does."}
+        default=True, metadata={"help": "Whether to recompute activations in the backward pass, as TRL does."}
     )
 
     def step(self) -> dict[str, Any]:
@@ -235,7 +236,7 @@ class TuneArguments(EvaluationArguments, BudgetArguments):
     """Arguments of `peft-ila tune`."""
 
     importance: str | None = field(
-        default=None, metadata={"help": "A ranking file of `rank`, or the name of a published ranking."}
+        default=None, metadata={"help": "A ranking written by `rank`, or the name of a published one."}
     )
     full: bool = field(
         default=False,
