@@ -15,25 +15,30 @@ from peft_ila.search.directions import Directions, singular_directions
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 OPTIONS = {
-    "default": {},
-    "rslora": {"use_rslora": True, "lora_alpha": 3},
-    "patterns": {"rank_pattern": {"q_proj": 6, r"layers\.1.*v_proj": 2}, "alpha_pattern": {"v_proj": 5}},
-    "wider than the module": {"r": 40},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "bias": {"bias": "lora_only"},
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True, "lora_alpha": 3},
+    "`rank_pattern`, `alpha_pattern`": {
+        "rank_pattern": {"q_proj": 6, r"layers\.1.*v_proj": 2},
+        "alpha_pattern": {"v_proj": 5},
+    },
+    "a rank above the width of a module": {"r": 40},
+    "`modules_to_save`": {"modules_to_save": ["lm_head"]},
+    "trained biases": {"bias": "lora_only"},
     "embeddings": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
-    "layers": {"granularity": "layer"},
-    "a string": {"target_modules": r".*\.(q_proj|up_proj)"},
-    "a single name": {"target_modules": ["q_proj"]},
+    "gates of layers": {"granularity": "layer"},
+    "a regular expression as target": {"target_modules": r".*\.(q_proj|up_proj)"},
+    "a single target": {"target_modules": ["q_proj"]},
 }
+
+
+def refused(row: str):
+    return pytest.mark.support("Pruning", row, refused=True)
 
 
 def gated(model, **options):
     torch.manual_seed(1)
-    config = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "granularity": "module", **options}
-    model = get_peft_model(
-        model, ILAConfig(init_lora_weights=False, gate_mode="open", task_type="CAUSAL_LM", **config)
-    )
+    config = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "granularity": "module", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model, ILAConfig(init_lora_weights=False, gate_mode="open", **{**config, **options}))
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name or (name.endswith(".base_layer.bias") and parameter.requires_grad):
             parameter.data.normal_(std=0.1)
@@ -74,7 +79,10 @@ def by_dense_svd(model, gates: torch.Tensor):
     return merged
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(options, id=name, marks=pytest.mark.support("Pruning", name)) for name, options in OPTIONS.items()],
+)
 @pytest.mark.parametrize("ranks", ["mixed", "uniform"])
 def test_a_pruned_adapter_is_the_gated_model_and_loads_as_plain_lora(tmp_path, input_ids, options, ranks):
     bias = {"attention_bias": True} if "bias" in options else {}
@@ -109,6 +117,7 @@ def test_a_pruned_adapter_is_the_gated_model_and_loads_as_plain_lora(tmp_path, i
     assert ranks_of == (left if ranks == "mixed" else dict.fromkeys(left, max(left.values())))
 
 
+@pytest.mark.support("Pruning", "`Conv1D`")
 def test_conv1d(tmp_path):
     ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))
     model = gated(build("gpt2"), target_modules=["c_attn", "c_proj"])
@@ -137,6 +146,7 @@ def test_layer_1_is_not_layer_11(tmp_path, input_ids):
     assert_same(plain(input_ids).logits, model(input_ids).logits)
 
 
+@pytest.mark.support("Pruning", "bf16 and NF4, `AutoPeftModel`, `load_adapter` of transformers")
 def test_bf16_nf4_and_auto_classes(tmp_path, input_ids):
     pytest.importorskip("bitsandbytes")
     base = tmp_path / "base"
@@ -170,3 +180,21 @@ def test_singular_directions_never_make_the_product():
     torch.testing.assert_close(new_b @ new_a, b @ a, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(new_b.T @ new_b, torch.diag(values), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(new_a @ new_a.T, torch.diag(values), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        pytest.param("llama", {"use_dora": True}, "DoRA", marks=refused("DoRA")),
+        pytest.param("mixtral", {"target_modules": "all-linear"}, r"experts \(", marks=refused("fused experts")),
+        pytest.param("convolution", {"target_modules": ["0"]}, r"a convolution \(0\)", marks=refused("convolutions")),
+    ],
+)
+def test_what_has_no_directions_of_its_own_is_refused(model, options, reason):
+    base = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)) if model == "convolution" else build(model)
+    kind = {"task_type": None} if model == "convolution" else {}
+    model = gated(base, **options, **kind)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=f"This adapter cannot be pruned: it is of {reason}"):
+        Directions(model.base_model)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), before))
