@@ -152,18 +152,28 @@ def arms(adapter: Adapter) -> dict[str, Any]:
         )
 
     by = chosen["attribution"]
-    for steps in (24, 8, 64):
+    for steps in (24, 8):
         learned("attribution", by, 0.05, steps)
     found["three rounds 0.05"] = lambda: adapter.kept(adapter.rounds(0.05, 3))
     learned("three rounds", lambda share: adapter.rounds(share, 3), 0.05)
     learned("singular value", chosen["singular value"], 0.05)
     found["attribution 0.05, LoRA 24 at 0.0005"] = lambda: adapter.tune(by(0.05), 24, 5e-4)
+    learned("attribution", by, 0.05, 64)
     learned("attribution", by, 0.125)
     learned("attribution", by, 0.05, rate=0.1)
     learned("whole modules", chosen["whole modules"], 0.05)
     learned("all", lambda share: adapter.all, 1.0)
     learned("attribution", by, 0.05, floor=0.0)
     return found
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """The kept part of the gain by arm, a column for each set."""
+    names = [name for name in figures if name != "made_by"]
+    print(f"| arm | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
+    for arm in dict.fromkeys(arm for name in names for arm in figures[name]):
+        cells = [f"{figures[name][arm]:.3f}" if arm in figures[name] else "–" for name in names]
+        print(f"| {arm} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -190,6 +200,7 @@ def main() -> None:
                     own[arm] = run()
                     print(f"{name:<10} {arm:<60} {own[arm]:.3f}", flush=True)
                     save(args.output, figures)
+    print_table(figures)
 
 
 if __name__ == "__main__":
