@@ -117,6 +117,8 @@ def prune(
     check_trained(ila.is_trained(), "attribution")
     if min_kept is not None and trainer.eval_dataset is None:
         raise ValueError("`min_kept` needs held-out data: give the trainer an `eval_dataset`, or pass `top_p`.")
+    if isinstance(trainer.eval_dataset, dict):
+        raise ValueError("The trainer's `eval_dataset` is a dict of data sets; give it one of them to prune by.")
     if output_dir is not None:
         check_pruned_output(output_dir)
     settings["seed"] = trainer.args.seed if seed is None else seed
