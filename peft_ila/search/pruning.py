@@ -1,5 +1,6 @@
 """What of a trained adapter to keep: its directions by what they are worth, how many of them, and their gates."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,7 +11,7 @@ from ..choices import PruneGranularity
 from ..units import unit_of
 from .directions import Directions
 from .gates import rankable
-from .measurement import Measurement
+from .measurement import Measurement, Step
 
 # of the parameters; each costs one evaluation
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -81,7 +82,13 @@ class Search:
         self._sizes = self._by_unit(self._directions.sizes)
 
     def run(
-        self, top_p: float | None, min_kept: float | None, steps: int, gate_steps: int, gate_learning_rate: float
+        self,
+        top_p: float | None,
+        min_kept: float | None,
+        steps: int,
+        rounds: int,
+        gate_steps: int,
+        gate_learning_rate: float,
     ) -> Found:
         """
         See [`prune`].
@@ -98,24 +105,37 @@ class Search:
                 "it longer, or prune it on the data that it was trained on."
             )
         order = (self._by_unit(worth) / self._sizes).argsort(descending=True, stable=True)
-        held_out, result = None, None
+        held_out = None
         if self._has_held_out:
             shares = sorted({*SHARES, top_p or 1.0})
             held_out = HeldOut(
                 self._loss(none), {share: self._loss(self._kept(order, share) >= 0) for share in shares}
             )
         share = top_p or (held_out.smallest(min_kept) if held_out else UNCHECKED_SHARE)
-        kept = self._kept(order, share)
-        gates = (kept >= 0).float()
-        if held_out:
-            result = held_out.point(share)
+        gates = (self._kept(order, share) >= 0).float()
+        result = held_out.point(share) if held_out else None
+        kept = self._kept(self._refined(order, share, rounds, data, steps), share)
+        candidates = [(kept >= 0).float()]
         if gate_steps:
-            learned = directions.learn_gates(self._measurement, data, kept, gate_steps, gate_learning_rate)
-            after = held_out.point(share, self._loss(learned)) if held_out else None
+            candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, gate_learning_rate))
+        for candidate in candidates:
+            after = held_out.point(share, self._loss(candidate)) if held_out else None
             if result is None or after is None or after.loss <= result.loss:
-                gates, result = learned, after
+                gates, result = candidate, after
         directions.set_gates(gates)
         return Found(directions.modules, directions.singular_values, worth, directions.sizes, gates, held_out, result)
+
+    def _refined(
+        self, order: torch.Tensor, share: float, rounds: int, data: Iterator[Step], steps: int
+    ) -> torch.Tensor:
+        """The units, ordered anew after each of `rounds` equal parts of the share was switched on."""
+        for number in range(1, rounds if share < 1 else 1):
+            on = self._kept(order, share * number / rounds) >= 0
+            worth = self._directions.attributions(self._measurement, islice(data, steps), on.float())
+            value = self._by_unit(worth) / self._sizes
+            value[self._units[on]] = torch.inf
+            order = value.argsort(descending=True, stable=True)
+        return order
 
     def _by_unit(self, values: torch.Tensor) -> torch.Tensor:
         return torch.zeros(int(self._units.max()) + 1, dtype=torch.float64).index_add(0, self._units, values.double())

@@ -153,7 +153,10 @@ class PruneArguments(EvaluationArguments):
         default="component",
         metadata={"help": "What is kept as a whole: a 'component' (one rank-1 direction), a 'module' or a 'layer'."},
     )
-    measure_steps: int = field(default=16, metadata={"help": "The number of training steps to measure on."})
+    measure_steps: int = field(
+        default=16, metadata={"help": "The number of training steps to measure on, in each round."}
+    )
+    rounds: int = field(default=3, metadata={"help": "The number of rounds to select in."})
     gate_steps: int = field(
         default=24, metadata={"help": "The number of training steps to learn the gates on; 0: gates stay at 1."}
     )

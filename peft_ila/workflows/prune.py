@@ -42,7 +42,7 @@ class Pruning:
         directions: All directions, the most valuable first, each with its `module`, `singular_value`, `attribution`,
             `parameters`, and its `gate`, which is 0 if the direction is not kept.
         importance: The modules, ranked by the sums of their directions' attributions.
-        curve: What each share keeps with gates of 1. Empty without held-out data.
+        curve: What each share keeps after one round, with gates of 1. Empty without held-out data.
         result: What the pruned adapter keeps. `None` without held-out data.
         base_loss: The held-out loss without the adapter. `None` without held-out data.
         settings: The settings of [`prune`].
@@ -66,6 +66,7 @@ def prune(
     min_kept: float | None = None,
     granularity: PruneGranularity = "component",
     steps: int = 16,
+    rounds: int = 3,
     gate_steps: int = 24,
     gate_learning_rate: float = 0.05,
     uniform_rank: bool = False,
@@ -76,7 +77,9 @@ def prune(
 
     The weight delta of each module is split into its singular directions. The attribution −∂L/∂γ of each direction is
     measured on training batches, at γ = 0 for all. The directions with the most attribution per parameter are kept.
-    Then one real gate γ is learned for each of them, with A and B frozen, and multiplied into B.
+    This is done in rounds: a part of the share is switched on, and the rest is measured again. Then one real gate γ is
+    learned for each kept direction, with A and B frozen, and multiplied into B. With held-out data, a step that raises
+    the held-out loss is taken back.
 
     Afterwards the trainer's model is pruned, with open gates. After an error the adapter is as before.
 
@@ -98,7 +101,8 @@ def prune(
             `top_p` and `min_kept`, held-out data decide: the smallest share whose loss is at most one standard error
             of the paired differences above the best loss. Without held-out data a quarter is kept.
         granularity (`str`): What is kept as a whole: `"component"` (one direction), `"module"` or `"layer"`.
-        steps (`int`): How many training steps to measure on.
+        steps (`int`): How many training steps to measure on in each round.
+        rounds (`int`): How many rounds to select in.
         gate_steps (`int`): How many training steps to learn the gates on; 0 leaves the gates at 1.
         gate_learning_rate (`float`): Adam's learning rate for the gates; it falls to 0.
         uniform_rank (`bool`): Write all modules with one rank, padded with zeros, for programs that take no other.
@@ -111,7 +115,7 @@ def prune(
             of convolutions, or does not lower the loss; or `output_dir` holds another adapter.
     """
     settings: dict[str, Any] = {"top_p": top_p, "min_kept": min_kept, "granularity": granularity, "steps": steps}
-    settings |= {"gate_steps": gate_steps, "gate_learning_rate": gate_learning_rate}
+    settings |= {"rounds": rounds, "gate_steps": gate_steps, "gate_learning_rate": gate_learning_rate}
     check_prune_settings(**settings)
     ila = rankable(trainer)
     check_trained(ila.is_trained(), "attribution")
@@ -123,7 +127,8 @@ def prune(
         check_pruned_output(output_dir)
     settings["seed"] = trainer.args.seed if seed is None else seed
     with _restored_on_error(ila), measuring(trainer, ila, seed) as measurement:
-        found = Search(trainer, measurement, granularity).run(top_p, min_kept, steps, gate_steps, gate_learning_rate)
+        search = Search(trainer, measurement, granularity)
+        found = search.run(top_p, min_kept, steps, rounds, gate_steps, gate_learning_rate)
     pruning = summarised(ila, found, settings)
     if output_dir is not None and trainer.is_world_process_zero():
         _save(ila, pruning, Path(output_dir), "uniform" if uniform_rank else "mixed")
@@ -146,6 +151,7 @@ def check_prune_settings(
     min_kept: float | None,
     granularity: str,
     steps: int,
+    rounds: int,
     gate_steps: int,
     gate_learning_rate: float,
     uniform_rank: bool = False,
@@ -158,7 +164,7 @@ def check_prune_settings(
             raise ValueError(f"`{name}` must be in (0, 1], got {share}.")
     if granularity not in get_args(PruneGranularity):
         raise ValueError(f"`granularity` must be one of {get_args(PruneGranularity)}, got {granularity!r}.")
-    for name, number, least in (("steps", steps, 1), ("gate_steps", gate_steps, 0)):
+    for name, number, least in (("steps", steps, 1), ("rounds", rounds, 1), ("gate_steps", gate_steps, 0)):
         if not is_integer(number) or number < least:
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {number}.")
     if not 0 < gate_learning_rate < math.inf:
@@ -230,7 +236,7 @@ def draw(pruning: Pruning, directory: Path) -> None:
     heatmap(pruning.ranks, "kept rank", model=model, path=directory / "ranks.png", subject="kept rank")
     if not pruning.curve:
         return
-    curves = {"gates of 1": [[point.gain for point in pruning.curve]]}
+    curves = {"one round, gates of 1": [[point.gain for point in pruning.curve]]}
     subject = "share of the adapter's parameters"
     result = ("the pruned adapter", pruning.share, pruning.result.gain) if pruning.result else None
     kept_curve([point.share for point in pruning.curve], curves, directory / "kept.png", subject, result)
