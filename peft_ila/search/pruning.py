@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ..choices import PruneGranularity
 from ..units import unit_of
@@ -74,6 +75,7 @@ class Search:
     def __init__(self, trainer: Any, measurement: Measurement, granularity: PruneGranularity) -> None:
         self._measurement = measurement
         self._has_held_out = trainer.eval_dataset is not None
+        self._hides_bar = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
         self._directions = Directions(rankable(trainer))
         modules = self._directions.modules
         names = range(len(modules)) if granularity == "component" else [unit_of(name, granularity) for name in modules]
@@ -96,7 +98,10 @@ class Search:
         Raises:
             ValueError: The adapter does not lower the training loss to first order, or not the held-out loss.
         """
-        directions, data = self._directions, self._measurement.steps()
+        directions = self._directions
+        total = steps * (rounds if (top_p or 0) < 1 else 1) + gate_steps
+        bar = tqdm(self._measurement.steps(), "Pruning", total, disable=self._hides_bar)
+        data = iter(bar)  # one pass: each part takes the next steps
         none = torch.zeros(len(self._units))
         worth = directions.attributions(self._measurement, islice(data, steps), none)
         if not worth.sum() > 0:
@@ -123,6 +128,7 @@ class Search:
             if result is None or after is None or after.loss <= result.loss:
                 gates, result = candidate, after
         directions.set_gates(gates)
+        bar.close()
         return Found(directions.modules, directions.singular_values, worth, directions.sizes, gates, held_out, result)
 
     def _refined(

@@ -92,7 +92,7 @@ def demo(output_dir: Path) -> None:
     print(ranking_table(learned))
     print(comparison_table(comparison_rows([("before training", importance), ("after training", learned)])))
     _headline("How much of full LoRA is needed? Prune it")
-    held_out = PruneArguments(eval_dataset_name=str(parts["held_out"]))
+    held_out = PruneArguments(min_kept=0.9, eval_dataset_name=str(parts["held_out"]))
     arguments = _arguments(model, parts["part_a"], output_dir / "pruned")
     pruning, _ = prune_by_sft(*arguments, held_out, str(tuned["full LoRA"]))
     print(pruning_table(pruning))
