@@ -52,6 +52,7 @@ def heatmap(
     """
     figure = _figure(path)
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     cells = _cells(list(gates))
     columns = sorted({column for _, column in cells.values()})
@@ -85,7 +86,10 @@ def heatmap(
     every[0].set_title(title, fontsize=10, parse_math=False)
     if columns[0] != math.inf:
         every[-1].set_xlabel("decoder layer", fontsize=_FONT)
-    _bar(image, every, label, bands * height)
+    bar = _bar(image, every, label, bands * height)
+    if all(isinstance(value, int) for value in gates.values()):
+        bar.locator = MaxNLocator(integer=True)  # ranks
+        bar.update_ticks()
     _legend(figure, len(selected), len(gates), bool(unsure))
     _write(figure, path)
     return figure
@@ -189,11 +193,12 @@ def _write(figure: "Figure", path: str | os.PathLike[str] | None) -> None:
             figure.savefig(temporary, dpi=150)
 
 
-def _bar(image: Any, every: Any, label: str, height: float) -> None:
+def _bar(image: Any, every: Any, label: str, height: float) -> Any:
     """Add a colour bar beside some axes; their height is in inches."""
     bar = image.figure.colorbar(image, ax=list(every), pad=0.01, fraction=0.05, aspect=15 * height)
     bar.set_label(label, fontsize=_FONT)
     bar.ax.tick_params(labelsize=_FONT)
+    return bar
 
 
 def _ticks(axes: "Axes", columns: Sequence[float], names: Sequence[str], cell: float) -> None:
