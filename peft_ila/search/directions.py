@@ -61,12 +61,13 @@ class Directions:
         return measurement.slope(step, [b for *_, b in self._factors], self._contracted)
 
     def _contracted(self) -> torch.Tensor:
-        none = torch.zeros(())  # no batch reached the module
         products = [
-            ((none if weight.grad is None else weight.grad.float()).to(b.device) * b.float()).sum(0)
+            # without a gradient, no batch reached the module
+            b.new_zeros(b.shape[1]).float() if weight.grad is None else (weight.grad.float() * b.float()).sum(0)
             for (*_, weight), b in zip(self._factors, self._b)
         ]
-        return torch.cat([product.cpu() for product in products])
+        # on one device, since each copy to the CPU waits for the GPU; a model may be spread over several
+        return torch.cat([product.to(self._b[0].device) for product in products])
 
     def attributions(self, measurement: Measurement, steps: Iterable[Step], gates: torch.Tensor) -> torch.Tensor:
         """What each direction is worth beside those that are on: the mean of −∂L/∂γ, of shape (directions,)."""

@@ -115,7 +115,7 @@ class Measurement:
         Args:
             step: The step.
             weights: The weights whose gradients are computed, with all gates open.
-            contract: Turns their `grad` into a tensor on the CPU.
+            contract: Turns their `grad` into a tensor.
         """
 
         def take() -> torch.Tensor:

@@ -120,7 +120,8 @@ class Search:
         gates = (self._kept(order, share) >= 0).float()
         result = held_out.point(share) if held_out else None
         kept = self._kept(self._refined(order, share, rounds, data, steps), share)
-        candidates = [(kept >= 0).float()]
+        refined = (kept >= 0).float()
+        candidates = [] if torch.equal(refined, gates) else [refined]  # equal ones are not evaluated twice
         if gate_steps:
             candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, gate_learning_rate))
         for candidate in candidates:
