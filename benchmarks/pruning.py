@@ -95,9 +95,9 @@ class Adapter:
             gates = self.first(self.measure(gates) / self.sizes, share * one / number, gates)
         return gates
 
-    def learn(self, kept: torch.Tensor, steps: int, rate: float, floor: float = -torch.inf) -> torch.Tensor:
+    def learn(self, kept: torch.Tensor, steps: int = 24, rate: float = 0.05) -> torch.Tensor:
         units = torch.arange(len(kept)).where(kept > 0, -1)
-        return self.directions.learn_gates(self.measurement, self.steps, units, steps, rate).clamp(min=floor)
+        return self.directions.learn_gates(self.measurement, self.steps, units, steps, rate)
 
     def tune(self, kept: torch.Tensor, steps: int, rate: float) -> float:
         """What is kept after LoRA steps on A and B of the kept directions, at the cost of as many steps on gates."""
@@ -146,24 +146,29 @@ def arms(adapter: Adapter) -> dict[str, Any]:
     for factor in (0.7, 0.85, 1.15, 1.3):
         found[f"all times {factor}"] = lambda factor=factor: adapter.kept(factor * adapter.all)
 
-    def learned(name: str, pick: Any, share: float, steps: int = 24, rate: float = 0.05, **how: Any) -> None:
-        found[f"{name} {share}, gates {steps} at {rate}{how or ''}"] = lambda: adapter.kept(
-            adapter.learn(pick(share), steps, rate, **how)
-        )
-
     by = chosen["attribution"]
-    for steps in (24, 8):
-        learned("attribution", by, 0.05, steps)
+    twentieth = functools.cache(lambda: adapter.learn(by(0.05)))  # several arms look at these gates
+    found["attribution 0.05, gates 24 at 0.05"] = lambda: adapter.kept(twentieth())
+    found["attribution 0.05, gates of at least 0"] = lambda: adapter.kept(twentieth().clamp(min=0))
+    for back in (0.25, 0.5):  # stands for a penalty on (γ − 1)²
+        found[f"attribution 0.05, gates {back} of the way back to 1"] = lambda back=back: adapter.kept(
+            twentieth() + back * (by(0.05) - twentieth())
+        )
     found["three rounds 0.05"] = lambda: adapter.kept(adapter.rounds(0.05, 3))
-    learned("three rounds", lambda share: adapter.rounds(share, 3), 0.05)
-    learned("singular value", chosen["singular value"], 0.05)
+    learned = {
+        "attribution 0.05, gates 8 at 0.05": (lambda: by(0.05), 8, 0.05),
+        "attribution 0.05, gates 64 at 0.05": (lambda: by(0.05), 64, 0.05),
+        "attribution 0.05, gates 24 at 0.02": (lambda: by(0.05), 24, 0.02),
+        "attribution 0.05, gates 24 at 0.1": (lambda: by(0.05), 24, 0.1),
+        "three rounds 0.05, gates 24 at 0.05": (lambda: adapter.rounds(0.05, 3), 24, 0.05),
+        "singular value 0.05, gates 24 at 0.05": (lambda: chosen["singular value"](0.05), 24, 0.05),
+        "whole modules 0.05, gates 24 at 0.05": (lambda: adapter.modules(0.05), 24, 0.05),
+        "attribution 0.125, gates 24 at 0.05": (lambda: by(0.125), 24, 0.05),
+        "all, gates 24 at 0.05": (lambda: adapter.all, 24, 0.05),
+    }
+    for name, (pick, steps, rate) in learned.items():
+        found[name] = lambda pick=pick, steps=steps, rate=rate: adapter.kept(adapter.learn(pick(), steps, rate))
     found["attribution 0.05, LoRA 24 at 0.0005"] = lambda: adapter.tune(by(0.05), 24, 5e-4)
-    learned("attribution", by, 0.05, 64)
-    learned("attribution", by, 0.125)
-    learned("attribution", by, 0.05, rate=0.1)
-    learned("whole modules", chosen["whole modules"], 0.05)
-    learned("all", lambda share: adapter.all, 1.0)
-    learned("attribution", by, 0.05, floor=0.0)
     return found
 
 
