@@ -306,7 +306,7 @@ def test_only_ila_adapters_are_exported(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="it lacks adapter_config.json. There is one in .*adapter.$"):
         export_adapter(tmp_path, tmp_path / "plain")
-    with pytest.raises(ValueError, match="adapter of type LORA, not ILA: it has no gates. Load it as it is"):
+    with pytest.raises(ValueError, match="holds a plain LoRA adapter, which has no gates. Load it as it is"):
         export_adapter(tmp_path / "adapter", tmp_path / "plain")
 
 
