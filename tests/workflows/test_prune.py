@@ -50,7 +50,7 @@ def test_attributions_are_the_gradients_of_gates_on_each_direction(trained, tmp_
         directions = Directions(trainer.model.base_model)
         (step,) = [step for step, _ in zip(measurement.steps(), range(1))]
         for gamma in (0.0, 0.7):
-            slope, _ = directions.slope(measurement, step, torch.full((len(directions.modules),), gamma))
+            slope = directions.slope(measurement, step, torch.full((len(directions.modules),), gamma))
             # by functional_call of the model with B·diag(γ) in place of B
             leaves, weights = [], {}
             for name, parameter in trainer.model.named_parameters():
