@@ -54,16 +54,7 @@ def to_lora_config(
     config_cls: type[PeftConfig] = LoraConfig,
     **kwargs: Any,
 ) -> Any:
-    """
-    See [`LayerImportance.to_lora_config`].
-
-    Args:
-        targets: The ranked model's modules and parameters.
-        selected: The units to target, in any order.
-        model: The base model or its configuration, to check the result by injection.
-        config_cls: The configuration class of a PEFT method.
-        **kwargs: Its other options.
-    """
+    """See [`LayerImportance.to_lora_config`]. `selected` are the units to target, in any order."""
     options = {option.name for option in fields(config_cls)}
     if not {"target_modules", "layers_to_transform", "layers_pattern"} <= options:
         raise TypeError(

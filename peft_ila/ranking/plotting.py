@@ -34,18 +34,10 @@ def heatmap(
     selected: Collection[str] = (),
 ) -> "Figure":
     """
-    See [`LayerImportance.plot`].
+    See [`LayerImportance.plot`]: a value of each unit in the order of the model, which the colour bar calls `label`.
 
-    Args:
-        values: The gate, or another value, of each unit, in the order of the model.
-        label: The label of the colour bar.
-        title: The title.
-        path: The picture to write.
-        unsure: The units to mark by a dot: their selection (without `selected`, as top 30 %) is uncertain.
-        selected: The units to outline.
-
-    Returns:
-        The figure. Its axes are bands of layers, from the first layer on, and the colour bar.
+    Units in `selected` are outlined. Those in `unsure` get a dot: their selection (without `selected`, as top 30 %) is
+    uncertain. The figure's axes are bands of layers, from the first layer on, and the colour bar.
     """
     figure = new_figure(path)
     from matplotlib.colors import Normalize

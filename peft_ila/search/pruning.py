@@ -62,15 +62,9 @@ class Search:
         self._sizes = self._by_unit(self._directions.sizes)
 
     def run(
-        self,
-        top_p: float | None,
-        min_kept: float | None,
-        steps: int,
-        rounds: int,
-        gate_steps: int,
-        gate_learning_rate: float,
+        self, top_p: float | None, min_kept: float | None, steps: int, rounds: int, gate_steps: int, rate: float
     ) -> Found:
-        """See [`prune`]."""
+        """See [`prune`]; `rate` is the gates' learning rate."""
         directions = self._directions
         total = steps * (rounds if (top_p or 0) < 1 else 1) + gate_steps
         bar = tqdm(self._measurement.steps(), "Pruning", total, disable=self._hides_bar)
@@ -96,7 +90,7 @@ class Search:
         refined = (kept >= 0).float()
         candidates = [] if torch.equal(refined, gates) else [refined]  # equal ones are not evaluated twice
         if gate_steps:
-            candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, gate_learning_rate))
+            candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, rate))
         for candidate in candidates:
             after = held_out.point(share, self._loss(candidate)) if held_out else None
             if result is None or after is None or after.loss <= result.loss:
@@ -118,7 +112,7 @@ class Search:
         return order
 
     def _by_unit(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(int(self._units.max()) + 1, dtype=torch.float64).index_add(0, self._units, values.double())
+        return torch.bincount(self._units, values.double())
 
     def _kept(self, order: torch.Tensor, share: float) -> torch.Tensor:
         """The unit of each direction, or −1 where it is not kept. At least one unit is."""

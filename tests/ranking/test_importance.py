@@ -208,11 +208,6 @@ def test_saved_and_loaded(tmp_path):
         ('{"format": "x"}', "is not a ranking"),
         ('{"format": "peft_ila.LayerImportance", "version": 2}', "version 2 .* upgrade"),
         ('{"format": "peft_ila.LayerImportance", "version": 1}', "KeyError: 'units'"),
-        (
-            '{"format": "peft_ila.LayerImportance", "version": 1, "metadata": {}, "lookalikes": [], '
-            '"units": [{"unit": "a", "score": NaN, "modules": ["a"]}]}',
-            "score of 'a' is nan",
-        ),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -255,7 +250,6 @@ GOOD = {
         (lambda c: c["units"][0].update(unit="a\x1b[2J", modules=["a\x1b[2J"]), "cannot be the name of a module"),
         (lambda c: c["units"][0].update(unit="a..b", modules=["a..b"]), "cannot be the name of a module"),
         (lambda c: c["units"][0].update(score=True), "score of 'm.0' is True"),
-        (lambda c: c["units"][0].update(score="1"), "score of 'm.0' is '1'"),
         (lambda c: c["units"][0].update(score="a\nb"), r"score of 'm.0' is 'a\\nb'"),
         (lambda c: c.update(version="a\nb"), r"has version 'a\\nb'"),
         (lambda c: c.update(metadata={"task_type": "a\nb"}), r"`metadata\['task_type'\]` must be a name, got 'a\\nb'"),
@@ -264,7 +258,6 @@ GOOD = {
         (lambda c: c["units"][0].pop("spread"), "KeyError: 'spread'"),
         (lambda c: c["units"][0].update(parameters={"m.0.x": 1}), "`parameters` names 'm.0.x'"),
         (lambda c: c["units"][0].update(parameters={"m.0.q": 0}), "must hold a number above 0 for 'm.0.q'"),
-        (lambda c: c["units"].append([]), "TypeError"),
         (lambda c: c.update(units=5), "TypeError"),
     ],
 )
