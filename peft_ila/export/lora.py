@@ -100,13 +100,15 @@ def _check_ranked(targets: Targets, expected: set[str], names: "_Names") -> None
     if targets.model_type is None:  # a ranking made by hand may cover only some layers
         return
     known = targets.of(targets.modules) | set(targets.lookalikes)
+    last: dict[str, int] = {}  # ranked layer of each stack
+    for stack, index in filter(None, map(split_layer, known)):
+        last[stack] = max(index, last.get(stack, 0))
     endings = set(map(_last_part, known))
-    stacks = {layer[0] for name in known if (layer := split_layer(name))}
-    alike = [name for name in names.modules - known if _last_part(name) in endings]
-    if more := sorted(name for name in alike if (layer := split_layer(name)) and layer[0] in stacks):
+    alike = {name: split_layer(name) for name in names.modules if _last_part(name) in endings}
+    if deeper := sorted(name for name, at in alike.items() if at and at[0] in last and at[1] > last[at[0]]):
         raise ValueError(
-            f"The ranked model had no modules {more[:3]} ({len(more)} in all), which this one has: the ranking was "
-            "made on another architecture."
+            f"The ranked model had no modules {deeper[:3]} ({len(deeper)} in all), which this one has: the ranking "
+            "was made on another architecture."
         )
 
 

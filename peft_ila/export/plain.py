@@ -44,9 +44,8 @@ def to_plain_lora(
         ValueError: The tensors lack the gate of a unit, or a DoRA adapter has gates between 0 and 1.
     """
     parameters = config.gated_parameters or {}
-    # by the path of a LoRA layer, its target and its unit
-    names = {path: parameters.get(path, path) for path, is_lora, _ in map(split_key, state_dict) if is_lora}
-    units = {path: unit_of(name, config.granularity) for path, name in names.items()}
+    units = _units(state_dict, config)
+    names = {path: parameters.get(path, path) for path in units}
     if unknown := sorted(set(config.gate_mask or ()) - set(units.values())):
         raise ValueError(f"`gate_mask` has {unknown[0][:80]!r}, which is not a unit of the adapter.")
     kept = {path for path, unit in units.items() if config.gate_mode != "hard" or unit in config.gate_mask}
@@ -83,6 +82,13 @@ def to_plain_lora(
 def is_lora_b(key: str) -> bool:
     """Whether the tensor of this key is a B."""
     return split_key(key)[2].startswith(("B", "embedding_B"))
+
+
+def _units(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, str]:
+    """The unit of each LoRA layer, by its path."""
+    parameters = config.gated_parameters or {}
+    paths = [path for path, is_lora, _ in map(split_key, state_dict) if is_lora]
+    return {path: unit_of(parameters.get(path, path), config.granularity) for path in paths}
 
 
 def _gates(state_dict: dict[str, torch.Tensor], units: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -124,15 +130,17 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
     config, saved = read_adapter(adapter_directory(adapter_dir))
     if config.peft_type != "ILA":
         raise ValueError(f"{adapter_dir} holds a plain LoRA adapter, which has no gates. Load it as it is.")
-    _check_targets(saved, config)
+    _check_layers(saved, config)
     tensors, lora = to_plain_lora(saved, config)
     save_adapter(tensors, lora, output_dir)
     return lora
 
 
-def _check_targets(tensors: dict[str, torch.Tensor], config: Any) -> None:
-    """Check that PEFT makes these LoRA layers from the configuration; else it would leave their weights out."""
-    for path in dict.fromkeys(split_key(key)[0] for key in tensors if ".lora_" in key):
+def _check_layers(tensors: dict[str, torch.Tensor], config: Any) -> None:
+    """Check that PEFT makes these LoRA layers from the configuration, and that each unit has its gate."""
+    units = _units(tensors, config)
+    _gates(tensors, units)
+    for path in units:
         # `MultiheadAttention` holds a second LoRA layer, its output projection
         name = path.partition(".base_layer.")[0]
         try:

@@ -514,5 +514,5 @@ def _reaching(units: list[str], values: dict[str, float], option: str, least: fl
         raise ValueError(f"`{option}` must be in [0, 1], got {least}.")
     reaching = [unit for unit in units if values[unit] >= least]
     if not reaching:
-        raise ValueError(f"No unit reaches `{option}={least}`; the greatest is {max(map(values.get, units)):.3f}.")
+        raise ValueError(f"No unit reaches `{option}={least}`; the greatest is {max(values[u] for u in units):.3f}.")
     return reaching

@@ -18,13 +18,15 @@ def is_integer(value: Any) -> TypeGuard[int]:
 
 def _finite(value: Any) -> bool:
     # a bool is no number here, and an integer may be too large for a float
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def check_kinds(ranking: Any) -> None:
     """Check that the fields of a [`LayerImportance`] are lists and dicts, and its names are names."""
     for field in fields(ranking):
-        value, kind = getattr(ranking, field.name), get_origin(field.type)
+        value: Any = getattr(ranking, field.name)
+        kind: Any = get_origin(field.type)
         if not isinstance(value, kind):
             raise TypeError(f"`{field.name}` must be a {kind.__name__}, got a {type(value).__name__}.")
     for name in (*ranking.units, *ranking.lookalikes):
