@@ -2,17 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 SURE = 8  # values: with fewer, the standard error is too uncertain
 _DRAWS = 1000
-
-
-def jaccard(mine: Collection[str], theirs: Collection[str]) -> float:
-    """|A ∩ B| / |A ∪ B|."""
-    return len(set(mine) & set(theirs)) / len(set(mine) | set(theirs))
 
 
 def spearman(mine: Sequence[float], theirs: Sequence[float]) -> float:
@@ -36,11 +31,6 @@ def standardised(scores: Sequence[float]) -> list[float]:
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean of at least two values and its standard error."""
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def top(scores: Sequence[float], number: int) -> list[int]:
-    """The positions of the greatest scores, greatest first. Ties keep their order."""
-    return sorted(range(len(scores)), key=lambda i: -scores[i])[:number]
 
 
 def is_coin_toss(probability: float) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..choices import RecipeFormat
 from ..files import read_json, whole_file
-from .comparison import SURE, is_coin_toss, jaccard, mean_and_error, membership, spearman, standardised, top
+from .comparison import SURE, is_coin_toss, mean_and_error, membership, spearman, standardised
 from .published import find
 from .validation import check_kinds, check_ranking, is_integer
 
@@ -95,7 +95,7 @@ class LayerImportance:
 
     def ranking(self) -> list[str]:
         """All units, most important first. Ties keep the order of the model."""
-        return [self.units[i] for i in top(self.scores, len(self.units))]
+        return [self.units[i] for i in sorted(range(len(self.units)), key=lambda i: -self.scores[i])]
 
     def select(
         self,
@@ -203,7 +203,8 @@ class LayerImportance:
         self._check_same_units(other)
         number = self._number(top_p, None)
         # not `select`, which refuses equal scores: here they are compared in the order of the model
-        return jaccard(self.ranking()[:number], other.ranking()[:number])
+        ours, theirs = set(self.ranking()[:number]), set(other.ranking()[:number])
+        return len(ours & theirs) / len(ours | theirs)
 
     def spearman(self, other: "LayerImportance") -> float:
         """

@@ -37,12 +37,10 @@ def _check_metadata(metadata: dict[str, Any]) -> None:
     """Check what conversions and pictures use."""
     for key in ("model", "model_type", "task_type"):
         value = metadata.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, str) or len(value) > _LONGEST:
-            raise ValueError(f"`metadata[{key!r}]` must be a string of at most {_LONGEST} characters.")
-        if key != "model" and not value.isprintable():  # a path may hold anything
-            raise ValueError(f"`metadata[{key!r}]` must be a name, got {value[:40]!r}.")
+        name = isinstance(value, str) and len(value) <= _LONGEST
+        # a path may hold anything
+        if value is not None and not (name and (key == "model" or value.isprintable())):
+            raise ValueError(f"`metadata[{key!r}]` must be a name, got {repr(value)[:80]}.")
 
 
 def check_ranking(ranking: Any) -> None:

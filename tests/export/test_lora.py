@@ -194,14 +194,6 @@ def test_a_peft_model_is_checked_by_its_plain_architecture():
     assert config.layers_to_transform is not None
 
 
-def test_the_saved_config_is_plain_lora(tmp_path):
-    importance = ranked(tiny_llama())
-    importance.to_lora_config(top_k=1, r=2).save_pretrained(tmp_path)
-    loaded = LoraConfig.from_pretrained(tmp_path)
-    assert loaded.peft_type == "LORA"
-    assert len(injected(tiny_llama(), loaded)) == 7
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain LoRA adapters
 # ---------------------------------------------------------------------------------------------------------------------
