@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -99,10 +100,17 @@ def _check_kinds(content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Check the options' types. PEFT does not, and fails far from the file."""
     for name in content.keys() & hints.keys():
         value, hint = content[name], hints[name]
-        fraction = name == "lora_alpha" and isinstance(value, float)
-        whole = type(value) is int and float in (hint, *get_args(hint))
-        if not fraction and not whole:
-            type_validator(name, value, hint)
+        kinds = (hint, *get_args(hint))
+        # what PEFT takes beside its hints, so that ILA can say why it refuses some of it
+        if (
+            (name == "lora_alpha" and isinstance(value, float))
+            or (type(value) is int and float in kinds)
+            or (isinstance(value, dict) and any(map(is_dataclass, kinds)))
+            or (name == "init_lora_weights" and str(value).startswith("pissa_niter_"))
+            or name == "layer_replication"  # pairs, which are lists in JSON
+        ):
+            continue
+        type_validator(name, value, hint)
 
 
 def _check_values(config: Any) -> None:

@@ -85,7 +85,7 @@ class LayerImportance:
     def __repr__(self) -> str:
         ranking = self.ranking()
         shown = ", ".join(ranking[:3] + ["…"] * (len(ranking) > 3))
-        model = f" of {name}" if (name := self.metadata.get("model")) else ""
+        model = f" of {name!r}" if (name := self.metadata.get("model")) else ""
         return f"LayerImportance({len(ranking)} units{model}, most important first: {shown})"
 
     @property
@@ -331,10 +331,7 @@ class LayerImportance:
             raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
 
     def plot(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        top_p: float | None = None,
-        **selection: "Unpack[Selection]",
+        self, path: str | os.PathLike[str] | None = None, top_p: float | None = None, **selection: "Unpack[Selection]"
     ) -> "Figure":
         """
         Draw the gates as a heatmap: decoder layers along x, the names of linear modules along y. Many layers continue
@@ -478,12 +475,7 @@ class LayerImportance:
         return recipe(self._targets(), selected, program, model, **kwargs)
 
     def freeze_unselected(
-        self,
-        model: "nn.Module",
-        top_p: float | None = None,
-        *,
-        outside: bool = True,
-        **selection: "Unpack[Selection]",
+        self, model: "nn.Module", top_p: float | None = None, *, outside: bool = True, **selection: "Unpack[Selection]"
     ) -> list[str]:
         """
         Freeze all but the selected units, for full fine-tuning, as `peft-ila tune --full` does.

@@ -30,7 +30,7 @@ def test_what_is_printed_fits_a_line():
     units = [f"model.layers.{i}" for i in range(210)]
     ranking = LayerImportance(units, [float(i) for i in range(210)], {"model": "me/model"})
     best = "model.layers.209, model.layers.208, model.layers.207, …"
-    assert str(ranking) == f"LayerImportance(210 units of me/model, most important first: {best})"
+    assert str(ranking) == f"LayerImportance(210 units of 'me/model', most important first: {best})"
 
 
 def test_gates():
