@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -85,30 +85,26 @@ def freeze(model: nn.Module, units: Iterable[str], all_but: bool = False) -> lis
     """
     if isinstance(units, str):
         raise TypeError(f"`units` must be a list of names, got the string {units!r}.")
-    inside, outside = _split(model, list(units))
-    keep = inside if all_but else outside
-    names = [name for name, parameter in model.named_parameters() if id(parameter) not in keep]
+    own = set(units)
+    check_units(model, own)
+    prefixes = tuple(f"{unit}." for unit in own)
+    # by `id`, since one tied weight may be inside and outside of the units
+    kept = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if (name in own or name.startswith(prefixes)) == all_but
+    }
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in kept]
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return names
 
 
-def check_units(model: nn.Module, units: list[str]) -> None:
+def check_units(model: nn.Module, units: Collection[str]) -> None:
     """Raise a `ValueError` if the model lacks one of the units."""
     known = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
-    if missing := [unit for unit in units if unit not in known]:
+    if missing := sorted(set(units) - known):
         raise ValueError(
             f"The model has no {missing[0]!r} ({len(missing)} of {len(units)} units are missing). Pass the plain "
             "model that was ranked, not a `PeftModel` or another architecture."
         )
-
-
-def _split(model: nn.Module, units: list[str]) -> tuple[set[int], set[int]]:
-    """The `id`s of the parameters inside and outside of the units; those of a tied weight may be in both."""
-    check_units(model, units)
-    prefixes, own = tuple(f"{unit}." for unit in units), set(units)  # modules, and parameters
-    inside: set[int] = set()
-    outside: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        (inside if name.startswith(prefixes) or name in own else outside).add(id(parameter))
-    return inside, outside

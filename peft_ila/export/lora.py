@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
@@ -54,16 +54,7 @@ def to_lora_config(
     config_cls: type[PeftConfig] = LoraConfig,
     **kwargs: Any,
 ) -> Any:
-    """
-    See [`LayerImportance.to_lora_config`].
-
-    Args:
-        targets: The ranked model's modules and parameters.
-        selected: The units to target, in any order.
-        model: The base model or its configuration, to check the result by injection.
-        config_cls: The configuration class of a PEFT method.
-        **kwargs: Its other options.
-    """
+    """See [`LayerImportance.to_lora_config`]. `selected` are the units to target, in any order."""
     options = {option.name for option in fields(config_cls)}
     if not {"target_modules", "layers_to_transform", "layers_pattern"} <= options:
         raise TypeError(
@@ -109,11 +100,11 @@ def _check_ranked(targets: Targets, expected: set[str], names: "_Names") -> None
     if targets.model_type is None:  # a ranking made by hand may cover only some layers
         return
     known = targets.of(targets.modules) | set(targets.lookalikes)
-    endings = {name.rpartition(".")[2] for name in known}
     last: dict[str, int] = {}  # ranked layer of each stack
     for stack, index in filter(None, map(split_layer, known)):
         last[stack] = max(index, last.get(stack, 0))
-    alike = {name: split_layer(name) for name in names.modules if name.rpartition(".")[2] in endings}
+    endings = set(map(_last_part, known))
+    alike = {name: split_layer(name) for name in names.modules if _last_part(name) in endings}
     if deeper := sorted(name for name, at in alike.items() if at and at[0] in last and at[1] > last[at[0]]):
         raise ValueError(
             f"The ranked model had no modules {deeper[:3]} ({len(deeper)} in all), which this one has: the ranking "
@@ -155,43 +146,27 @@ class _Names:
             convert_peft_config_for_transformers(config, stand_in, None)
         except ValueError:
             return None
-        modules = self._targeted(config) if config.target_modules else set()
-        wanted = tuple(getattr(config, "target_parameters", None) or ())
-        endings = tuple(f".{name}" for name in wanted)
-        return modules | {name for name in self.parameters if name in wanted or name.endswith(endings)}
-
-    def _targeted(self, config: Any) -> set[str]:
-        if isinstance(config.target_modules, str):
-            return {name for name in self.modules if check_target_module_exists(config, name)}
-        # PEFT compares each name with each target, but only names that end in a target can match
-        targets = set(config.target_modules)
-        if config.layers_to_transform is not None:
-            config.layers_to_transform = set(config.layers_to_transform)
-        certain = targets if not config.modules_to_save else set()
-        return {
-            name
-            for name in self.modules
-            if name in certain or (_ends_in(name, targets) and check_target_module_exists(config, name))
+        targets = config.target_modules or ()
+        modules = (name for name in self.modules if isinstance(targets, str) or _ends_in(name, targets))
+        parameters = tuple(getattr(config, "target_parameters", None) or ())
+        return {name for name in modules if check_target_module_exists(config, name)} | {
+            name for name in self.parameters if _ends_in(name, parameters)
         }
 
 
-def _ends_in(name: str, endings: set[str]) -> bool:
-    while name not in endings:
-        _, dot, name = name.partition(".")
-        if not dot:
-            return False
-    return True
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _ends_in(name: str, endings: Collection[str]) -> bool:
+    """Whether a name is one of the endings, or ends in a dot and one. PEFT tries all of them, maybe thousands."""
+    return any(name.split(".", start)[-1] in endings for start in range(name.count(".") + 1))
 
 
 def _set_ranks(config: Any, multiples: Mapping[str, float]) -> None:
     """Give fused parameters the same ranks as PEFT, at the same scaling."""
-    by_ending: dict[str, set[float]] = {}
     for name, multiple in multiples.items():
-        by_ending.setdefault(name.rpartition(".")[2], set()).add(multiple)
-    for name, multiple in multiples.items():
-        ending = name.rpartition(".")[2]
-        pattern = rf".*\.{re.escape(ending)}" if len(by_ending[ending]) == 1 else re.escape(name)
-        if multiple != 1 and pattern not in config.rank_pattern:
+        if multiple != 1 and (pattern := re.escape(name)) not in config.rank_pattern:
             config.rank_pattern[pattern] = round(config.r * multiple)
             config.alpha_pattern[pattern] = config.lora_alpha * multiple
 
@@ -201,18 +176,18 @@ def _target_candidates(targets: Targets, selected: Sequence[str], modules: set[s
     if not modules:
         yield {"target_modules": []}  # `None` means PEFT's default for the model
         return
-    layers = [split_layer(unit) for unit in selected]
+    layers = [(unit, layer) for unit in selected if (layer := split_layer(unit))]
     # units are whole layers, not modules in them
-    if all(layer and unit == f"{layer[0]}.{layer[1]}" for unit, layer in zip(selected, layers)):
-        stacks = {layer[0] for layer in layers if layer}
-        indices = sorted({layer[1] for layer in layers if layer})
-        short = sorted({name.rpartition(".")[2] for name in modules})
+    if len(layers) == len(selected) and all(unit == f"{stack}.{index}" for unit, (stack, index) in layers):
+        stacks = {stack for _, (stack, _) in layers}
+        indices = sorted({index for _, (_, index) in layers})
+        short = sorted(set(map(_last_part, modules)))
         within = sorted({name.removeprefix(f"{unit}.") for unit in selected for name in targets.of([unit]) & modules})
         patterns: list[str | None] = [None]
         if len(stacks) == 1:
             # PEFT inserts it in a regular expression
             stack = stacks.pop()
-            patterns += [re.escape(stack.rpartition(".")[2]), re.escape(stack)]
+            patterns += [re.escape(_last_part(stack)), re.escape(stack)]
         for pattern in patterns:
             for names in (short, within):
                 yield {"target_modules": names, "layers_to_transform": indices, "layers_pattern": pattern}

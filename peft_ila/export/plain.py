@@ -1,14 +1,16 @@
 """Turns a gated adapter into an equivalent plain LoRA adapter."""
 
 import os
+import re
 from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..units import Granularity, unit_of
-from .adapters import SAVED_PREFIX, adapter_directory, read_adapter, read_config, save_adapter, split_key
+from .adapters import SAVED_PREFIX, adapter_directory, read_adapter, save_adapter, split_key
 from .lora import DECIDED_BY_SELECTION, Targets, to_lora_config
 
 
@@ -42,60 +44,28 @@ def to_plain_lora(
         ValueError: The tensors lack the gate of a unit, or a DoRA adapter has gates between 0 and 1.
     """
     parameters = config.gated_parameters or {}
-    gates: dict[str, torch.Tensor] = {}
-    units: dict[str, str] = {}  # by LoRA layer's path
-    for key, tensor in state_dict.items():
-        path, is_lora, part = split_key(key)
-        if is_lora:
-            units[path] = unit_of(parameters.get(path, path), config.granularity)
-        if part.startswith("gate"):
-            gates[units[path]] = torch.sigmoid(tensor.float())
-    if missing := sorted(set(units.values()) - gates.keys()):
-        raise ValueError(f"The adapter has no gate for {missing[0]!r}. Does it belong to this configuration?")
-    between = config.gate_mode in ("joint", "soft")
-    if between and config.use_dora:
+    units = _units(state_dict, config)
+    names = {path: parameters.get(path, path) for path in units}
+    if unknown := sorted(set(config.gate_mask or ()) - set(units.values())):
+        raise ValueError(f"`gate_mask` has {unknown[0][:80]!r}, which is not a unit of the adapter.")
+    kept = {path for path, unit in units.items() if config.gate_mode != "hard" or unit in config.gate_mask}
+    gates = _gates(state_dict, units) if config.gate_mode in ("joint", "soft") else {}
+    if gates and config.use_dora:
         raise ValueError(
             "A DoRA adapter with gates between 0 and 1 cannot be exported. Open all gates by "
             '`set_gate_mode("open")`, or close some by `apply_mask`.'
         )
-
-    kept = set(config.gate_mask or []) if config.gate_mode == "hard" else set(units.values())
-    if between:
-        state_dict = {
-            key: (tensor * gates[units[split_key(key)[0]]].to(tensor.device)).to(tensor.dtype)
-            if is_lora_b(key)
-            else tensor
-            for key, tensor in state_dict.items()
-        }
-    paths = {path for path, unit in units.items() if unit in kept}
-    return without_gates(state_dict, config, paths, lookalikes, model_type)
-
-
-def is_lora_b(key: str) -> bool:
-    """Whether the tensor of this key is a B."""
-    return split_key(key)[2].startswith(("B", "embedding_B"))
-
-
-def without_gates(
-    state_dict: dict[str, torch.Tensor],
-    config: Any,
-    kept: set[str],
-    lookalikes: list[str] | None = None,
-    model_type: str | None = None,
-) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """[`to_plain_lora`] with open gates, of the LoRA layers whose paths are in `kept`, in whole units."""
-    parameters = config.gated_parameters or {}
     tensors = {}
-    names: dict[str, str] = {}  # of each path's target
     for key, tensor in state_dict.items():
         path, is_lora, part = split_key(key)
-        if is_lora:
-            names[path] = parameters.get(path, path)
-        if not is_lora or (path in kept and not part.startswith("gate")):
-            tensors[_key_in_plain_lora(key, path, kept, path in parameters)] = tensor.contiguous()
+        if is_lora and (path not in kept or part.startswith("gate")):
+            continue
+        if gates and is_lora_b(key):
+            tensor = (tensor * gates[units[path]].to(tensor.device)).to(tensor.dtype)
+        tensors[_key_in_plain_lora(key, path, kept, path in parameters)] = tensor.contiguous()
 
     options = lora_options(config)
-    if kept >= names.keys():
+    if kept == names.keys():
         return tensors, LoraConfig(**options)
     for name in DECIDED_BY_SELECTION:
         del options[name]
@@ -109,17 +79,38 @@ def without_gates(
     return tensors, to_lora_config(Targets(modules, lookalikes or (), ranks, model_type), selected, **options)
 
 
+def is_lora_b(key: str) -> bool:
+    """Whether the tensor of this key is a B."""
+    return split_key(key)[2].startswith(("B", "embedding_B"))
+
+
+def _units(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, str]:
+    """The unit of each LoRA layer, by its path."""
+    parameters = config.gated_parameters or {}
+    paths = [path for path, is_lora, _ in map(split_key, state_dict) if is_lora]
+    return {path: unit_of(parameters.get(path, path), config.granularity) for path in paths}
+
+
+def _gates(state_dict: dict[str, torch.Tensor], units: dict[str, str]) -> dict[str, torch.Tensor]:
+    """γ of each unit."""
+    gates = {}
+    for key, tensor in state_dict.items():
+        path, _, part = split_key(key)
+        if part.startswith("gate"):
+            gates[units[path]] = torch.sigmoid(tensor.float())
+    if missing := sorted(set(units.values()) - gates.keys()):
+        raise ValueError(f"The adapter has no gate for {missing[0]!r}. Does it belong to this configuration?")
+    return gates
+
+
 def _key_in_plain_lora(key: str, path: str, kept: set[str], is_parameter: bool) -> str:
     """The key of a tensor when PEFT wraps only the kept modules."""
     if key.endswith(".base_layer.bias"):
         module = key.removeprefix(SAVED_PREFIX).removesuffix(".base_layer.bias")
         return key if module in kept else f"{SAVED_PREFIX}{module}.bias"
     if is_parameter:  # the layers of several parameters of one module are nested
-        module, around = path.replace(".base_layer", ""), 0
-        outer = module
-        while outer != path:
-            around += outer in kept
-            outer += ".base_layer"
+        module, *inner = path.split(".base_layer")
+        around = sum(module + ".base_layer" * depth in kept for depth in range(len(inner)))
         return key.replace(path, module + ".base_layer" * around, 1)
     return key
 
@@ -136,13 +127,25 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
         FileNotFoundError: There is no adapter in `adapter_dir`.
         ValueError: The adapter is not an ILA adapter, or is damaged.
     """
-    directory = adapter_directory(adapter_dir)
-    kind = read_config(directory).peft_type
-    if kind != "ILA":
-        raise ValueError(
-            f"{adapter_dir} holds an adapter of type {kind.value}, not ILA: it has no gates. Load it as it is."
-        )
-    config, saved = read_adapter(directory)
+    config, saved = read_adapter(adapter_directory(adapter_dir))
+    if config.peft_type != "ILA":
+        raise ValueError(f"{adapter_dir} holds a plain LoRA adapter, which has no gates. Load it as it is.")
+    _check_layers(saved, config)
     tensors, lora = to_plain_lora(saved, config)
     save_adapter(tensors, lora, output_dir)
     return lora
+
+
+def _check_layers(tensors: dict[str, torch.Tensor], config: Any) -> None:
+    """Check that PEFT makes these LoRA layers from the configuration, and that each unit has its gate."""
+    units = _units(tensors, config)
+    _gates(tensors, units)
+    for path in units:
+        # `MultiheadAttention` holds a second LoRA layer, its output projection
+        name = path.partition(".base_layer.")[0]
+        try:
+            by_name = config.target_modules and check_target_module_exists(config, name)
+        except re.error as error:
+            raise ValueError(f"The adapter's configuration has an invalid regular expression: {error}.") from error
+        if not by_name and path not in (config.gated_parameters or ()):
+            raise ValueError(f"{path!r} is not a target of the adapter's configuration.")

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from ..choices import Ranks
 from .adapters import split_key
-from .plain import is_lora_b, without_gates
+from .plain import is_lora_b, to_plain_lora
 
 
 def to_reduced_lora(
@@ -39,9 +39,9 @@ def to_reduced_lora(
     for key, tensor in state_dict.items():
         if is_lora_b(key) and len(columns := tensor.any(0).nonzero().flatten()):
             kept[split_key(key)[0]] = columns
-    modules = copy.copy(config)
-    modules.granularity = "module"  # whatever is left of a layer
-    tensors, lora = without_gates(state_dict, modules, set(kept), lookalikes, model_type)
+    masked = copy.copy(config)  # with a mask of the modules of which something is left
+    masked.granularity, masked.gate_mode, masked.gate_mask = "module", "hard", list(kept)
+    tensors, lora = to_plain_lora(state_dict, masked, lookalikes, model_type)
 
     sizes = {path: len(columns) for path, columns in kept.items()}
     most = max(sizes.values()) if ranks == "uniform" else Counter(sizes.values()).most_common(1)[0][0]

@@ -23,19 +23,7 @@ def recipe(
     model: nn.Module | PretrainedConfig | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """
-    See [`LayerImportance.to_recipe`].
-
-    Args:
-        targets: The ranked model's modules and parameters.
-        selected: The units to tune.
-        program: The program's format.
-        model: The base model or its configuration; `"axolotl-full"` needs it.
-        **kwargs: LoRA's `r`, `lora_alpha` and `lora_dropout`.
-
-    Raises:
-        ValueError: `"axolotl-full"` without a model, or the program cannot express the targets.
-    """
+    """See [`LayerImportance.to_recipe`]. `selected` are the units to tune."""
     if program == "axolotl-full":
         return {"unfrozen_parameters": _unfrozen(targets, selected, model)}
     if program != "axolotl":  # the others cannot name layers by index

@@ -18,11 +18,11 @@ def check_injection(config: PeftConfig, skeleton: nn.Module, expected: set[str])
     Inject a configuration and compare the modules and parameters that PEFT adapts with the expected ones.
 
     Args:
-        config: The configuration; it is copied, since PEFT edits its argument.
+        config: The configuration.
         skeleton: A model on the meta device, which gets the adapter.
         expected: The names of the modules and parameters to adapt.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config)  # PEFT edits it
     if isinstance(config, LoraConfig):
         config.init_lora_weights = True  # some other initialisations read the base weights
     tuner_cls: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
@@ -59,7 +59,7 @@ def meta_skeleton(model: nn.Module | PretrainedConfig, names: Collection[str] = 
 def _of_config(config: PretrainedConfig, names: Collection[str]) -> nn.Module:
     try:
         with torch.device("meta"):
-            skeleton = _named(config) or _of_known_heads(config, names)
+            skeleton = _named(config) or _with_names(config, names)
     except _IMPOSSIBLE as error:
         raise ValueError(f"No model can be built from this {type(config).__name__}: {error}") from error
     if skeleton is None:
@@ -86,28 +86,23 @@ def _named(config: PretrainedConfig) -> nn.Module | None:
     return None
 
 
-def _of_known_heads(config: PretrainedConfig, names: Collection[str]) -> nn.Module | None:
+def _with_names(config: PretrainedConfig, names: Collection[str]) -> nn.Module | None:
+    """The first of the heads that a configuration without `architectures` may mean, if possible with these names."""
     first = None
     for kind in _KINDS:
-        auto = getattr(transformers, kind, None)
-        if auto is None or type(config) not in auto._model_mapping:
-            continue
-        model_classes = auto._model_mapping[type(config)]
-        for model_class in model_classes if isinstance(model_classes, tuple) else (model_classes,):
-            try:
-                skeleton = model_class(copy.deepcopy(config))
-            except (ValueError, *_IMPOSSIBLE):
-                continue  # this head needs a missing option, such as a vocabulary
-            known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
-            if known.issuperset(names):
-                return skeleton
-            first = first or skeleton
+        try:
+            skeleton = getattr(transformers, kind).from_config(copy.deepcopy(config))
+        except (ValueError, *_IMPOSSIBLE):
+            continue  # there is no such model, or it needs a missing option, such as a vocabulary
+        known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters())}
+        if known.issuperset(names):
+            return skeleton
+        first = first or skeleton
     return first
 
 
 # errors of models that cannot be built from a configuration
 _IMPOSSIBLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-# the heads that a configuration without `architectures` may mean
 _KINDS = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",

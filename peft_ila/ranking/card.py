@@ -20,13 +20,7 @@ _TAGS = ("peft-ila", "arxiv:2410.17875")
 
 
 def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, float]]) -> None:
-    """
-    Add a section with the ranking to the model card in a directory.
-
-    Args:
-        directory: Holds `README.md`, `importance.json` and optionally `importance.png`.
-        ranking: All units and their gates, most important first.
-    """
+    """Add a section with the units and their gates, most important first, to the model card in a directory."""
     add_section(directory, "Layer importance", _section(ranking, (Path(directory) / _PICTURE).exists()))
 
 
@@ -73,11 +67,7 @@ def _code(name: str) -> str:
 
 
 def upload(
-    directory: str | Path,
-    repo_id: str,
-    token: str | None = None,
-    private: bool | None = None,
-    **kwargs: Any,
+    directory: str | Path, repo_id: str, token: str | None = None, private: bool | None = None, **kwargs: Any
 ) -> "CommitInfo":
     """Upload a directory to a repository, which is created if missing."""
     api = HfApi(token=token)

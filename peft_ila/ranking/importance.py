@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..choices import RecipeFormat
 from ..files import read_json, whole_file
-from .comparison import SURE, is_coin_toss, jaccard, mean_and_error, membership, spearman, standardised, top
+from .comparison import SURE, is_coin_toss, mean_and_error, membership, spearman, standardised
 from .published import find
-from .validation import check_metadata, check_ranking, is_integer
+from .validation import check_kinds, check_ranking, is_integer
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -41,7 +41,7 @@ class Selection(TypedDict, total=False):
     units: Sequence[str] | None
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerImportance:
     """
     The importance of the units of a model for one fine-tuning task.
@@ -64,9 +64,8 @@ class LayerImportance:
             LoRA's (PEFT doubles the rank for two fused projections).
 
     Raises:
-        TypeError: A field or an entry has the wrong type.
-        ValueError: There are no units, a unit is repeated, a name cannot be a module's, a module is outside its unit,
-            the numbers of scores and units differ, or a score is not finite.
+        TypeError, ValueError: A field has the wrong type, a name is no module's or is repeated, a module is outside
+            its unit, a score is missing or not finite.
     """
 
     units: list[str]
@@ -78,12 +77,16 @@ class LayerImportance:
     parameters: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.modules and isinstance(self.units, list):
-            self.modules = {unit: [unit] for unit in self.units if isinstance(unit, str)}
-        check_ranking(
-            self.units, self.scores, self.metadata, self.modules, self.lookalikes, self.spread, self.parameters
-        )
+        check_kinds(self)
+        self.modules = self.modules or {unit: [unit] for unit in self.units}
+        check_ranking(self)
         self.modules = {unit: self.modules[unit] for unit in self.units}  # in the order of the model
+
+    def __repr__(self) -> str:
+        ranking = self.ranking()
+        shown = ", ".join(ranking[:3] + ["…"] * (len(ranking) > 3))
+        model = f" of {name!r}" if (name := self.metadata.get("model")) else ""
+        return f"LayerImportance({len(ranking)} units{model}, most important first: {shown})"
 
     @property
     def gates(self) -> list[float]:
@@ -92,7 +95,7 @@ class LayerImportance:
 
     def ranking(self) -> list[str]:
         """All units, most important first. Ties keep the order of the model."""
-        return [self.units[i] for i in top(self.scores, len(self.units))]
+        return [self.units[i] for i in sorted(range(len(self.units)), key=lambda i: -self.scores[i])]
 
     def select(
         self,
@@ -118,32 +121,19 @@ class LayerImportance:
             ValueError: Not exactly one of the four is passed, a value is out of range, a unit is not in the ranking,
                 no unit is left, or all scores are equal, as before any search, and cannot select a part.
         """
-        if sum(value is not None for value in (top_p, top_k, threshold, units)) != 1:
-            listed = None if units is None else f"{len(units)} units"
-            raise ValueError(
-                f"Pass exactly one of `top_p`, `top_k`, `threshold` and `units`, got {top_p=}, {top_k=}, "
-                f"{threshold=}, units={listed}."
-            )
-        if min_probability is not None and (threshold is not None or units is not None):
+        ways = {"top_p": top_p, "top_k": top_k, "threshold": threshold, "units": units}
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"Pass exactly one of `top_p`, `top_k`, `threshold` and `units`, got {given}.")
+        if min_probability is not None and given[0] in ("threshold", "units"):
             raise ValueError("`min_probability` goes with `top_p` or `top_k`, not with `threshold` or `units`.")
         if units is not None:
             return self._listed(units)
         if threshold is not None:
-            if not 0 <= threshold <= 1:
-                raise ValueError(f"`threshold` is compared with gates and must be in [0, 1], got {threshold}.")
-            gates = dict(zip(self.units, self.gates))
-            selected = [unit for unit in self.ranking() if gates[unit] >= threshold]
-            if not selected:
-                raise ValueError(f"No gate reaches `threshold={threshold}`; the greatest is {max(self.gates):.3f}.")
-            return selected
+            return _reaching(self.ranking(), dict(zip(self.units, self.gates)), "threshold", threshold)
         selected = self.ranking()[: self._number(top_p, top_k)]
         if min_probability is not None:
-            if not 0 <= min_probability <= 1:
-                raise ValueError(f"`min_probability` must be in [0, 1], got {min_probability}.")
-            probability = self.probability(top_p, top_k)
-            selected = [unit for unit in selected if probability[unit] >= min_probability]
-            if not selected:
-                raise ValueError(f"No unit reaches `min_probability={min_probability}`; lower it.")
+            selected = _reaching(selected, self.probability(top_p, top_k), "min_probability", min_probability)
         if len(selected) < len(self.units) and len(set(self.scores)) == 1:
             raise ValueError(
                 f"All {len(self.units)} units have the same score, {self.scores[0]}, so the ranking cannot select "
@@ -155,9 +145,9 @@ class LayerImportance:
     def _listed(self, units: Sequence[str]) -> list[str]:
         if not units or isinstance(units, str):
             raise ValueError(f"`units` must be a list of at least one unit, got {units!r}.")
-        if unknown := sorted(set(units) - set(self.units)):
-            raise ValueError(f"The ranking has no unit {unknown[0]!r} ({len(unknown)} of {len(units)} are unknown).")
         chosen = set(units)
+        if unknown := sorted(chosen - set(self.units)):
+            raise ValueError(f"The ranking has no unit {unknown[0]!r} ({len(unknown)} of {len(units)} are unknown).")
         return [unit for unit in self.ranking() if unit in chosen]
 
     def _number(self, top_p: float | None, top_k: int | None) -> int:
@@ -180,7 +170,7 @@ class LayerImportance:
         ranking is a mean over such runs. A second measurement has its own noise, so its selection differs more often.
 
         Args:
-            top_p, top_k: The share or the number of units to select, see [`select`].
+            top_p, top_k: See [`select`].
 
         Raises:
             ValueError: The ranking has no `spread`, or the selection is invalid.
@@ -191,13 +181,10 @@ class LayerImportance:
 
     def coin_tosses(self, top_p: float | None = None, top_k: int | None = None) -> list[str]:
         """
-        The units whose selection is uncertain: their probability is between ¼ and ¾.
+        The units whose selection is uncertain: their [`probability`] is between ¼ and ¾.
 
         Args:
-            top_p, top_k: The share or the number of units to select, see [`select`].
-
-        Raises:
-            ValueError: The ranking has no `spread`, or the selection is invalid.
+            top_p, top_k: See [`select`].
         """
         probability = self.probability(top_p, top_k)
         return [unit for unit in self.ranking() if is_coin_toss(probability[unit])]
@@ -214,9 +201,10 @@ class LayerImportance:
             ValueError: The rankings have different units.
         """
         self._check_same_units(other)
+        number = self._number(top_p, None)
         # not `select`, which refuses equal scores: here they are compared in the order of the model
-        ours, theirs = (importance.ranking()[: importance._number(top_p, None)] for importance in (self, other))
-        return jaccard(ours, theirs)
+        ours, theirs = set(self.ranking()[:number]), set(other.ranking()[:number])
+        return len(ours & theirs) / len(ours | theirs)
 
     def spearman(self, other: "LayerImportance") -> float:
         """
@@ -288,19 +276,17 @@ class LayerImportance:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ranking as JSON, one unit per line, in the order of the model."""
-        rows: list[dict[str, Any]] = [
-            {"unit": unit, "score": score, "modules": self.modules[unit]}
-            for unit, score in zip(self.units, self.scores)
-        ]
-        for row, spread in zip(rows, self.spread):
-            row["spread"] = spread
-        for row in rows:
+        rows = []
+        for i, unit in enumerate(self.units):
+            row: dict[str, Any] = {"unit": unit, "score": self.scores[i], "modules": self.modules[unit]}
+            if self.spread:
+                row["spread"] = self.spread[i]
             if own := {name: self.parameters[name] for name in row["modules"] if name in self.parameters}:
                 row["parameters"] = own
+            rows.append("  " + json.dumps(row, ensure_ascii=False))
         head = {"format": _FORMAT, "version": _VERSION, "metadata": self.metadata, "lookalikes": self.lookalikes}
         lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
-        units = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)
-        text = "{\n" + "\n".join(lines) + '\n "units": [\n' + units + "\n ]\n}\n"
+        text = "\n".join(["{", *lines, ' "units": [', ",\n".join(rows), " ]", "}", ""])
         with whole_file(path) as temporary:
             # a lone surrogate, as in a path that is not UTF-8, becomes a JSON escape
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -332,7 +318,6 @@ class LayerImportance:
             )
         try:
             rows = content["units"]
-            check_metadata(content["metadata"])
             return cls(
                 units=[row["unit"] for row in rows],
                 scores=[row["score"] for row in rows],
@@ -346,10 +331,7 @@ class LayerImportance:
             raise ValueError(f"{path} is not a valid ranking: {type(error).__name__}: {error}") from error
 
     def plot(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        top_p: float | None = None,
-        **selection: "Unpack[Selection]",
+        self, path: str | os.PathLike[str] | None = None, top_p: float | None = None, **selection: "Unpack[Selection]"
     ) -> "Figure":
         """
         Draw the gates as a heatmap: decoder layers along x, the names of linear modules along y. Many layers continue
@@ -366,17 +348,18 @@ class LayerImportance:
             ImportError: matplotlib is not installed.
             ValueError: The selection is invalid, or the path's suffix names no format.
         """
-        from .plotting import heatmap
+        from .plotting import heatmap, title_of
 
         every: dict[str, Any] = {"top_p": top_p, **selection}
         given = {name: value for name, value in every.items() if value is not None}
-        selected = self.select(**given) if given else []
+        selected = set(self.select(**given)) if given else set()
         share = {name: value for name, value in (given or {"top_p": 0.3}).items() if name in ("top_p", "top_k")}
-        unsure = self.coin_tosses(**share) if self.spread and share else []
+        unsure = set(self.coin_tosses(**share)) if self.spread and share else set()
         facts = self.metadata.get("learn_gates")
         by_descent = isinstance(facts, dict) and facts.get("method") == "descent"
         label = "gate γ = σ(s)" if by_descent else "importance σ(s)"
-        return heatmap(dict(zip(self.units, self.gates)), label, unsure, selected, self.metadata.get("model"), path)
+        title = title_of("importance", self.metadata.get("model"))
+        return heatmap(dict(zip(self.units, self.gates)), label, title, path, unsure, selected)
 
     def save_card(self, directory: str | os.PathLike[str]) -> None:
         """
@@ -492,12 +475,7 @@ class LayerImportance:
         return recipe(self._targets(), selected, program, model, **kwargs)
 
     def freeze_unselected(
-        self,
-        model: "nn.Module",
-        top_p: float | None = None,
-        *,
-        outside: bool = True,
-        **selection: "Unpack[Selection]",
+        self, model: "nn.Module", top_p: float | None = None, *, outside: bool = True, **selection: "Unpack[Selection]"
     ) -> list[str]:
         """
         Freeze all but the selected units, for full fine-tuning, as `peft-ila tune --full` does.
@@ -522,3 +500,12 @@ class LayerImportance:
         if outside:
             return freeze(model, selected, all_but=True)
         return freeze(model, [unit for unit in self.units if unit not in selected])
+
+
+def _reaching(units: list[str], values: dict[str, float], option: str, least: float) -> list[str]:
+    if not 0 <= least <= 1:
+        raise ValueError(f"`{option}` must be in [0, 1], got {least}.")
+    reaching = [unit for unit in units if values[unit] >= least]
+    if not reaching:
+        raise ValueError(f"No unit reaches `{option}={least}`; the greatest is {max(values[u] for u in units):.3f}.")
+    return reaching

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .card import TOP_ROWS
 from .comparison import is_coin_toss
 from .importance import LayerImportance
-from .plotting import overlap_matrix
+from .plotting import CHARACTER, FONT, add_bar, new_figure, short, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,16 +26,15 @@ def ranking_rows(importance: LayerImportance) -> list[dict[str, Any]]:
         For each unit `unit`, `score` and `gate`. If the ranking has a spread, also `spread` and
         `probability_top_30`, see [`LayerImportance.probability`].
     """
-    columns: dict[str, dict[str, float]] = {
-        "score": dict(zip(importance.units, importance.scores)),
-        "gate": dict(zip(importance.units, importance.gates)),
+    rows = {
+        unit: {"unit": unit, "score": score, "gate": gate}
+        for unit, score, gate in zip(importance.units, importance.scores, importance.gates)
     }
     if importance.spread:
-        columns["spread"] = dict(zip(importance.units, importance.spread))
-        columns["probability_top_30"] = importance.probability(top_p=_SHARE)
-    return [
-        {"unit": unit, **{name: column[unit] for name, column in columns.items()}} for unit in importance.ranking()
-    ]
+        probability = importance.probability(top_p=_SHARE)
+        for unit, spread in zip(importance.units, importance.spread):
+            rows[unit] |= {"spread": spread, "probability_top_30": probability[unit]}
+    return [rows[unit] for unit in importance.ranking()]
 
 
 def ranking_table(importance: LayerImportance) -> str:
@@ -54,15 +55,7 @@ def ranking_table(importance: LayerImportance) -> str:
 
 
 def comparison_rows(rankings: Sequence[tuple[str, LayerImportance]]) -> list[dict[str, Any]]:
-    """
-    The overlap and rank correlation of each pair.
-
-    Args:
-        rankings: Each with its name.
-
-    Returns:
-        For each pair the names `a` and `b`, and `overlap_75`, `overlap_30` and `spearman`.
-    """
+    """The overlaps and the rank correlation of each pair of rankings, each with its name."""
     return [
         {
             "a": one,
@@ -99,5 +92,21 @@ def plot_overlaps(
         ImportError: matplotlib is not installed.
         ValueError: The rankings have different units, or the path's suffix names no format.
     """
-    overlaps = {share: [[a.overlap(b, share) for _, b in rankings] for _, a in rankings] for share in (0.3, 0.75)}
-    return overlap_matrix([name for name, _ in rankings], overlaps, path)
+    figure = new_figure(path)
+    labels = [f"{short(name)}  {number}" for number, (name, _) in enumerate(rankings, start=1)]
+    side = max(1.8, 0.45 * len(labels))
+    figure.set_size_inches(1 + CHARACTER * max(map(len, labels)) + 2 * (side + 0.3), 1 + side)
+    every = figure.subplots(1, 2, sharey=True)
+    for axes, share in zip(every, (0.3, 0.75)):
+        matrix = np.array([[a.overlap(b, share) for _, b in rankings] for _, a in rankings])
+        image = axes.imshow(matrix, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(matrix):
+            color = "black" if value > 0.45 else "white"
+            axes.text(column, row, f"{value:.2f}", color=color, fontsize=FONT, ha="center", va="center")
+        # by chance, for n units and a share p: |A ∩ B| = p²·n and |A ∪ B| = 2·p·n - p²·n
+        axes.set_title(f"top {100 * share:.0f} % (by chance {share / (2 - share):.2f})", fontsize=10)
+        axes.set_xticks(range(len(labels)), range(1, len(labels) + 1), fontsize=FONT)
+        axes.set_yticks(range(len(labels)), labels, fontsize=FONT, parse_math=False)
+    add_bar(image, every, "overlap |A ∩ B| / |A ∪ B|", side)
+    write(figure, path)
+    return figure

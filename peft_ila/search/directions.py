@@ -26,9 +26,6 @@ class Directions:
         modules (`list[str]`): The module of each direction. Those of one module lie together, the largest first.
         singular_values (`torch.Tensor`): Of (α/r)·B·A, of shape (directions,), fp32 on the CPU.
         sizes (`torch.Tensor`): The number of parameters of each direction, in + out, of shape (directions,).
-
-    Raises:
-        ValueError: The deltas are no sums of directions that can be left out one by one.
     """
 
     def __init__(self, ila: ILAModel) -> None:
@@ -55,10 +52,10 @@ class Directions:
         for (*_, weight), b, part in zip(self._factors, self._b, parts):
             weight.copy_(b * part.to(b))
 
-    def slope(self, measurement: Measurement, step: Step, gates: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """∂L/∂γ of one step at these gates, both of shape (directions,), fp32 on the CPU, and the loss."""
+    def slope(self, measurement: Measurement, step: Step, gates: torch.Tensor) -> torch.Tensor:
+        """∂L/∂γ of one step at these gates, both of shape (directions,), fp32 on the CPU."""
         self.set_gates(gates)
-        return measurement.slope(step, [b for *_, b in self._factors], self._contracted)
+        return measurement.slope(step, [b for *_, b in self._factors], self._contracted)[0]
 
     def _contracted(self) -> torch.Tensor:
         products = [
@@ -71,7 +68,7 @@ class Directions:
 
     def attributions(self, measurement: Measurement, steps: Iterable[Step], gates: torch.Tensor) -> torch.Tensor:
         """What each direction is worth beside those that are on: the mean of −∂L/∂γ, of shape (directions,)."""
-        return -torch.stack([self.slope(measurement, step, gates)[0] for step in steps]).mean(0)
+        return -torch.stack([self.slope(measurement, step, gates) for step in steps]).mean(0)
 
     def learn_gates(
         self, measurement: Measurement, steps: Iterable[Step], kept: torch.Tensor, number: int, learning_rate: float
@@ -79,22 +76,15 @@ class Directions:
         """
         Learn one real γ for each group of directions that is kept, by Adam; A and B stay. γ may pass 1.
 
-        Args:
-            measurement: The trainer's loss.
-            steps: Training steps.
-            kept: The group of each direction, of shape (directions,), or −1 where it is not kept.
-            number: How many of the steps to take. The learning rate falls to 0 over them.
-            learning_rate: Adam's, at the start.
-
-        Returns:
-            The gates, of shape (directions,), 0 where a direction is not kept.
+        `kept` is the group of each direction, or −1 where it is not kept, of shape (directions,), as the result. The
+        learning rate falls to 0 over `number` steps.
         """
         on = kept >= 0
         gamma = torch.nn.Parameter(torch.ones(int(kept.max()) + 1))
         adam = torch.optim.Adam([gamma], learning_rate)
         schedule: Any = torch.optim.lr_scheduler.LambdaLR(adam, lambda taken: 1 - taken / number)
         for _, step in zip(range(number), steps):  # in this order, or a step is taken in vain
-            slope, _ = self.slope(measurement, step, gamma.detach()[kept] * on)
+            slope = self.slope(measurement, step, gamma.detach()[kept] * on)
             gamma.grad = torch.zeros_like(gamma).index_add(0, kept[on], slope[on])
             adam.step()
             schedule.step()
@@ -119,14 +109,8 @@ def singular_directions(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor,
     """
     Factors of the same product B·A whose rows and columns are its singular directions.
 
-    By thin QR of both factors and the SVD of an r × r matrix, never from the product, in fp32.
-
-    Args:
-        a: Of shape (r, in).
-        b: Of shape (out, r).
-
-    Returns:
-        √S·Vᵀ of the shape of `a`, U·√S of the shape of `b`, and S of shape (r,), which is 0 beyond the rank of B·A.
+    By thin QR of A (r, in) and B (out, r) and the SVD of an r × r matrix, never from the product, in fp32. Returns
+    √S·Vᵀ of the shape of A, U·√S of the shape of B, and S of shape (r,), which is 0 beyond the rank of B·A.
     """
     q_b, r_b = torch.linalg.qr(b.float())
     q_a, r_a = torch.linalg.qr(a.float().T)

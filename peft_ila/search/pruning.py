@@ -21,14 +21,7 @@ UNCHECKED_SHARE = 0.25
 
 @dataclass
 class Kept:
-    """
-    What a share of an adapter keeps on held-out data.
-
-    Args:
-        share: The share of the adapter's parameters.
-        loss: The held-out loss.
-        gain: The part of the whole adapter's gain in held-out loss.
-    """
+    """What a share of an adapter's parameters keeps: the held-out loss, and its part of the whole adapter's gain."""
 
     share: float
     loss: float
@@ -37,40 +30,23 @@ class Kept:
 
 @dataclass
 class Found:
-    """
-    What [`Search`] has found of each direction, in the order of the model.
+    """What [`Search`] has found, with held-out losses if there are held-out data."""
 
-    Args:
-        modules: Their modules.
-        singular_values, worth, sizes, gates: Their singular values, attributions, numbers of parameters, and gates,
-            which are 0 where a direction is not kept. Of shape (directions,).
-        held_out: The held-out losses, if there are any.
-        result: What the kept directions with these gates keep of the held-out gain.
-    """
-
-    modules: list[str]
-    singular_values: torch.Tensor
-    worth: torch.Tensor
-    sizes: torch.Tensor
-    gates: torch.Tensor
+    directions: Directions
+    worth: torch.Tensor  # attributions, of shape (directions,)
+    gates: torch.Tensor  # of shape (directions,), 0 where a direction is not kept
     held_out: "HeldOut | None"
     result: Kept | None
 
     @property
     def share(self) -> float:
         """The share of the parameters that is kept."""
-        return float(self.sizes[self.gates != 0].sum() / self.sizes.sum())
+        sizes = self.directions.sizes
+        return float(sizes[self.gates != 0].sum() / sizes.sum())
 
 
 class Search:
-    """
-    The choice of what is kept of an adapter.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): Its active adapter is pruned, in place.
-        measurement ([`Measurement`]): Of the trainer.
-        granularity: What is kept as a whole, see [`prune`].
-    """
+    """The choice of what is kept of the trainer's active adapter, which is pruned in place."""
 
     def __init__(self, trainer: Any, measurement: Measurement, granularity: PruneGranularity) -> None:
         self._measurement = measurement
@@ -78,26 +54,17 @@ class Search:
         self._hides_bar = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
         self._directions = Directions(rankable(trainer))
         modules = self._directions.modules
-        names = range(len(modules)) if granularity == "component" else [unit_of(name, granularity) for name in modules]
-        numbers: dict[Any, int] = {}
-        self._units = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+        self._units = torch.arange(len(modules))
+        if granularity != "component":
+            units = [unit_of(name, granularity) for name in modules]
+            number = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+            self._units = torch.tensor([number[unit] for unit in units])
         self._sizes = self._by_unit(self._directions.sizes)
 
     def run(
-        self,
-        top_p: float | None,
-        min_kept: float | None,
-        steps: int,
-        rounds: int,
-        gate_steps: int,
-        gate_learning_rate: float,
+        self, top_p: float | None, min_kept: float | None, steps: int, rounds: int, gate_steps: int, rate: float
     ) -> Found:
-        """
-        See [`prune`].
-
-        Raises:
-            ValueError: The adapter does not lower the training loss to first order, or not the held-out loss.
-        """
+        """See [`prune`]; `rate` is the gates' learning rate."""
         directions = self._directions
         total = steps * (rounds if (top_p or 0) < 1 else 1) + gate_steps
         bar = tqdm(self._measurement.steps(), "Pruning", total, disable=self._hides_bar)
@@ -123,14 +90,14 @@ class Search:
         refined = (kept >= 0).float()
         candidates = [] if torch.equal(refined, gates) else [refined]  # equal ones are not evaluated twice
         if gate_steps:
-            candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, gate_learning_rate))
+            candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, rate))
         for candidate in candidates:
             after = held_out.point(share, self._loss(candidate)) if held_out else None
             if result is None or after is None or after.loss <= result.loss:
                 gates, result = candidate, after
         directions.set_gates(gates)
         bar.close()
-        return Found(directions.modules, directions.singular_values, worth, directions.sizes, gates, held_out, result)
+        return Found(directions, worth, gates, held_out, result)
 
     def _refined(
         self, order: torch.Tensor, share: float, rounds: int, data: Iterator[Step], steps: int
@@ -145,7 +112,7 @@ class Search:
         return order
 
     def _by_unit(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(int(self._units.max()) + 1, dtype=torch.float64).index_add(0, self._units, values.double())
+        return torch.bincount(self._units, values.double())
 
     def _kept(self, order: torch.Tensor, share: float) -> torch.Tensor:
         """The unit of each direction, or −1 where it is not kept. At least one unit is."""
@@ -161,18 +128,14 @@ class Search:
 
 
 class HeldOut:
-    """
-    The held-out losses of an adapter, batch by batch.
-
-    Args:
-        base: Without the adapter: a loss and a number of examples for each batch, of shape (batches, 2).
-        losses: The same for each share of the parameters that is kept.
-
-    Raises:
-        ValueError: The whole adapter does not lower the held-out loss.
-    """
+    """The held-out losses of an adapter, batch by batch."""
 
     def __init__(self, base: torch.Tensor, losses: dict[float, torch.Tensor]) -> None:
+        """
+        Args:
+            base: Without the adapter: a loss and a number of examples for each batch, of shape (batches, 2).
+            losses: The same for each share of the parameters that is kept, the smallest first.
+        """
         self._weight = base[:, 1].double() / base[:, 1].double().sum()
         self._losses = losses
         self.base, self._whole = self._mean(base), self._mean(losses[1.0])
@@ -203,11 +166,11 @@ class HeldOut:
         if min_kept is not None:
             return next(point.share for point in curve if point.gain >= min_kept)
         best = self._losses[min(curve, key=lambda point: point.loss).share]
-        for point in curve:
-            worse = (self._losses[point.share] - best)[:, 0].double()
-            mean = self._weight @ worse
-            number = max(2, len(worse))
-            error = ((self._weight * (worse - mean)).square().sum() * number / (number - 1)).sqrt()
-            if mean <= error:
-                return point.share
-        raise AssertionError("the best share is not above itself")
+        return next(share for share, losses in self._losses.items() if self._within_error(losses - best))
+
+    def _within_error(self, worse: torch.Tensor) -> bool:
+        """Whether the mean of differences is at most one standard error, as that of the best from itself is."""
+        values = worse[:, 0].double()
+        mean, number = self._weight @ values, max(2, len(values))
+        error = ((self._weight * (values - mean)).square().sum() * number / (number - 1)).sqrt()
+        return bool(mean <= error)

@@ -17,7 +17,7 @@ from ..choices import PruneGranularity, Ranks
 from ..files import whole_directory
 from ..ranking.card import add_section
 from ..ranking.importance import LayerImportance
-from ..ranking.plotting import heatmap, kept_curve
+from ..ranking.plotting import FONT, heatmap, new_figure, title_of, write
 from ..ranking.validation import is_integer
 from ..search.gates import check_trained, rankable
 from ..search.measurement import measuring
@@ -180,35 +180,29 @@ def check_pruned_output(output_dir: str | os.PathLike[str], adapter: Path | None
 
 
 def summarised(ila: ILAModel, found: Found, settings: dict[str, Any]) -> Pruning:
-    """What was found of each direction, by direction and by module."""
-    modules = list(dict.fromkeys(found.modules))
-    kept, total, worth = (dict.fromkeys(modules, 0.0) for _ in range(3))
-    for module, attribution, gate in zip(found.modules, found.worth.tolist(), found.gates.tolist()):
-        total[module] += 1
-        kept[module] += gate != 0
-        worth[module] += attribution
-    mean = sum(worth.values()) / len(worth)
-    ranking = ila.layer_importance()
-    importance = LayerImportance(
-        units=modules,
-        scores=[value / mean - 1 for value in worth.values()],
-        metadata={
-            **ranking.metadata,
-            "granularity": "module",
-            "learn_gates": {"method": "attribution"},
-            "prune": settings,
-        },
-        lookalikes=ranking.lookalikes,
-    )
-    columns = (found.modules, *(c.tolist() for c in (found.singular_values, found.worth, found.sizes, found.gates)))
+    """What was found, by direction and by module."""
+    directions = found.directions
+    columns = (directions.singular_values, found.worth, directions.sizes, found.gates)
     names = ("module", "singular_value", "attribution", "parameters", "gate")
-    rows = [dict(zip(names, row)) for row in zip(*columns)]
+    rows = [dict(zip(names, row)) for row in zip(directions.modules, *(column.tolist() for column in columns))]
+    by_module: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_module.setdefault(row["module"], []).append(row)
+    worth = [sum(row["attribution"] for row in own) for own in by_module.values()]
+    mean = sum(worth) / len(worth)
+    ranking = ila.layer_importance()
+    facts = {"granularity": "module", "learn_gates": {"method": "attribution"}, "prune": settings}
     return Pruning(
         share=found.share,
-        ranks={module: int(rank) for module, rank in kept.items()},
-        full_ranks={module: int(rank) for module, rank in total.items()},
+        ranks={module: sum(row["gate"] != 0 for row in own) for module, own in by_module.items()},
+        full_ranks={module: len(own) for module, own in by_module.items()},
         directions=sorted(rows, key=lambda row: -row["attribution"] / row["parameters"]),
-        importance=importance,
+        importance=LayerImportance(
+            units=list(by_module),
+            scores=[value / mean - 1 for value in worth],
+            metadata=ranking.metadata | facts,
+            lookalikes=ranking.lookalikes,
+        ),
         curve=found.held_out.curve() if found.held_out else [],
         result=found.result,
         base_loss=found.held_out.base if found.held_out else None,
@@ -232,14 +226,28 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
 
 def draw(pruning: Pruning, directory: Path) -> None:
     """Draw the kept rank of each module, and with held-out data what each share keeps."""
-    model = pruning.importance.metadata["model"]
-    heatmap(pruning.ranks, "kept rank", model=model, path=directory / "ranks.png", subject="kept rank")
-    if not pruning.curve:
+    title = title_of("kept rank", pruning.importance.metadata["model"])
+    heatmap(pruning.ranks, "kept rank", title, directory / "ranks.png")
+    if pruning.result is None:
         return
-    curves = {"one round, gates of 1": [[point.gain for point in pruning.curve]]}
-    subject = "share of the adapter's parameters"
-    result = ("the pruned adapter", pruning.share, pruning.result.gain) if pruning.result else None
-    kept_curve([point.share for point in pruning.curve], curves, directory / "kept.png", subject, result)
+    path = directory / "kept.png"
+    figure = new_figure(path)
+    from matplotlib.ticker import PercentFormatter
+
+    figure.set_size_inches(6, 3.4)
+    axes = figure.subplots()
+    shares, gains = zip(*((point.share, point.gain) for point in pruning.curve))
+    axes.plot(shares, gains, marker="o", ms=4, label="one round, gates of 1")
+    axes.plot(pruning.share, pruning.result.gain, "k*", ms=11, label="the pruned adapter")
+    axes.set_xlabel("share of the adapter's parameters", fontsize=FONT)
+    axes.set_ylabel("kept of the loss gain of all", fontsize=FONT)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    axes.tick_params(labelsize=FONT)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=FONT, frameon=False, loc="lower right")
+    write(figure, path)
 
 
 def pruning_table(pruning: Pruning) -> str:

@@ -49,9 +49,9 @@ def observed(tmp_path, tokenizer, dialogues, callbacks, nf4=False, make=sft_trai
 
 
 @pytest.mark.support("Trainers", "`FrozenPrefix` under gradient checkpointing, also on NF4")
-@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "NF4"])
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("make", [sft_trainer, plain_trainer])
+@pytest.mark.parametrize(
+    "nf4, checkpointing, make", [(False, True, plain_trainer), (True, True, sft_trainer), (False, False, sft_trainer)]
+)
 def test_no_backward_pass_below_the_lowest_selected_layer(tmp_path, tokenizer, dialogues, nf4, checkpointing, make):
     options = {"gradient_checkpointing": checkpointing, "nf4": nf4, "make": make}
     without, _ = observed(tmp_path, tokenizer, dialogues, [], **options)
@@ -78,8 +78,7 @@ def test_trained_embeddings_and_reentrant_checkpointing_are_left_alone(tmp_path,
     assert "With `use_reentrant=False` the backward pass ends at the lowest" in caplog.text
 
 
-@pytest.mark.parametrize("saved", [None, ["lm_head"]])
-def test_reentrant_checkpointing_that_the_trainer_does_not_know_of(tmp_path, tokenizer, dialogues, saved):
+def test_reentrant_checkpointing_that_the_trainer_does_not_know_of(tmp_path, tokenizer, dialogues):
     """`prepare_model_for_kbit_training` leaves the kind to torch, which takes the reentrant one."""
 
     class Prepare(TrainerCallback):
@@ -87,7 +86,7 @@ def test_reentrant_checkpointing_that_the_trainer_does_not_know_of(tmp_path, tok
             model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={})
             model.get_base_model().enable_input_require_grads()
 
-    lora = {"modules_to_save": saved}
+    lora = {"modules_to_save": ["lm_head"]}
     expected, _ = observed(tmp_path, tokenizer, dialogues, [Prepare()], make=plain_trainer, lora=lora)
     spared, _ = observed(tmp_path, tokenizer, dialogues, [Prepare(), FrozenPrefix()], make=plain_trainer, lora=lora)
     assert spared.gradients.keys() == expected.gradients.keys()

@@ -1,8 +1,6 @@
 """Every conversion is proved by what PEFT really injects into a real (tiny, random) model."""
 
 import copy
-import subprocess
-import sys
 import warnings
 
 import peft
@@ -28,31 +26,24 @@ from peft_ila.export.skeleton import check_injection, meta_skeleton
 )
 def test_exactly_the_selected_modules_are_injected(name, granularity):
     importance = ranked(build(name), granularity)
-    for top_p in (0.1, 0.3, 0.75, 1.0):
+    for top_p in (0.1, 0.75):
         selected = importance.select(top_p=top_p)
         expected = {module for unit in selected for module in importance.modules[unit]}
-        for model in (None, build(name)):
-            config = importance.to_lora_config(top_p=top_p, r=2, model=model)
-            assert type(config) is LoraConfig
-            assert injected(build(name), config) == expected
+        config = importance.to_lora_config(top_p=top_p, r=2)
+        assert type(config) is LoraConfig
+        assert importance.to_lora_config(top_p=top_p, r=2, model=build(name)) == config
+        assert injected(build(name), config) == expected
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "opt", "gpt_neox", "gemma", "mistral", "qwen2", "qwen3", "mixtral", "bare_llama"]
+    "name, pattern", [("llama", None), ("gpt2", None), ("mixtral", None), ("bare_llama", "layers")]
 )
-def test_layers_become_layers_to_transform(name):
+def test_layers_become_layers_to_transform(name, pattern):
+    """With a `layers_pattern` only where PEFT needs it."""
     importance = ranked(build(name))
     config = importance.to_lora_config(top_k=2, r=2)
     assert config.layers_to_transform == sorted(int(unit.rpartition(".")[2]) for unit in importance.select(top_k=2))
-    assert all("." not in target for target in config.target_modules)
-
-
-@pytest.mark.parametrize("pattern, stack", [("layers", "layers"), (None, "model.layers")])
-def test_layers_pattern_only_where_peft_needs_it(pattern, stack):
-    name = "bare_llama" if pattern else "llama"
-    importance = ranked(build(name))
-    assert importance.units[0] == f"{stack}.0"
-    assert importance.to_lora_config(top_k=2).layers_pattern == pattern
+    assert config.layers_pattern == pattern and all("." not in target for target in config.target_modules)
 
 
 def test_one_stack_of_two_gets_a_pattern():
@@ -75,7 +66,7 @@ def test_the_language_tower_alone():
 def test_lm_head_and_embeddings_among_the_targets():
     for granularity in ("layer", "module"):
         importance = ranked(build("llama"), granularity, target_modules=["q_proj", "lm_head", "embed_tokens"])
-        for k in range(1, len(importance.units) + 1):
+        for k in range(1, len(importance.units) + 1, 3):
             selected = importance.select(top_k=k)
             expected = {module for unit in selected for module in importance.modules[unit]}
             config = importance.to_lora_config(top_k=k, r=2)
@@ -132,7 +123,6 @@ OTHER_METHODS = [
 ]
 
 
-@pytest.mark.parametrize("granularity", ["layer", "module"])
 @pytest.mark.parametrize(
     "config_cls, options",
     [
@@ -140,8 +130,8 @@ OTHER_METHODS = [
         for cls, options in OTHER_METHODS
     ],
 )
-def test_other_methods_of_peft(config_cls, options, granularity):
-    importance = ranked(tiny_llama(), granularity)
+def test_other_methods_of_peft(config_cls, options):
+    importance = ranked(tiny_llama())
     config = importance.to_lora_config(top_p=0.4, model=tiny_llama(), config_cls=config_cls, **options)
     assert type(config) is config_cls
     adapted = get_peft_model(tiny_llama(), config).base_model.model
@@ -204,23 +194,14 @@ def test_a_peft_model_is_checked_by_its_plain_architecture():
     assert config.layers_to_transform is not None
 
 
-def test_the_saved_config_is_plain_lora(tmp_path):
-    importance = ranked(tiny_llama())
-    importance.to_lora_config(top_k=1, r=2).save_pretrained(tmp_path)
-    loaded = LoraConfig.from_pretrained(tmp_path)
-    assert loaded.peft_type == "LORA"
-    assert len(injected(tiny_llama(), loaded)) == 7
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain LoRA adapters
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.support("Operations", "export to plain LoRA, `to_lora`")
-@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("granularity, from_disk", [("layer", True), ("module", False)])
 @pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
-@pytest.mark.parametrize("from_disk", [True, False])
 def test_an_exported_adapter_is_plain_lora_with_the_same_outputs(tmp_path, input_ids, granularity, mode, from_disk):
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
     config = ILAConfig(**options, granularity=granularity, modules_to_save=["lm_head"], rank_pattern={"up_proj": 2})
@@ -273,18 +254,6 @@ def test_vllm_reads_an_exported_adapter(tmp_path):
     assert len(modules) == 14 and not any(".layers.1." in name for name in modules)
 
 
-def test_a_process_without_peft_ila_loads_the_export(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model = get_peft_model(tiny_llama(), ILAConfig(target_modules=["q_proj"]))
-    model.to_lora(tmp_path / "plain")
-    script = (
-        "import sys\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
-        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r}), "
-        f"{str(tmp_path / 'plain')!r})\nassert 'peft_ila' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
 def test_an_export_without_the_model_hits_no_other_stack(tmp_path):
     model = get_peft_model(build("t5"), ILAConfig(r=2, target_modules=r"encoder\.block\..*\.(q|v)"))
     model.apply_mask(["encoder.block.1"])
@@ -306,13 +275,12 @@ def test_only_ila_adapters_are_exported(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="it lacks adapter_config.json. There is one in .*adapter.$"):
         export_adapter(tmp_path, tmp_path / "plain")
-    with pytest.raises(ValueError, match="adapter of type LORA, not ILA: it has no gates. Load it as it is"):
+    with pytest.raises(ValueError, match="holds a plain LoRA adapter, which has no gates. Load it as it is"):
         export_adapter(tmp_path / "adapter", tmp_path / "plain")
 
 
 @pytest.mark.support("Operations", "export with trained biases, masked")
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("bias, granularity", [("lora_only", "module"), ("all", "layer")])
 def test_biases_have_no_gate(tmp_path, bias, granularity):
     """A closed unit's trained bias stays: in the model, saved, merged and exported."""
     options = {"r": 2, "target_modules": ["q_proj", "fc1"], "init_lora_weights": False, "bias": bias}
@@ -375,8 +343,7 @@ def test_a_configuration_without_any_model_is_refused():
         importance.to_lora_config(top_k=1, model=transformers.PretrainedConfig())
 
 
-@pytest.mark.parametrize("name", ["Wav2Vec2", "Hubert"])
-@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("name, granularity", [("Wav2Vec2", "layer"), ("Hubert", "module")])
 def test_a_model_without_input_embeddings_is_exported(tmp_path, name, granularity):
     sizes = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2}
     sizes |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "vocab_size": 32}

@@ -82,11 +82,6 @@ def test_names_in_a_card_are_only_names(tmp_path):
     ]
 
 
-def test_a_directory_without_a_card(model, tmp_path):
-    model.layer_importance().save_card(tmp_path)
-    assert "| 1 | `model.layers.1` | 0.881 |" in (tmp_path / "README.md").read_text()
-
-
 @pytest.mark.support("Operations", "push_to_hub (payload on disk)")
 def test_what_is_pushed(model, tmp_path, monkeypatch):
     calls = []

@@ -26,6 +26,13 @@ def test_ranking_breaks_ties_by_position():
     assert importance([1.0, 3.0, 1.0, 3.0]).ranking() == [f"model.layers.{i}" for i in (1, 3, 0, 2)]
 
 
+def test_what_is_printed_fits_a_line():
+    units = [f"model.layers.{i}" for i in range(210)]
+    ranking = LayerImportance(units, [float(i) for i in range(210)], {"model": "me/model"})
+    best = "model.layers.209, model.layers.208, model.layers.207, …"
+    assert str(ranking) == f"LayerImportance(210 units of 'me/model', most important first: {best})"
+
+
 def test_gates():
     gates = importance([0.0, 4.0, -4.0, 800.0, -800.0]).gates
     assert gates == pytest.approx([0.5, 0.9820137900379085, 0.017986209962091555, 1.0, 0.0])
@@ -45,7 +52,7 @@ def test_select():
     "arguments, message",
     [
         ({}, "exactly one of"),
-        ({"top_p": 0.5, "top_k": 2}, "exactly one of .*top_p=0.5, top_k=2"),
+        ({"top_p": 0.5, "top_k": 2}, r"exactly one of .* got \['top_p', 'top_k'\]"),
         ({"top_p": 0.0}, r"`top_p` .* \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"`top_p` .* got 1.5"),
         ({"top_p": math.nan}, r"`top_p` .* got nan"),
@@ -53,15 +60,14 @@ def test_select():
         ({"top_k": 11}, "`top_k` must be a whole number from 1 to 10, got 11"),
         ({"top_k": 2.5}, "`top_k` must be a whole number"),
         ({"threshold": 2.0}, r"`threshold` .* \[0, 1\], got 2.0"),
-        ({"top_k": 2, "units": UNITS}, "exactly one of .*top_k=2, threshold=None, units=10 units"),
+        ({"top_k": 2, "units": UNITS}, r"exactly one of .* got \['top_k', 'units'\]"),
         ({"units": []}, r"`units` must be a list of at least one unit, got \[\]"),
         ({"units": "model.layers.0"}, "`units` must be a list of at least one unit, got 'model.layers.0'"),
         ({"units": ["model.layers.0", "lm_head"]}, r"has no unit 'lm_head' \(1 of 2 are unknown\)"),
         ({"units": UNITS, "min_probability": 0.5}, "`min_probability` goes with .* not with `threshold` or `units`"),
         ({"threshold": 0.5, "min_probability": 0.5}, "`min_probability` goes with `top_p` or `top_k`"),
-        ({"top_k": 2, "min_probability": 2}, r"`min_probability` must be in \[0, 1\], got 2"),
         ({"top_k": 2, "min_probability": 0.9}, "The probabilities are unknown: this ranking has no `spread`"),
-        ({"threshold": 0.99999}, r"No gate reaches `threshold=0.99999`; the greatest is 0.989"),
+        ({"threshold": 0.99999}, "No unit reaches `threshold=0.99999`; the greatest is 0.989"),
     ],
 )
 def test_bad_selections(arguments, message):
@@ -130,7 +136,7 @@ def test_sure_units_alone_are_selected_and_coin_tosses_are_named():
     assert ranked.select(top_k=2, min_probability=0.9) == ["model.layers.0"]
     assert ranked.coin_tosses(top_k=2) == ["model.layers.1", "model.layers.2"]
     assert ranked.to_lora_config(top_k=2, min_probability=0.9).target_modules == {"model.layers.0"}
-    with pytest.raises(ValueError, match=r"No unit reaches `min_probability=0\.9`; lower it"):
+    with pytest.raises(ValueError, match=r"No unit reaches `min_probability=0\.9`; the greatest is 0\.[45]"):
         importance([1.0, 1.0], spread=[1.0, 1.0]).select(top_k=1, min_probability=0.9)
 
 
@@ -202,11 +208,6 @@ def test_saved_and_loaded(tmp_path):
         ('{"format": "x"}', "is not a ranking"),
         ('{"format": "peft_ila.LayerImportance", "version": 2}', "version 2 .* upgrade"),
         ('{"format": "peft_ila.LayerImportance", "version": 1}', "KeyError: 'units'"),
-        (
-            '{"format": "peft_ila.LayerImportance", "version": 1, "metadata": {}, "lookalikes": [], '
-            '"units": [{"unit": "a", "score": NaN, "modules": ["a"]}]}',
-            "score of 'a' is nan",
-        ),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -233,7 +234,7 @@ GOOD = {
     [
         (lambda c: c.update(version=True), "has version True"),
         (lambda c: c.update(metadata=[]), "`metadata` must be a dict"),
-        (lambda c: c.update(metadata={"model": 5}), r"`metadata\['model'\]` must be a string"),
+        (lambda c: c.update(metadata={"model": 5}), r"`metadata\['model'\]` must be a name, got 5"),
         (lambda c: c.update(lookalikes="m.0.q"), "`lookalikes` must be a list"),
         (lambda c: c.update(lookalikes=[5]), "name of a module must be a string"),
         (lambda c: c.update(lookalikes=["m.0.q"]), "cannot be among `lookalikes`"),
@@ -249,7 +250,6 @@ GOOD = {
         (lambda c: c["units"][0].update(unit="a\x1b[2J", modules=["a\x1b[2J"]), "cannot be the name of a module"),
         (lambda c: c["units"][0].update(unit="a..b", modules=["a..b"]), "cannot be the name of a module"),
         (lambda c: c["units"][0].update(score=True), "score of 'm.0' is True"),
-        (lambda c: c["units"][0].update(score="1"), "score of 'm.0' is '1'"),
         (lambda c: c["units"][0].update(score="a\nb"), r"score of 'm.0' is 'a\\nb'"),
         (lambda c: c.update(version="a\nb"), r"has version 'a\\nb'"),
         (lambda c: c.update(metadata={"task_type": "a\nb"}), r"`metadata\['task_type'\]` must be a name, got 'a\\nb'"),
@@ -258,7 +258,6 @@ GOOD = {
         (lambda c: c["units"][0].pop("spread"), "KeyError: 'spread'"),
         (lambda c: c["units"][0].update(parameters={"m.0.x": 1}), "`parameters` names 'm.0.x'"),
         (lambda c: c["units"][0].update(parameters={"m.0.q": 0}), "must hold a number above 0 for 'm.0.q'"),
-        (lambda c: c["units"].append([]), "TypeError"),
         (lambda c: c.update(units=5), "TypeError"),
     ],
 )
@@ -307,7 +306,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "importance.json"
     importance([1.0, 2.0]).save(path)
     before = path.read_text()
-    broken = importance([3.0, 4.0], metadata={"model": object()})
+    broken = importance([3.0, 4.0], metadata={"data": object()})
     with pytest.raises(TypeError):
         broken.save(path)
     assert path.read_text() == before
@@ -330,13 +329,6 @@ def test_a_weight_shared_with_what_is_not_frozen_stays(unselected):
     assert all(parameter.requires_grad for parameter in model.parameters())
     both = LayerImportance(["model.layers.0", "lm_head", "model.embed_tokens"], [1.0, 0.0, 0.0])
     assert both.freeze_unselected(model, top_k=1, outside=False) == ["model.embed_tokens.weight"]
-
-
-def test_freeze_unselected_modules():
-    model = tiny_llama(layers=1)
-    units = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
-    ranked = LayerImportance(units=units, scores=[0.0, 1.0])
-    assert ranked.freeze_unselected(model, top_k=1, outside=False) == ["model.layers.0.self_attn.q_proj.weight"]
 
 
 @pytest.mark.parametrize(

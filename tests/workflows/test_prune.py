@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
-from trainers import ila, lora_weights, plain_trainer, sft_trainer
+from peft import PeftModel
+from trainers import ila, lora_weights, sft_trainer
 from trl import DPOConfig, DPOTrainer
 
-from peft_ila import ILAConfig, ILAModel, LayerImportance, learn_gates
+from peft_ila import ILAModel, LayerImportance, learn_gates
 from peft_ila.search.directions import Directions
 from peft_ila.search.measurement import measuring
 from peft_ila.search.pruning import SHARES, HeldOut
@@ -28,19 +28,12 @@ def trained(tmp_path_factory, tokenizer, dialogues):
     return directory / "lora"
 
 
-def trainer_on(trained, tmp_path, tokenizer, dialogues, make=sft_trainer, held_out=True, **kwargs):
+def trainer_on(trained, tmp_path, tokenizer, dialogues, held_out=True, **kwargs):
     model = ILAModel.from_lora(PeftModel.from_pretrained(tiny_llama(), trained, is_trainable=True), **kwargs)
-    trainer = make(
-        tmp_path / "run",
-        tokenizer,
-        dialogues[:40],
-        model=model,
-        per_device_eval_batch_size=1,
-        gradient_checkpointing=False,
-    )
-    trainer.eval_dataset = (
-        make(tmp_path / "run", tokenizer, dialogues[40:], model=model).train_dataset if held_out else None
-    )
+    options = {"model": model, "per_device_eval_batch_size": 1, "gradient_checkpointing": False}
+    trainer = sft_trainer(tmp_path / "run", tokenizer, dialogues[:40], **options)
+    if held_out:
+        trainer.eval_dataset = sft_trainer(tmp_path / "run", tokenizer, dialogues[40:], model=model).train_dataset
     return trainer
 
 
@@ -50,7 +43,7 @@ def test_attributions_are_the_gradients_of_gates_on_each_direction(trained, tmp_
         directions = Directions(trainer.model.base_model)
         (step,) = [step for step, _ in zip(measurement.steps(), range(1))]
         for gamma in (0.0, 0.7):
-            slope, _ = directions.slope(measurement, step, torch.full((len(directions.modules),), gamma))
+            slope = directions.slope(measurement, step, torch.full((len(directions.modules),), gamma))
             # by functional_call of the model with B·diag(γ) in place of B
             leaves, weights = [], {}
             for name, parameter in trainer.model.named_parameters():
@@ -76,9 +69,8 @@ def test_the_sum_of_a_modules_directions_is_what_attribution_says_of_the_module(
     assert pruning.importance.scores == pytest.approx(reference.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("make", [sft_trainer, plain_trainer])
-def test_pruned_adapter(trained, tmp_path, tokenizer, dialogues, input_ids, make):
-    trainer = trainer_on(trained, tmp_path, tokenizer, dialogues, make)
+def test_pruned_adapter(trained, tmp_path, tokenizer, dialogues, input_ids):
+    trainer = trainer_on(trained, tmp_path, tokenizer, dialogues)
     whole = trainer.evaluate()["eval_loss"]
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -159,8 +151,6 @@ def test_without_held_out_data_a_quarter_is_kept_and_said_to_be_unchecked(traine
     pruning = prune(trainer, tmp_path / "small", steps=4, gate_steps=0)
     assert pruning.share == pytest.approx(0.25, abs=0.02) and pruning.curve == [] and pruning.result is None
     assert "nothing was checked" in (tmp_path / "small" / "README.md").read_text()
-    with pytest.raises(ValueError, match="`min_kept` needs held-out data"):
-        prune(trainer, min_kept=0.9)
 
 
 def test_dpo(trained, tmp_path, tokenizer, dialogues):
@@ -191,36 +181,35 @@ def test_dpo(trained, tmp_path, tokenizer, dialogues):
     assert pruning.result.gain > 0.5
 
 
-def adapter(**options):
-    torch.manual_seed(0)
-    return get_peft_model(tiny_llama(), ILAConfig(r=4, target_modules="all-linear", gate_mode="open", **options))
-
-
 @pytest.mark.parametrize(
-    ("options", "arguments", "message"),
+    ("options", "message"),
     [
-        ({}, {}, "has not been trained"),
-        ({"init_lora_weights": False, "use_dora": True}, {}, "cannot be pruned: it is of DoRA"),
-        ({"init_lora_weights": False}, {"top_p": 0.5, "min_kept": 0.5}, "not both"),
-        ({"init_lora_weights": False}, {"top_p": 1.5}, "`top_p` must be in"),
-        ({"init_lora_weights": False}, {"granularity": "head"}, "`granularity` must be one of"),
-        ({"init_lora_weights": False}, {"steps": 0}, "`steps` must be"),
-        ({"init_lora_weights": False}, {"gate_steps": 1.5}, "`gate_steps` must be"),
-        ({"init_lora_weights": False}, {"gate_learning_rate": 0}, "`gate_learning_rate` must be"),
+        ({}, "has not been trained"),
+        ({"init_lora_weights": False, "use_dora": True}, "cannot be pruned: it is of DoRA"),
     ],
 )
-def test_refused(tmp_path, tokenizer, dialogues, options, arguments, message):
-    trainer = sft_trainer(tmp_path, tokenizer, dialogues, model=adapter(**options))
+def test_adapters_that_are_refused(tmp_path, tokenizer, dialogues, options, message):
+    trainer = sft_trainer(tmp_path, tokenizer, dialogues, model=ila(**options))
     before = lora_weights(trainer.model)
     with pytest.raises(ValueError, match=message):
-        prune(trainer, **arguments)
+        prune(trainer)
     assert all(torch.equal(weight, before[name]) for name, weight in lora_weights(trainer.model).items())
 
 
-def test_an_adapter_that_is_there_is_not_replaced(trained, tmp_path, tokenizer, dialogues):
-    trainer = trainer_on(trained, tmp_path, tokenizer, dialogues)
-    with pytest.raises(ValueError, match="holds an adapter that would be replaced"):
-        prune(trainer, trained, top_p=0.5)
+def test_settings_that_are_refused(trained, tmp_path, tokenizer, dialogues):
+    trainer = trainer_on(trained, tmp_path, tokenizer, dialogues, held_out=False)
+    for settings, message in (
+        ({"top_p": 0.5, "min_kept": 0.5}, "not both"),
+        ({"top_p": 1.5}, "`top_p` must be in"),
+        ({"granularity": "head"}, "`granularity` must be one of"),
+        ({"steps": 0}, "`steps` must be"),
+        ({"gate_steps": 1.5}, "`gate_steps` must be"),
+        ({"gate_learning_rate": 0}, "`gate_learning_rate` must be"),
+        ({"min_kept": 0.9}, "`min_kept` needs held-out data"),
+        ({"top_p": 0.5, "output_dir": trained}, "holds an adapter that would be replaced"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune(trainer, **settings)
 
 
 def test_after_an_error_the_adapter_is_as_before(trained, tmp_path, tokenizer, dialogues, monkeypatch):
