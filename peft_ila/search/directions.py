@@ -58,7 +58,7 @@ class Directions:
     def slope(self, measurement: Measurement, step: Step, gates: torch.Tensor) -> tuple[torch.Tensor, float]:
         """∂L/∂γ of one step at these gates, both of shape (directions,), fp32 on the CPU, and the loss."""
         self.set_gates(gates)
-        return measurement.slope(step, [b for *_, b in self._factors], self._contracted)
+        return measurement.slope(step, self._contracted)
 
     def _contracted(self) -> torch.Tensor:
         products = [
