@@ -54,21 +54,16 @@ def learn_gates(
         trainer (`transformers.Trainer`):
             The trainer of stage 1, such as TRL's `SFTTrainer`. Its model is a `PeftModel` with one active ILA adapter.
         steps (`int`, *optional*):
-            The maximum number of steps, at least 4. By default 32 for "attribution" (with batches of 8 examples, the
-            ranking has nearly settled after 8 steps and hardly changes after 32, docs/appendix/steps.md), 16 for
+            The maximum number of steps, at least 4. By default 32 for "attribution" (docs/appendix/steps.md), 16 for
             "untrained", and 128 for "descent" (the paper's number, recalled).
         min_agreement (`float`, *optional*):
             "attribution" and "untrained" stop when the ranking from the first half of the steps agrees with the
             ranking from all steps three times in a row: the overlaps of the top 30 % and 75 % and the Spearman
-            correlation are at least this. `None` takes all steps, as "descent" does.
+            correlation are at least this. `None` takes all steps.
         loss_batches (`int`): L(0) and L(1) are measured on this many first steps; they are equal before training.
         seed (`int`, *optional*): The seed for the order of the data, by default the trainer's `seed` and `data_seed`.
-            The same seed gives the same scores.
-        method (`str`, *optional*):
-            `"attribution"`, `"descent"` or `"untrained"`. By default "untrained" for a fresh adapter, "attribution"
-            for a trained one.
-        initial_score (`float`, *optional*): "descent": the start of all scores, by default the adapter's `gate_init`
-            (4.0 is the paper's, recalled).
+        method (`str`, *optional*): By default "untrained" for a fresh adapter, "attribution" for a trained one.
+        initial_score (`float`, *optional*): "descent": the start of all scores, by default the adapter's `gate_init`.
         learning_rate (`float`, *optional*): "descent": Adam's rate for the scores, by default 0.1 (assumed).
         budget (`int` or `float`, *optional*):
             "descent": the paper's constraint ‖γ‖₀ ≤ H, as a number or a share of units. A pressure on all gates
@@ -80,10 +75,9 @@ def learn_gates(
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range; the adapter is masked, disabled or merged; it is trained but the method
-            needs a fresh one, or the other way round; the deltas do not lower the loss, or not to first order; a
-            gradient is not finite; the data end too soon; or the trainer runs under DeepSpeed, FSDP1, or FSDP2 with
-            an adapter in half precision.
+        ValueError: A setting is out of range; the adapter is masked, disabled, merged, or not as trained as the method
+            needs; the deltas do not lower the loss; a gradient is not finite; the data end too soon; or the trainer
+            runs under DeepSpeed, FSDP1, or FSDP2 with an adapter in half precision.
     """
     ila = rankable(trainer)
     units = len(ila.gates())

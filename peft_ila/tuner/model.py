@@ -41,11 +41,7 @@ class Factors(NamedTuple):
     """
     The factors of one weight delta (α/r)·B·A.
 
-    Attributes:
-        module: The name of the module in the base model.
-        scaling: α/r.
-        a: Shape (r, in); for a convolution (r, in, …).
-        b: Shape (out, r); for a convolution (out, r, 1, …).
+    `a` has the shape (r, in), and `b` (out, r); those of a convolution have its kernel's dimensions after these.
     """
 
     module: str
@@ -196,10 +192,6 @@ class ILAModel(LoraModel):
             )
         return state_dict
 
-    # ------------------------------------------------------------------------------------------------------------
-    # Modes
-    # ------------------------------------------------------------------------------------------------------------
-
     def set_gate_mode(self, mode: GateMode, adapter_name: str | None = None) -> None:
         """
         Set how the gates act and what trains, see [`ILAConfig`]. The mode is saved with the adapter.
@@ -250,12 +242,8 @@ class ILAModel(LoraModel):
 
     def _change(self, adapter_name: str, trained: Collection[str] | None = None, **options: Any) -> None:
         """
-        Bring the model to an adapter's mode.
-
-        Args:
-            adapter_name: The adapter.
-            trained: The parts of its layers that train, such as `lora_B`, if the mode does not decide.
-            options: To set in a copy of its configuration first; other models may share the original.
+        Bring the model to an adapter's mode, after setting these options in a copy of its configuration, which other
+        models may share. What of its layers trains is `trained`, such as `lora_B`, or what the mode says.
         """
         if options:
             self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
@@ -279,13 +267,11 @@ class ILAModel(LoraModel):
     @contextlib.contextmanager
     def measured(self, trained: Collection[str] = ("lora_gate",)) -> Iterator[None]:
         """
-        Let the loss of the active adapter be measured at any gates, and its gradients.
+        Let the loss of the active adapter be measured, with any gates, and the gradients of `trained`, the parts of
+        the layers.
 
         The mode is "soft", also of an adapter that was loaded for inference, and the gates of mode "joint" are folded
         into B. At the end all gates are open. After an error the adapter is as before.
-
-        Args:
-            trained: The parts of the layers that get gradients: the scores, or others such as `lora_B`.
         """
         (name,) = self.active_adapters
         config = self.peft_config[name]
@@ -348,10 +334,6 @@ class ILAModel(LoraModel):
             if soft and score.dtype in (torch.float16, torch.bfloat16):
                 score.data = score.data.float()
 
-    # ------------------------------------------------------------------------------------------------------------
-    # Units and scores
-    # ------------------------------------------------------------------------------------------------------------
-
     def _adapter_names(self, adapter_name: str | None) -> list[str]:
         if adapter_name is None:
             return self.active_adapters
@@ -396,6 +378,8 @@ class ILAModel(LoraModel):
         for name in gated:
             modules.setdefault(unit_of(name, config.granularity), []).append(name)
         last_components = {name.rpartition(".")[2] for name in gated}
+        others = [name for name, _ in self.model.named_modules() if name not in gated]
+        parameters = {name: layer for name, layer in gated.items() if isinstance(layer, ParamWrapper)}
         return LayerImportance(
             units=list(modules),
             scores=[_whole(gate.weight).item() for gate in self.gates(adapter_name).values()],
@@ -412,16 +396,8 @@ class ILAModel(LoraModel):
                 },
             },
             modules=modules,
-            lookalikes=[
-                name
-                for name, _ in self.model.named_modules()
-                if name.rpartition(".")[2] in last_components and name not in gated
-            ],
-            parameters={
-                name: layer.r[adapter_name] / config.r
-                for name, layer in gated.items()
-                if isinstance(layer, ParamWrapper)
-            },
+            lookalikes=[name for name in others if name.rpartition(".")[2] in last_components],
+            parameters={name: layer.r[adapter_name] / config.r for name, layer in parameters.items()},
         )
 
     def factors(self, adapter_name: str | None = None) -> Iterator[Factors]:
