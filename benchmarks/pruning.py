@@ -118,7 +118,7 @@ class Adapter:
             return torch.zeros(1)
 
         for step in itertools.islice(self.steps, steps):
-            self.measurement.slope(step, weights, step_taken)
+            self.measurement.slope(step, step_taken)
         loss = held_out_loss(self.trainer)
         for weight, value in zip(weights, before):
             weight.data.copy_(value)
@@ -197,7 +197,7 @@ def main() -> None:
             write_jsonl(rows, file)
         own = figures.setdefault(name, {})
         trainer = fine_tune(file, 0, 60, args.adapters / name, learning_rate=RATE)
-        with measuring(trainer, trainer.model.base_model, seed=1) as measurement:
+        with measuring(trainer, trainer.model.base_model, 1, trained=("lora_A", "lora_B")) as measurement:
             adapter = Adapter(trainer, measurement)
             own |= {"base": adapter.base, "whole": adapter.whole, "directions": len(adapter.sizes)}
             for arm, run in arms(adapter).items():

@@ -1,9 +1,13 @@
 """Trainers on a tiny Llama."""
 
+import functools
+import tempfile
+from pathlib import Path
+
 import torch
-from conftest import tiny_llama
+from conftest import tiny_dialogues, tiny_llama, tiny_tokenizer
 from datasets import Dataset
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -52,6 +56,21 @@ def plain_trainer(tmp_path, tokenizer, dialogues, model=None, **kwargs) -> Train
         ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
         rows.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)})
     return Trainer(model=model or ila(), args=TrainingArguments(**options(tmp_path, **kwargs)), train_dataset=rows)
+
+
+@functools.cache
+def _trained_weights(mode, granularity):
+    model = ila(mode, granularity)
+    with tempfile.TemporaryDirectory() as directory:
+        plain_trainer(Path(directory), tiny_tokenizer(), tiny_dialogues(), model, learning_rate=5e-3).train()
+    return get_peft_model_state_dict(model)
+
+
+def trained_ila(mode="open", granularity="layer"):
+    """`ila` after stage 1, which is trained once."""
+    model = ila(mode, granularity)
+    set_peft_model_state_dict(model, _trained_weights(mode, granularity))
+    return model
 
 
 def write_model_and_data(directory, tokenizer, dialogues) -> None:

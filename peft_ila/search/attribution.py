@@ -20,19 +20,21 @@ class Attribution:
     This is the Taylor criterion of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), taken at the base model:
     at the fine-tuned model, the loss is flat in every gate.
 
-    Args:
-        units (`int`): The number of gates.
-        steps (`int`): The maximum number of steps.
-        min_agreement (`float`, *optional*): Stop when the ranking has settled, see [`steps_to_settle`].
+    With `untrained`, (α/r)·‖∂L/∂B‖₁ of a fresh LoRA, where B is 0 and the model is the base model. Attribution would
+    find the same after the first step of stage 1: from B = 0, Adam moves each entry of B by its learning rate against
+    the sign of its gradient, so the delta is worth rate·(α/r)·‖∂L/∂B‖₁ to first order.
     """
 
-    def __init__(self, units: int, steps: int, min_agreement: float | None = None) -> None:
+    def __init__(self, units: int, steps: int, min_agreement: float | None = None, untrained: bool = False) -> None:
         self._steps = steps
         self._min_agreement = min_agreement
+        self._untrained = untrained
         self._samples = torch.empty(0, units)
 
     def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
         """The sample for [`step`], and the loss."""
+        if self._untrained:
+            return measurement.gradient_norms(step)
         gradient, loss = measurement.gradient(step)
         return -gradient, loss
 
@@ -47,7 +49,7 @@ class Attribution:
 
     @property
     def finished(self) -> bool:
-        """Whether there are enough samples."""
+        """Whether there are enough samples: all, or so many that the ranking has settled."""
         if self.taken >= self._steps:
             return True
         if self._min_agreement is None or self.taken % ROUND:
@@ -56,36 +58,28 @@ class Attribution:
 
     def result(self) -> tuple[list[float], list[float], dict[str, Any]]:
         """Scores, their standard errors (none for fewer than 8 samples), and figures for the metadata."""
-        self._check_number()
-        worth, error = attributions(self._samples)
-        attributed = worth.sum().item()
-        if not attributed > 0:
-            raise ValueError(
-                "The adapter lowers the loss, but to first order it raises the loss: the attributions add up to "
-                f"{attributed:.4f}. Fine-tune with a lower learning rate, or take more steps."
-            )
-        mean = attributed / len(worth)
-        spread = (error / mean).tolist() if self.taken >= SURE else []
-        return (worth / mean - 1).tolist(), spread, {"min_agreement": self._min_agreement, "attributed": attributed}
-
-    def _check_number(self) -> None:
         if self.taken < ROUND:
             raise ValueError(
                 f"Stage 2 measured {self.taken} batches, but needs {ROUND}: the training data ended too soon. "
                 "A one-pass stream must hold batches for both stages."
             )
+        worth, error = attributions(self._samples)
+        attributed = worth.sum().item()
+        if not attributed > 0:
+            raise ValueError(
+                "All gradients of the adapter are 0: no unit affects the loss. Check the targets."
+                if self._untrained
+                else "The adapter lowers the loss, but to first order it raises the loss: the attributions add up to "
+                f"{attributed:.4f}. Fine-tune with a lower learning rate, or take more steps."
+            )
+        mean = attributed / len(worth)
+        spread = (error / mean).tolist() if self.taken >= SURE else []
+        facts = {"min_agreement": self._min_agreement} | ({} if self._untrained else {"attributed": attributed})
+        return (worth / mean - 1).tolist(), spread, facts
 
 
 def attributions(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The attribution of each unit and its standard error over the batches.
-
-    Args:
-        samples: Shape (steps, units).
-
-    Returns:
-        Two tensors of shape (units,).
-    """
+    """The attribution of each unit and its standard error, by samples of shape (steps, units)."""
     return samples.mean(0), samples.std(0) / math.sqrt(len(samples))
 
 

@@ -1,7 +1,6 @@
 """Descent on the scores: the paper's own method, with an optional budget."""
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -24,13 +23,6 @@ class Descent:
     The paper's constraint ‖γ‖₀ ≤ H is relaxed to a pressure λ·Σγ, added to the loss. λ is the price at which the
     budget's share of units is worth keeping, by the running mean of −∂L/∂γ. It is higher while the mean gate is above
     a linear schedule from its initial value to the budget, and lower while it is below.
-
-    Args:
-        units (`int`): The number of gates.
-        steps (`int`): The number of steps.
-        initial_score (`float`): The start of all scores.
-        learning_rate (`float`): Adam's learning rate.
-        budget (`int` or `float`, *optional*): H as a number of units, or as a share of them in (0, 1].
     """
 
     def __init__(
@@ -41,7 +33,6 @@ class Descent:
         learning_rate: float = 0.1,
         budget: float | None = None,
     ) -> None:
-        check_descent(initial_score, learning_rate, budget, units)
         self._settings = {"initial_score": initial_score, "learning_rate": learning_rate, "budget": budget}
         self._share = budget / units if isinstance(budget, int) else budget
         self._steps = steps
@@ -94,23 +85,3 @@ class Descent:
                 "more steps, a higher learning rate, or an initial score nearer 0."
             )
         return self.scores.tolist(), [], {**self._settings, "mean_gate": mean}
-
-
-def check_descent(
-    initial_score: float = 4.0,
-    learning_rate: float = 0.1,
-    budget: float | None = None,
-    units: int | None = None,
-) -> None:
-    """Check the settings of [`Descent`]; the number of units may not be known yet."""
-    if not math.isfinite(initial_score):
-        raise ValueError(f"`initial_score` must be finite, got {initial_score}.")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"`learning_rate` must be greater than 0, got {learning_rate}.")
-    if budget is None or (isinstance(budget, float) and 0 < budget <= 1):
-        return
-    if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= (units or budget):
-        most = f" to {units}" if units else ""
-        raise ValueError(
-            f"`budget` must be a whole number of units from 1{most}, or a share of them in (0, 1], got {budget!r}."
-        )

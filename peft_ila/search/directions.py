@@ -55,7 +55,7 @@ class Directions:
     def slope(self, measurement: Measurement, step: Step, gates: torch.Tensor) -> torch.Tensor:
         """∂L/∂γ of one step at these gates, both of shape (directions,), fp32 on the CPU."""
         self.set_gates(gates)
-        return measurement.slope(step, [b for *_, b in self._factors], self._contracted)[0]
+        return measurement.slope(step, self._contracted)[0]
 
     def _contracted(self) -> torch.Tensor:
         products = [

@@ -12,9 +12,8 @@ from ..ranking.importance import LayerImportance
 from ..ranking.validation import is_integer
 from ..tuner.model import ILAModel
 from .attribution import ROUND, Attribution
-from .descent import Descent, check_descent
-from .measurement import Measurement, check_engine, measuring
-from .untrained import Untrained
+from .descent import Descent
+from .measurement import FACTORS, SCORES, Measurement, check_engine, measuring
 
 STEPS = {"attribution": 32, "descent": 128, "untrained": 16}
 
@@ -55,21 +54,16 @@ def learn_gates(
         trainer (`transformers.Trainer`):
             The trainer of stage 1, such as TRL's `SFTTrainer`. Its model is a `PeftModel` with one active ILA adapter.
         steps (`int`, *optional*):
-            The maximum number of steps, at least 4. By default 32 for "attribution" (with batches of 8 examples, the
-            ranking has nearly settled after 8 steps and hardly changes after 32, docs/appendix/steps.md), 16 for
+            The maximum number of steps, at least 4. By default 32 for "attribution" (docs/appendix/steps.md), 16 for
             "untrained", and 128 for "descent" (the paper's number, recalled).
         min_agreement (`float`, *optional*):
             "attribution" and "untrained" stop when the ranking from the first half of the steps agrees with the
             ranking from all steps three times in a row: the overlaps of the top 30 % and 75 % and the Spearman
-            correlation are at least this. `None` takes all steps, as "descent" does.
+            correlation are at least this. `None` takes all steps.
         loss_batches (`int`): L(0) and L(1) are measured on this many first steps; they are equal before training.
         seed (`int`, *optional*): The seed for the order of the data, by default the trainer's `seed` and `data_seed`.
-            The same seed gives the same scores.
-        method (`str`, *optional*):
-            `"attribution"`, `"descent"` or `"untrained"`. By default "untrained" for a fresh adapter, "attribution"
-            for a trained one.
-        initial_score (`float`, *optional*): "descent": the start of all scores, by default the adapter's `gate_init`
-            (4.0 is the paper's, recalled).
+        method (`str`, *optional*): By default "untrained" for a fresh adapter, "attribution" for a trained one.
+        initial_score (`float`, *optional*): "descent": the start of all scores, by default the adapter's `gate_init`.
         learning_rate (`float`, *optional*): "descent": Adam's rate for the scores, by default 0.1 (assumed).
         budget (`int` or `float`, *optional*):
             "descent": the paper's constraint ‖γ‖₀ ≤ H, as a number or a share of units. A pressure on all gates
@@ -81,29 +75,32 @@ def learn_gates(
 
     Raises:
         TypeError: The trainer's model is not an ILA model.
-        ValueError: A setting is out of range; the adapter is masked, disabled or merged; it is trained but the method
-            needs a fresh one, or the other way round; the deltas do not lower the loss, or not to first order; a
-            gradient is not finite; the data end too soon; or the trainer runs under DeepSpeed, FSDP1, or FSDP2 with
-            an adapter in half precision.
+        ValueError: A setting is out of range; the adapter is masked, disabled, merged, or not as trained as the method
+            needs; the deltas do not lower the loss; a gradient is not finite; the data end too soon; or the trainer
+            runs under DeepSpeed, FSDP1, or FSDP2 with an adapter in half precision.
     """
-    check_settings(steps, min_agreement, loss_batches, seed, method, initial_score, learning_rate, budget)
     ila = rankable(trainer)
+    units = len(ila.gates())
+    check_settings(steps, min_agreement, loss_batches, seed, method, initial_score, learning_rate, budget, units)
     trained = ila.is_trained()
     method = method or ("attribution" if trained else "untrained")
+    check_trained(trained, method)
     steps = STEPS[method] if steps is None else steps
-    units = len(ila.gates())
     search: Attribution | Descent
     if method == "descent":
         (config,) = (ila.peft_config[name] for name in ila.active_adapters)
         start = config.gate_init if initial_score is None else initial_score
         search = Descent(units, steps, start, 0.1 if learning_rate is None else learning_rate, budget)
     else:
-        search = (Untrained if method == "untrained" else Attribution)(units, steps, min_agreement)
-    check_trained(trained, method)
+        search = Attribution(units, steps, min_agreement, untrained=method == "untrained")
 
     hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-    with measuring(trainer, ila, seed) as measurement, tqdm(total=steps, desc="Stage 2", disable=hidden) as bar:
-        closed, opened = _run(search, measurement, loss_batches, trainer.args, bar)
+    gradients = FACTORS if method == "untrained" else SCORES
+    with (
+        measuring(trainer, ila, seed, gradients) as measurement,
+        tqdm(total=steps, desc="Stage 2", disable=hidden) as bar,
+    ):
+        closed, opened = _run(search, method, measurement, loss_batches, trainer.args, bar)
         scores, spread, facts = search.result()
         measurement.set_scores(scores)
 
@@ -128,39 +125,39 @@ def learn_gates(
 
 
 def _run(
-    search: Attribution | Descent, measurement: Measurement, loss_batches: int, args: TrainingArguments, bar: tqdm
+    search: Attribution | Descent,
+    method: Method,
+    measurement: Measurement,
+    loss_batches: int,
+    args: TrainingArguments,
+    bar: tqdm,
 ) -> tuple[float, float]:
-    """Run the search and measure L(0) and L(1) on its first steps, in one pass over the data."""
+    """Run the search and measure L(0) and L(1), the means over its first steps, in one pass over the data."""
     losses: list[tuple[float, float]] = []
     for step in measurement.steps():
         wanted = len(losses) < loss_batches
-        opened = measurement.loss(step, closed=False) if wanted and not isinstance(search, Untrained) else None
+        opened = measurement.loss(step, closed=False) if wanted and method != "untrained" else None
         sample, loss = search.measure(measurement, step)
         if wanted:
-            closed = measurement.loss(step, closed=True) if isinstance(search, Descent) else loss
+            closed = measurement.loss(step, closed=True) if method == "descent" else loss
             losses.append((closed, closed if opened is None else opened))
             if len(losses) == loss_batches:
-                _means(losses, search)  # fails before more work is done
+                _means(losses, method)  # fails before more work is done
         search.step(sample)
-        _report(bar, args, search.taken, loss)
+        bar.update()
+        every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
+        if args.logging_strategy == "steps" and search.taken % every == 0 and args.process_index == 0:
+            bar.write(str({"step": search.taken, "loss": round(loss, 4)}))  # when the trainer would log
         if search.finished:
             break
-    return _means(losses, search)
+    return _means(losses, method)
 
 
-def _report(bar: tqdm, args: TrainingArguments, taken: int, loss: float) -> None:
-    """Advance the bar, and log when the trainer would."""
-    bar.update()
-    every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
-    if args.logging_strategy == "steps" and taken % every == 0 and args.process_index == 0:
-        bar.write(str({"step": taken, "loss": round(loss, 4)}))
-
-
-def _means(losses: list[tuple[float, float]], search: Attribution | Descent) -> tuple[float, float]:
+def _means(losses: list[tuple[float, float]], method: Method) -> tuple[float, float]:
     if not losses:
         raise ValueError("No training batch gives a loss: there are no batches, or none has a label. Check the data.")
     closed, opened = (sum(values) / len(losses) for values in zip(*losses))
-    if not closed > opened and not isinstance(search, Untrained):
+    if not closed > opened and method != "untrained":
         raise ValueError(
             f"The adapter does not lower the loss on its own training data ({closed:.4f} without it, {opened:.4f} "
             "with it), so there is nothing to rank. Fine-tune longer, or rank by a loss that falls as the model "
@@ -178,8 +175,9 @@ def check_settings(
     initial_score: float | None = None,
     learning_rate: float | None = None,
     budget: float | None = None,
+    units: int | None = None,
 ) -> None:
-    """Check arguments of [`learn_gates`], for callers with other work to do first."""
+    """Check arguments of [`learn_gates`], also before the model and its number of units are known."""
     if method is not None and method not in STEPS:
         raise ValueError(f"`method` must be one of {tuple(STEPS)}, got {method!r}.")
     for name, value, least in (("steps", steps, ROUND), ("loss_batches", loss_batches, 1)):
@@ -190,11 +188,20 @@ def check_settings(
     if seed is not None and (not is_integer(seed) or not 0 <= seed < 2**32):  # what NumPy takes
         raise ValueError(f"`seed` must be a whole number from 0 to 2**32 - 1, got {seed}.")
     settings = {"initial_score": initial_score, "learning_rate": learning_rate, "budget": budget}
-    own: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if method == "descent":
-        check_descent(**own)
-    elif own:
-        raise ValueError(f'{sorted(own)} are settings of `method="descent"`: pass it, or leave them out.')
+    own = sorted(name for name, value in settings.items() if value is not None)
+    if own and method != "descent":
+        raise ValueError(f'{own} are settings of `method="descent"`: pass it, or leave them out.')
+    if initial_score is not None and not math.isfinite(initial_score):
+        raise ValueError(f"`initial_score` must be finite, got {initial_score}.")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise ValueError(f"`learning_rate` must be greater than 0, got {learning_rate}.")
+    if budget is None or (isinstance(budget, float) and 0 < budget <= 1):
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= (units or budget):
+        most = f" to {units}" if units else ""
+        raise ValueError(
+            f"`budget` must be a whole number of units from 1{most}, or a share of them in (0, 1], got {budget!r}."
+        )
 
 
 def check_trained(trained: bool, method: Method) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,11 @@ from transformers import set_seed
 
 from ..tuner.config import GateMode
 from ..tuner.model import ILAModel
+from ..units import unit_of
+
+# What gets gradients: the scores; or B, and both factors of an embedding, of which A starts at 0.
+SCORES = ("lora_gate",)
+FACTORS = ("lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 class Step(NamedTuple):
@@ -83,68 +88,43 @@ class Measurement:
 
     def gradient(self, step: Step, scores: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
         """
-        The gradient and the loss of one step, means over all processes.
+        The gradient of one step, shape (gates,), fp32 on the CPU, and the loss, means over all processes.
 
-        Args:
-            step: The step.
-            scores: Shape (gates,): the gates are σ(scores), and the gradient is ∂L/∂scores. With `None` the gates
-                are 0, and the gradient is ∂L/∂γ.
-
-        Returns:
-            The gradient, shape (gates,), fp32 on the CPU, and the loss.
+        With `scores` of shape (gates,) the gates are σ(scores), and the gradient is ∂L/∂scores. Without them the gates
+        are 0, and the gradient is ∂L/∂γ.
         """
         if scores is not None:
             self.set_scores(scores.tolist())
-        return self._finite(self._take_gradient, step, "soft", scores is None)
+        return self._take(step, "soft", scores is None, self._score_gradients)
 
     def gradient_norms(self, step: Step) -> tuple[torch.Tensor, float]:
         """
-        (α/r)·‖∂L/∂B‖₁ of each unit at B = 0, for the mean gradient over all processes, and the loss.
-
-        Returns:
-            The norms, shape (gates,), fp32 on the CPU, and the loss.
+        (α/r)·‖∂L/∂B‖₁ of each unit at B = 0, shape (gates,), fp32 on the CPU, and the loss. The gradient is one step's
+        mean over all processes.
         """
-        return self._open([weight for *_, weight in self._ila.zero_initialised_factors()], self._take_norms, step)
+        return self._take(step, "open", False, self._norms)
 
-    def slope(
-        self, step: Step, weights: Sequence[torch.nn.Parameter], contract: Callable[[], torch.Tensor]
-    ) -> tuple[torch.Tensor, float]:
+    def slope(self, step: Step, contract: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
         """
-        A linear function of one step's gradient, and the loss, means over all processes.
-
-        Args:
-            step: The step.
-            weights: The weights whose gradients are computed, with all gates open.
-            contract: Turns their `grad` into a tensor.
+        A linear function of one step's gradient, with all gates open, and the loss, means over all processes.
+        `contract` turns the `grad` of B into a tensor.
         """
+        accelerator = self._trainer.accelerator
+        return self._take(
+            step, "open", False, lambda: accelerator.reduce(contract().to(accelerator.device), "mean").cpu()
+        )
 
-        def take() -> torch.Tensor:
-            taken = contract()
-            for weight in weights:
-                weight.grad = None
-            return self._trainer.accelerator.reduce(taken.to(self._trainer.accelerator.device), "mean").cpu()
-
-        return self._open(weights, take, step)
-
-    def _open(
-        self, weights: Iterable[torch.nn.Parameter], take: Callable[[], torch.Tensor], step: Step
+    def _take(
+        self, step: Step, mode: GateMode, probed: bool, take: Callable[[], torch.Tensor]
     ) -> tuple[torch.Tensor, float]:
-        """The result of `take` on the weights' gradients, with all gates open, and the loss."""
-        self._ila.train_beside_scores(weights)
-        try:
-            return self._finite(take, step, "open", False)
-        finally:
-            self._ila.train_beside_scores(())
-
-    def _finite(
-        self, take: Callable[[], torch.Tensor], step: Step, mode: GateMode, probed: bool
-    ) -> tuple[torch.Tensor, float]:
+        """What `take` makes of the gradients, if it is finite, and the loss."""
         scaler = self._trainer.accelerator.scaler  # of fp16
         while True:
             loss = self._run(step, mode, probed)
-            gradient, scale = take(), scaler.get_scale() if scaler else 1.0
-            if gradient.isfinite().all():
-                return gradient / scale, loss
+            taken, scale = take(), scaler.get_scale() if scaler else 1.0
+            self._trainer.model.zero_grad()
+            if taken.isfinite().all():
+                return taken / scale, loss
             if scale <= 1 or not math.isfinite(loss):
                 raise ValueError(
                     "The gradient of the gates is not finite on a training batch. Check the data and the loss."
@@ -160,30 +140,27 @@ class Measurement:
         losses = [trainer.training_step(trainer.model, copy.copy(b), step.num_items) for b in step.batches]
         return trainer.accelerator.gather(torch.stack(losses).sum().reshape(1)).mean().item()
 
-    def _take_gradient(self) -> torch.Tensor:
-        weights = [gate.weight for gate in self._gates]
-        local = torch.cat([_local_gradient(weight).to(weights[0].device) for weight in weights])
-        for weight in weights:
-            weight.grad = None
-        if isinstance(weights[0], DTensor):
-            # FSDP2 has taken the mean over the processes, and each holds a part of the scores
-            return _sum_of_parts(local, weights[0]).cpu()
-        return self._trainer.accelerator.reduce(local, "mean").cpu()
+    def _gradient(self, weight: torch.nn.Parameter) -> torch.Tensor:
+        """The mean over the processes, in fp32 on one device."""
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # no batch may reach an expert
+        if isinstance(gradient, DTensor):
+            gradient = gradient.full_tensor()  # FSDP2 has taken the mean
+        else:
+            gradient = self._trainer.accelerator.reduce(gradient, "mean")
+        return gradient.to(self._trainer.accelerator.device, torch.float32)
 
-    def _take_norms(self) -> torch.Tensor:
-        norms: dict[str, list[torch.Tensor]] = {}
-        weight: Any = None
-        for unit, scaling, weight in self._ila.zero_initialised_factors():
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # an expert may get no batch
-            weight.grad = None
-            if isinstance(gradient, DTensor):
-                gradient = gradient.to_local()
-            else:
-                gradient = self._trainer.accelerator.reduce(gradient, "mean")
-            norms.setdefault(unit, []).append(scaling * gradient.float().abs().sum())
-        device = self._gates[0].weight.device
-        local = torch.stack([torch.stack([norm.to(device) for norm in own]).sum() for own in norms.values()])
-        return (_sum_of_parts(local, weight) if isinstance(weight, DTensor) else local).cpu()
+    def _score_gradients(self) -> torch.Tensor:
+        return torch.cat([self._gradient(gate.weight) for gate in self._gates]).cpu()
+
+    def _norms(self) -> torch.Tensor:
+        (adapter,) = self._ila.active_adapters
+        granularity = self._ila.peft_config[adapter].granularity
+        norms: dict[str, Any] = dict.fromkeys(self._ila.gates(), 0.0)
+        for module, scaling, *factors in self._ila.factors():
+            for weight in factors:
+                if weight.requires_grad:  # beside a factor that is 0, the other has no gradient
+                    norms[unit_of(module, granularity)] += scaling * self._gradient(weight).abs().sum()
+        return torch.stack(list(norms.values())).cpu()
 
     def set_scores(self, scores: Iterable[float]) -> None:
         _shard(self._trainer)  # so that this changes the scores, not a gathered copy
@@ -200,29 +177,18 @@ def _end_of_stream(dataset: Any) -> Iterator[None]:
             raise
 
 
-def _sum_of_parts(local: torch.Tensor, sharded: DTensor) -> torch.Tensor:
-    mesh = sharded.device_mesh
-    torch.distributed.all_reduce(local, group=mesh.get_group(mesh.ndim - 1))
-    return local
-
-
-def _local_gradient(score: torch.Tensor) -> torch.Tensor:
-    if (gradient := score.grad) is None:  # no batch reached the unit
-        return torch.zeros(1)
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return local.float().sum().reshape(1)  # an empty shard (another process holds the score) adds 0
-
-
 @contextlib.contextmanager
-def measuring(trainer: Any, ila: ILAModel, seed: int | None = None) -> Iterator[Measurement]:
+def measuring(
+    trainer: Any, ila: ILAModel, seed: int | None = None, trained: Collection[str] = SCORES
+) -> Iterator[Measurement]:
     """
-    Prepare a trainer's active adapter for measurement: mode "soft", no dropout, data in the seed's order.
+    Prepare a trainer for measurement: data in the seed's order, no dropout, and the active adapter as
+    [`ILAModel.measured`] has it. The gradients are those of `trained`.
 
-    At the end all gates are open, those of mode "joint" folded into B, and the rest of the trainer and its model is
-    restored. After an error the adapter is restored too.
+    At the end the trainer and its model are restored, but all gates are open.
     """
     seed, data_seed = (trainer.args.seed, trainer.args.data_seed) if seed is None else (seed, seed)
-    with _prepared(trainer), _adapter_as_before(ila), _untouched(trainer), _evaluating(trainer.model):
+    with _prepared(trainer), ila.measured(trained), _untouched(trainer), _evaluating(trainer.model):
         trainer.accelerator.dataloader_config.data_seed = data_seed  # accelerate orders the data by this copy of it
         set_seed(seed)
         yield Measurement(trainer, ila)
@@ -249,37 +215,6 @@ def _prepared(trainer: Any) -> Iterator[None]:
         yield
     finally:
         getattr(model, f"{kind}_checkpointing_disable")()
-
-
-@contextlib.contextmanager
-def _adapter_as_before(ila: ILAModel) -> Iterator[None]:
-    (name,) = ila.active_adapters
-    config = ila.peft_config[name]
-    mode: GateMode = config.gate_mode
-    parts = (".lora_gate.", ".lora_B.", ".lora_embedding_B.") if mode == "joint" else (".lora_gate.",)
-    parameters = dict(ila.model.named_parameters())
-    values = {key: p.detach().clone() for key, p in parameters.items() if any(part in key for part in parts)}
-    trainable = {key: p.requires_grad for key, p in parameters.items()}
-    try:
-        if mode == "joint":
-            ila.fold_gates()
-        ila.set_gate_mode("open")
-        trainable_when_open = {key: p.requires_grad for key, p in parameters.items()}
-        ila.change_config(name, inference_mode=False)
-        ila.set_gate_mode("soft")
-        yield
-        mode, trainable = "open", trainable_when_open
-    except BaseException:
-        for key, value in values.items():
-            parameters[key].data.copy_(value)
-        raise
-    finally:
-        for gate in ila.gates().values():
-            gate.probed = False
-        ila.change_config(name, inference_mode=config.inference_mode)
-        ila.set_gate_mode(mode)
-        for key, parameter in parameters.items():
-            parameter.requires_grad_(trainable[key])
 
 
 @contextlib.contextmanager

@@ -44,13 +44,15 @@ class EpsilonStability(TrainerCallback):
         self.epsilon = epsilon
         self.window = window
         self.patience = patience
-        self._reset()
+        self._reset([])
 
-    def _reset(self) -> None:
+    def _reset(self, losses: list[float]) -> None:
         self.change = math.nan
         self.stopped_at: int | None = None
         self._losses: list[float] = []
         self._stable = 0
+        for loss in losses:
+            self._observe(loss)
 
     def _observe(self, loss: float) -> None:
         self._losses = [*self._losses, loss][-2 * self.window :]
@@ -65,10 +67,7 @@ class EpsilonStability(TrainerCallback):
             raise ValueError('EpsilonStability reads the logged loss; `logging_strategy` must not be "no".')
         # The filter replaces NaN by the mean of the losses before, which would look stable.
         args.logging_nan_inf_filter = False
-        self._reset()
-        for log in state.log_history:  # of a resumed run
-            if "loss" in log:
-                self._observe(log["loss"])
+        self._reset([log["loss"] for log in state.log_history if "loss" in log])  # of a resumed run
         self.stopped_at = state.global_step if self._stable >= self.patience else None
         needed = math.ceil((2 * self.window + self.patience - 1) * state.logging_steps)
         if args.logging_strategy == "steps" and needed > state.max_steps:

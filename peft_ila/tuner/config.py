@@ -60,11 +60,7 @@ class ILAConfig(LoraConfig):
     )
     gate_init: float = field(default=4.0, metadata={"help": "The initial score s of every unit; the gate is σ(s)."})
     gate_mode: GateMode = field(
-        default="joint",
-        metadata={
-            "help": "'joint': γ = σ(s), LoRA weights and scores train; 'open': γ = 1, LoRA weights train; 'soft': "
-            "γ = σ(s), scores train; 'hard': γ = 1 for the units in `gate_mask`, else 0, kept LoRA weights train."
-        },
+        default="joint", metadata={"help": "How the gates act and what trains: 'joint', 'open', 'soft' or 'hard'."}
     )
     gate_mask: list[str] | None = field(default=None, metadata={"help": "The units that mode 'hard' keeps."})
     gated_parameters: dict[str, str] | None = field(

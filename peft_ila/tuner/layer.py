@@ -9,7 +9,7 @@ the gate multiplies its difference from the base layer.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,10 @@ from .config import GateMode
 
 
 class Gate(nn.Module):
-    """The gate of one unit.
-
-    Args:
-        score: The initial score s.
+    """
+    The gate of one unit. Its `weight` is the score s.
 
     Attributes:
-        weight: The score, a parameter of shape (1,); FSDP refuses scalars.
         mode: How the score acts, see [`ILAConfig`].
         kept: Whether mode "hard" keeps the unit.
         probed: Whether γ = 0 in mode "soft" and the gradient of the score is ∂L/∂γ, for [`learn_gates`].
@@ -36,7 +33,8 @@ class Gate(nn.Module):
 
     def __init__(self, score: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((1,), float(score)), requires_grad=False)  # PEFT sets what trains
+        # of shape (1,), since FSDP refuses scalars; PEFT sets what trains
+        self.weight = nn.Parameter(torch.full((1,), float(score)), requires_grad=False)
         self.mode: GateMode = "joint"
         self.kept = True
         self.probed = False
@@ -58,10 +56,11 @@ class Gate(nn.Module):
         """Whether γ is exactly 1."""
         return self.mode == "open" or (self.mode == "hard" and self.kept)
 
-    @property
-    def trains(self) -> bool:
-        """Whether the score trains."""
-        return self.mode in ("joint", "soft")
+    def trains(self, name: str) -> bool:
+        """Whether the mode trains the weights of this name in a layer, such as `lora_A`."""
+        if name == "lora_gate":
+            return self.mode in ("joint", "soft")
+        return self.mode == "joint" or self.is_open
 
     def pre_forward_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Gate the input of `lora_B`. A bound method, so that copies and pickles keep gate and layer together."""
@@ -72,7 +71,7 @@ class _Gates(nn.ModuleDict):
     """A layer's `lora_gate`. PEFT sees only the gates that train: it calls a partly frozen adapter irregular."""
 
     def items(self) -> Any:
-        return [(name, gate) for name, gate in super().items() if gate.trains]
+        return [(name, gate) for name, gate in super().items() if gate.trains("lora_gate")]
 
 
 class _GatedModuleDict(nn.ModuleDict):
@@ -119,14 +118,11 @@ def forget(layer: Any, adapter_name: str) -> None:
 
 
 def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
-    """Gate an adapter that `update_layer` has just created.
+    """
+    Gate an adapter that `update_layer` has just created. The layer's class becomes the gated subclass.
 
-    Args:
-        layer: The LoRA layer. Its class becomes the gated subclass.
-        adapter_name: The adapter.
-        gate: The gate of the layer's unit.
-        owner: Whether this layer registers the gate and saves the score. The others hold a plain reference: a
-            parameter registered in several modules is untied on a bf16 base and by `low_cpu_mem_usage=True`.
+    The unit's first layer, the owner, registers the gate and saves the score. The others hold a plain reference: a
+    parameter registered in several modules is untied on a bf16 base and by `low_cpu_mem_usage=True`.
     """
     if not is_gated(layer):
         layer.__class__ = _gated_class(layer.__class__)
@@ -149,47 +145,42 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
         layer.output_fns[adapter_name] = gate  # PEFT calls it on the rank-r result of the lookup
 
 
-def freeze_by_mode(layer: Any, adapter_name: str) -> None:
-    """Tell PEFT which of the adapter's weights the gate's mode freezes, whatever activates the adapter later."""
+def freeze(layer: Any, adapter_name: str, trained: Collection[str] | None = None) -> None:
+    """Tell PEFT what of the adapter does not train, whatever activates it later. By default, the mode decides."""
     gate = layer.gates[adapter_name]
-    trains_lora = gate.mode == "joint" or gate.is_open
     frozen = tuple(
-        name for name in layer.adapter_layer_names if not (gate.trains if name == "lora_gate" else trains_lora)
+        name for name in layer.adapter_layer_names if not (gate.trains(name) if trained is None else name in trained)
     )
     layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: frozen}
 
 
 class _Probe(torch.autograd.Function):
     """
-    Return a linear layer's output unchanged, with the gradient at γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂output · B, A·x⟩.
+    Return a layer's output or weight unchanged, with the gate's gradient at γ = 0:
+    ∂L/∂γ = scaling · ⟨∂L/∂tensor, left @ right⟩, where scaling · left @ right is the delta of the output or weight.
 
     Args:
-        output: Shape (..., features).
+        tensor: Shape (..., columns); its other dimensions hold as many rows as `left`.
         score: Shape (1,); its gradient is ∂L/∂γ.
-        rank_r: A·x, shape (..., r).
-        weight: B, shape (features, r).
+        left: Shape (rows, r), or (experts, rows, r).
+        right: Shape (r, columns), or (experts, r, columns).
         scaling: α/r.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        output: torch.Tensor,
-        score: torch.Tensor,
-        rank_r: torch.Tensor,
-        weight: torch.Tensor,
-        scaling: float,
+        ctx: Any, tensor: torch.Tensor, score: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        ctx.save_for_backward(rank_r, weight)
+        ctx.save_for_backward(left, right)
         ctx.scaling = scaling
-        return output.data  # the model may change it in place, which is not allowed for a view
+        return tensor.data  # the model may change it in place, which is not allowed for a view
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rank_r, weight = ctx.saved_tensors
-        flow = grad @ weight.to(grad.dtype)
-        worth = torch.dot(flow.float().view(-1), rank_r.float().view(-1))
+        left, right = ctx.saved_tensors
+        rows = grad.reshape(*left.shape[:-1], grad.shape[-1])
+        worth = (left.mT.to(grad.dtype) @ rows).float().mul_(right).sum()
         return grad, (worth * ctx.scaling).view(1), None, None, None
 
 
@@ -206,34 +197,6 @@ def _soft_adapter(layer: Any) -> str | None:
     return names[0] if bare and "forward" not in vars(lora_B) else None
 
 
-class _ProbedWeight(torch.autograd.Function):
-    """
-    Return a weight unchanged, with the gradient at γ = 0: ∂L/∂γ = scaling · ⟨∂L/∂weight, left @ right⟩.
-
-    Args:
-        weight: Shape (experts, rows, columns).
-        score: Shape (1,); its gradient is ∂L/∂γ.
-        left: Shape (experts, rows, r).
-        right: Shape (experts, r, columns).
-        scaling: α/r.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: torch.Tensor, score: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.scaling = scaling
-        return weight.data
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        left, right = ctx.saved_tensors
-        worth = (left.transpose(1, 2).to(grad.dtype) @ grad).float().mul_(right.float()).sum()
-        return None, (worth * ctx.scaling).view(1), None, None, None
-
-
 class _ParameterProbe(nn.Module):
     """Parametrises a parameter whose gate is probed."""
 
@@ -243,7 +206,7 @@ class _ParameterProbe(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         gate, left, right, scaling = self.of
-        return _ProbedWeight.apply(weight, gate.weight.to(weight.device), left, right, scaling)
+        return _Probe.apply(weight, gate.weight.to(weight.device), left, right, scaling)
 
 
 class _GatedVariant:
@@ -360,7 +323,8 @@ def _gated_module(gated: Any) -> Any:
                 rank_r = lora_A(self.lora_dropout[adapter](x))
             scaling = self.scaling[adapter]
             if gate.probed:
-                return _Probe.apply(output, gate.weight.to(output.device), rank_r, lora_B.weight, scaling)
+                rank_r = rank_r.reshape(-1, rank_r.shape[-1])
+                return _Probe.apply(output, gate.weight.to(output.device), rank_r, lora_B.weight.t(), scaling)
             rank_r = rank_r * scaling
             if rank_r.dtype != output.dtype:
                 return (output + lora_B(rank_r)).to(output.dtype)

@@ -1,9 +1,10 @@
 """ILAModel: injection, modes, masks and scores of gated LoRA."""
 
+import contextlib
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
 import peft
@@ -12,7 +13,6 @@ import transformers
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -22,13 +22,13 @@ from torch import nn
 
 from ..choices import Ranks
 from ..export.adapters import SAVED_PREFIX, save_adapter
-from ..export.plain import lora_options, to_plain_lora
+from ..export.plain import to_plain_lora
 from ..export.ranks import to_reduced_lora
 from ..ranking.importance import LayerImportance
 from ..units import unit_of
 from ..version import __version__
 from .config import GateMode, ILAConfig
-from .layer import Gate, add_gate, forget, freeze_by_mode, is_gated, target_name
+from .layer import Gate, add_gate, forget, freeze, is_gated, target_name
 
 _TIED = (
     "ILA does not support `ensure_weight_tying` for embeddings and a head that adapters target: tied adapters share "
@@ -41,11 +41,7 @@ class Factors(NamedTuple):
     """
     The factors of one weight delta (α/r)·B·A.
 
-    Attributes:
-        module: The name of the module in the base model.
-        scaling: α/r.
-        a: Shape (r, in); for a convolution (r, in, …).
-        b: Shape (out, r); for a convolution (out, r, 1, …).
+    `a` has the shape (r, in), and `b` (out, r); those of a convolution have its kernel's dimensions after these.
     """
 
     module: str
@@ -70,46 +66,30 @@ class ILAModel(LoraModel):
     """
 
     peft_config: dict[str, Any]
-    _beside_scores: tuple[nn.Parameter, ...] = ()
 
     # `prefix`, `tuner_layer_cls` and `target_module_mapping` are LoRA's: the prefix `lora_` makes PEFT and
     # transformers save, load and merge the scores with the LoRA weights.
 
     def _create_and_replace(  # type: ignore[override]  # as in LoraModel
-        self,
-        lora_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
+        self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, **kwargs: Any
     ) -> None:
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, **kwargs)
         # a parameter that is wrapped for another adapter gets no second layer
         added = isinstance(target, ParamWrapper) and target.parameter_name == kwargs.get("parameter_name")
-        self._add_gate(target if added else getattr(parent, target_name), current_key, adapter_name)
+        self._add_gate(target if added else getattr(parent, target_name), kwargs["current_key"], adapter_name)
 
     def _add_gate(self, target: nn.Module, name: str, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         unit = unit_of(name, config.granularity)
-        gate = None if unit == name else self._find_gate(unit, adapter_name)
+        others = [] if unit == name else self.model.get_submodule(unit).modules()
+        gate = next((m.gates[adapter_name] for m in others if is_gated(m) and adapter_name in m.gates), None)
         owner = gate is None
-        if gate is None:
-            gate = Gate(config.gate_init)
         # `MultiheadAttention` holds a second LoRA layer, its output projection
         for module in [target] if isinstance(target, ParamWrapper) else list(target.modules()):
             if isinstance(module, LoraLayer):
+                gate = gate or Gate(config.gate_init)
                 add_gate(module, adapter_name, gate, owner)
                 owner = False
-
-    def _find_gate(self, unit: str, adapter_name: str) -> Gate | None:
-        for module in self.model.get_submodule(unit).modules():
-            if is_gated(module) and adapter_name in module.gates:
-                return module.gates[adapter_name]
-        return None
 
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         raise ValueError(_TIED)
@@ -128,10 +108,11 @@ class ILAModel(LoraModel):
     def _target_experts(self, model: nn.Module, adapter_name: str) -> None:
         # PEFT translates "all-linear" and the names of fused experts into `target_parameters` only for the type LORA.
         config = self.peft_config[adapter_name]
-        lora = copy.deepcopy(LoraConfig(**lora_options(config)))
-        convert_peft_config_for_transformers(lora, model, None)
-        for option in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
-            setattr(config, option, getattr(lora, option))
+        config.peft_type = PeftType.LORA
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        finally:
+            config.peft_type = PeftType("ILA")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_tokens(model, self.peft_config[adapter_name].trainable_token_indices)
@@ -148,9 +129,7 @@ class ILAModel(LoraModel):
         parameters = {
             path: name for path, name, layer in self._gated_layers(adapter_name) if isinstance(layer, ParamWrapper)
         }
-        if parameters:
-            self.change_config(adapter_name, gated_parameters=parameters)
-        self._apply_mode(adapter_name)
+        self._change(adapter_name, **({"gated_parameters": parameters} if parameters else {}))
 
     @classmethod
     def from_lora(cls, model: PeftModel, **gate_options: Any) -> PeftModel:
@@ -200,15 +179,10 @@ class ILAModel(LoraModel):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.gate_mode == "hard" and not config.inference_mode:
             _check_mask(model, adapter_name, state_dict)
-        scores = [
-            f"{name}.lora_gate.{adapter_name}.weight"
-            for name, module in model.named_modules()
-            if is_gated(module) and adapter_name in module.lora_gate
-        ]
-        saved = {key for key in state_dict if ".lora_gate." in key}
+        scores = [key for key, _ in model.named_parameters() if key.endswith(f".lora_gate.{adapter_name}.weight")]
+        saved = [key for key in state_dict if ".lora_gate." in key]
         if not saved:  # a plain LoRA adapter: its scores start at `gate_init`
-            state_dict |= {key: torch.full((1,), float(config.gate_init)) for key in scores}
-            return state_dict
+            return state_dict | {key: torch.full((1,), float(config.gate_init)) for key in scores}
         # transformers' own loading strips this prefix later
         ours, theirs = ({key.removeprefix(SAVED_PREFIX) for key in keys} for keys in (scores, saved))
         if difference := sorted(ours ^ theirs):
@@ -217,10 +191,6 @@ class ILAModel(LoraModel):
                 "in only one of them. Load the adapter into the base model it was trained on."
             )
         return state_dict
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Modes
-    # ------------------------------------------------------------------------------------------------------------
 
     def set_gate_mode(self, mode: GateMode, adapter_name: str | None = None) -> None:
         """
@@ -239,18 +209,10 @@ class ILAModel(LoraModel):
         if mode not in get_args(GateMode):
             raise ValueError(f"`mode` must be one of {get_args(GateMode)}, got {mode!r}.")
         for name in self._adapter_names(adapter_name):
-            config = self.peft_config[name]
-            if mode == "hard" and not config.gate_mask:
+            if mode == "hard" and not self.peft_config[name].gate_mask:
                 raise ValueError(f"Adapter {name!r} has no mask yet; call `apply_mask(units)` instead.")
             self.check_unmerged(name)
-            self.change_config(name, gate_mode=mode)
-            self._apply_mode(name)
-
-    def change_config(self, adapter_name: str, **options: Any) -> None:
-        """Set options in a copy of an adapter's configuration; other models may share the original."""
-        self.peft_config[adapter_name] = config = copy.copy(self.peft_config[adapter_name])
-        for option, value in options.items():
-            setattr(config, option, value)
+            self._change(name, gate_mode=mode)
 
     def apply_mask(self, units: Iterable[str], adapter_name: str | None = None) -> None:
         """
@@ -276,10 +238,16 @@ class ILAModel(LoraModel):
             if not kept:
                 raise ValueError("The mask keeps no unit; select at least one.")
             self.check_unmerged(name)
-            self.change_config(name, gate_mask=[unit for unit in known if unit in kept])
-            self.set_gate_mode("hard", name)
+            self._change(name, gate_mode="hard", gate_mask=[unit for unit in known if unit in kept])
 
-    def _apply_mode(self, adapter_name: str) -> None:
+    def _change(self, adapter_name: str, trained: Collection[str] | None = None, **options: Any) -> None:
+        """
+        Bring the model to an adapter's mode, after setting these options in a copy of its configuration, which other
+        models may share. What of its layers trains is `trained`, such as `lora_B`, or what the mode says.
+        """
+        if options:
+            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+            vars(self.peft_config[adapter_name]).update(options)
         config = self.peft_config[adapter_name]
         gates = self.gates(adapter_name)
         kept = config.gate_mask or []
@@ -288,54 +256,65 @@ class ILAModel(LoraModel):
         for unit, gate in gates.items():
             gate.mode = config.gate_mode
             gate.kept = unit in kept
+            gate.probed = False
         for *_, layer in self._gated_layers(adapter_name):
-            freeze_by_mode(layer, adapter_name)
+            freeze(layer, adapter_name, trained)
         if adapter_name in self.active_adapters:
-            self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
             self._mark_only_adapters_as_trainable(self.model)
+            self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
         self._settle_dropout_and_dtype(adapter_name)
+
+    @contextlib.contextmanager
+    def measured(self, trained: Collection[str] = ("lora_gate",)) -> Iterator[None]:
+        """
+        Let the loss of the active adapter be measured, with any gates, and the gradients of `trained`, the parts of
+        the layers.
+
+        The mode is "soft", also of an adapter that was loaded for inference, and the gates of mode "joint" are folded
+        into B. At the end all gates are open. After an error the adapter is as before.
+        """
+        (name,) = self.active_adapters
+        config = self.peft_config[name]
+        mode = config.gate_mode
+        weights = [gate.weight for gate in self.gates(name).values()]
+        if mode == "joint":
+            weights += [b for *_, b in self.factors(name)]
+        before = [(weight, weight.detach().clone()) for weight in weights]
+        try:
+            if mode == "joint":
+                self._fold(name)
+            self._change(name, trained, gate_mode="soft", inference_mode=False)
+            yield
+            mode = "open"
+        except BaseException:
+            for weight, value in before:
+                weight.data.copy_(value)
+            raise
+        finally:
+            self._change(name, gate_mode=mode, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._freeze_beside_scores()
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        super()._mark_only_adapters_as_trainable(model)
-        self._freeze_beside_scores()
+        self._freeze_outside()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
-        soft = [name for name, config in self.peft_config.items() if config.gate_mode == "soft"]
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):  # `modules_to_save`, token indices
-                module.set_requires_grad(soft, requires_grad=False)
+        self._freeze_outside()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._freeze_beside_scores()
+        self._freeze_outside()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self._freeze_beside_scores()
+        self._freeze_outside()
 
-    def _freeze_beside_scores(self) -> None:
+    def _freeze_outside(self) -> None:
         # In mode "soft" the layers freeze A and B; this freezes biases and `modules_to_save`.
-        if not any(self.peft_config[name].gate_mode == "soft" for name in self.active_adapters):
-            return
-        scores = {id(gate.weight) for name in self.active_adapters for gate in self.gates(name).values()}
-        for parameter in self.model.parameters():
-            if id(parameter) not in scores:
-                parameter.requires_grad_(False)
-        for weight in self._beside_scores:
-            weight.requires_grad_(True)
-
-    def train_beside_scores(self, weights: Iterable[nn.Parameter]) -> None:
-        """Train only these weights beside the scores in mode "soft", also after a loss has switched adapters."""
-        for weight in self._beside_scores:
-            weight.requires_grad_(False)
-        self._beside_scores = tuple(weights)
-        for weight in self._beside_scores:
-            weight.requires_grad_(True)
+        if any(self.peft_config[name].gate_mode == "soft" for name in self.active_adapters):
+            for name, parameter in self.model.named_parameters():
+                if ".lora_" not in name:
+                    parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ILAModel":
         super().train(mode)
@@ -354,10 +333,6 @@ class ILAModel(LoraModel):
             score = layer.gates[adapter_name].weight
             if soft and score.dtype in (torch.float16, torch.bfloat16):
                 score.data = score.data.float()
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Units and scores
-    # ------------------------------------------------------------------------------------------------------------
 
     def _adapter_names(self, adapter_name: str | None) -> list[str]:
         if adapter_name is None:
@@ -379,12 +354,7 @@ class ILAModel(LoraModel):
                 yield path, target_name(path, module), module
 
     def gates(self, adapter_name: str | None = None) -> dict[str, Gate]:
-        """
-        The gates of an adapter by unit, in model order.
-
-        Args:
-            adapter_name (`str`, *optional*): The adapter, by default the active one.
-        """
+        """The gates of an adapter, by default the active one, by unit in model order."""
         adapter_name = self._one_adapter(adapter_name)
         granularity = self.peft_config[adapter_name].granularity
         return {
@@ -394,10 +364,9 @@ class ILAModel(LoraModel):
 
     def layer_importance(self, adapter_name: str | None = None) -> LayerImportance:
         """
-        Make a ranking from the current scores, independent of the model. Under FSDP2, call it on all processes.
+        Make a ranking, independent of the model, from the scores of an adapter, by default the active one.
 
-        Args:
-            adapter_name (`str`, *optional*): The adapter, by default the active one.
+        Under FSDP2, call it on all processes.
 
         Raises:
             ValueError: A score is not finite.
@@ -409,6 +378,8 @@ class ILAModel(LoraModel):
         for name in gated:
             modules.setdefault(unit_of(name, config.granularity), []).append(name)
         last_components = {name.rpartition(".")[2] for name in gated}
+        others = [name for name, _ in self.model.named_modules() if name not in gated]
+        parameters = {name: layer for name, layer in gated.items() if isinstance(layer, ParamWrapper)}
         return LayerImportance(
             units=list(modules),
             scores=[_whole(gate.weight).item() for gate in self.gates(adapter_name).values()],
@@ -425,43 +396,27 @@ class ILAModel(LoraModel):
                 },
             },
             modules=modules,
-            lookalikes=[
-                name
-                for name, _ in self.model.named_modules()
-                if name.rpartition(".")[2] in last_components and name not in gated
-            ],
-            parameters={
-                name: layer.r[adapter_name] / config.r
-                for name, layer in gated.items()
-                if isinstance(layer, ParamWrapper)
-            },
+            lookalikes=[name for name in others if name.rpartition(".")[2] in last_components],
+            parameters={name: layer.r[adapter_name] / config.r for name, layer in parameters.items()},
         )
-
-    def zero_initialised_factors(self, adapter_name: str | None = None) -> Iterator[tuple[str, float, nn.Parameter]]:
-        """The unit, the scaling α/r and the zero-initialised factor (B; A for embeddings) of each LoRA layer."""
-        adapter_name = self._one_adapter(adapter_name)
-        granularity = self.peft_config[adapter_name].granularity
-        for _, name, layer in self._gated_layers(adapter_name):
-            embedding = adapter_name in layer.lora_embedding_A
-            weight = layer.lora_embedding_A[adapter_name] if embedding else layer.lora_B[adapter_name].weight
-            yield unit_of(name, granularity), layer.scaling[adapter_name], weight
 
     def factors(self, adapter_name: str | None = None) -> Iterator[Factors]:
         """The factors of each weight delta, in model order."""
         adapter_name = self._one_adapter(adapter_name)
         for _, name, layer in self._gated_layers(adapter_name):
-            embedding = adapter_name in layer.lora_embedding_A
-            a = layer.lora_embedding_A[adapter_name] if embedding else layer.lora_A[adapter_name].weight
-            yield Factors(name, layer.scaling[adapter_name], a, cast(nn.Parameter, _lora_b(layer, adapter_name)))
+            if adapter_name in layer.lora_A:
+                a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            else:
+                a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+            yield Factors(name, layer.scaling[adapter_name], a, b)
 
     def is_trained(self, adapter_name: str | None = None) -> bool:
         """
-        Whether the adapter changes the model; a fresh one does not. Under FSDP2, call it on all processes.
+        Whether an adapter, by default the active one, changes the model; a fresh one does not.
 
-        Args:
-            adapter_name (`str`, *optional*): The adapter, by default the active one.
+        Under FSDP2, call it on all processes.
         """
-        return any(bool(_whole(weight).any()) for *_, weight in self.zero_initialised_factors(adapter_name))
+        return any(bool(_whole(a).any() and _whole(b).any()) for *_, a, b in self.factors(adapter_name))
 
     def check_unmerged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the adapter is merged: if its gates changed, it could not be unmerged."""
@@ -482,19 +437,21 @@ class ILAModel(LoraModel):
         """
         for name in self._adapter_names(adapter_name):
             self.check_unmerged(name)
-            self._multiply_gates_into_b(name)
-            self.set_gate_mode("open", name)
+            self._fold(name)
+            self._change(name, gate_mode="open")
 
     @torch.no_grad()
-    def _multiply_gates_into_b(self, adapter_name: str) -> None:
+    def _fold(self, adapter_name: str) -> None:
         if self.peft_config[adapter_name].use_dora:
             raise ValueError(
                 f"Adapter {adapter_name!r} is a DoRA adapter, so its gates cannot be multiplied into B. Train it in "
                 'mode "open".'
             )
-        for *_, layer in self._gated_layers(adapter_name):
-            weight = _lora_b(layer, adapter_name)
-            weight.copy_(layer.gates[adapter_name](weight))
+        gates = [layer.gates[adapter_name] for *_, layer in self._gated_layers(adapter_name)]
+        for gate, (*_, b) in zip(gates, self.factors(adapter_name)):
+            b.copy_(gate(b))
+        for gate in gates:  # several layers may share one
+            gate.mode = "open"
 
     def to_lora(
         self, output_dir: str | os.PathLike[str], adapter_name: str | None = None, ranks: Ranks | None = None
@@ -515,11 +472,12 @@ class ILAModel(LoraModel):
             [`~peft.LoraConfig`]: The written configuration.
         """
         adapter_name = self._one_adapter(adapter_name)
-        saved = get_peft_model_state_dict(
-            self.model,
-            adapter_name=adapter_name,
-            save_embedding_layers="auto" if _has_embeddings(self.model) else False,
-        )
+        try:
+            self.model.get_input_embeddings()
+            embeddings: Any = "auto"
+        except (AttributeError, NotImplementedError):  # of speech models, which PEFT does not expect to have none
+            embeddings = False
+        saved = get_peft_model_state_dict(self.model, adapter_name=adapter_name, save_embedding_layers=embeddings)
         state_dict = {f"{SAVED_PREFIX}{key}": tensor.detach().cpu() for key, tensor in saved.items()}
         importance = self.layer_importance(adapter_name)
         known = (self.peft_config[adapter_name], importance.lookalikes, importance.metadata["model_type"])
@@ -536,20 +494,18 @@ class ILAModel(LoraModel):
         """Like [`~peft.LoraModel.add_weighted_adapter`], on the gated deltas. The new adapter's gates are open."""
         if adapter_name in self.peft_config:
             return
-        names = [own for name in dict.fromkeys(adapters) for own in self._adapter_names(name)]
-        layers = [(layer, name) for name in names for *_, layer in self._gated_layers(name)]
-        before = [(layer.gates[name].mode, _lora_b(layer, name).detach().clone()) for layer, name in layers]
+        names = list(dict.fromkeys(adapters))
+        before = [(b, b.detach().clone()) for name in names for *_, b in self.factors(name)]
         try:
             for name in names:
-                self._multiply_gates_into_b(name)
-            for layer, name in layers:
-                layer.gates[name].mode = "open"  # PEFT combines either B or the weight delta, which is gated
+                self._fold(name)  # PEFT combines either B or the weight delta, which is gated
             super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
         finally:
-            for (layer, name), (mode, weight) in zip(layers, before):
-                layer.gates[name].mode = mode
-                _lora_b(layer, name).data.copy_(weight)
-        self.set_gate_mode("open", adapter_name)
+            for b, value in before:
+                b.data.copy_(value)
+            for name in names:
+                self._change(name)
+        self._change(adapter_name, gate_mode="open")
 
 
 def disable_cpu_4bit_packing(model: nn.Module) -> None:
@@ -562,34 +518,27 @@ def disable_cpu_4bit_packing(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _has_embeddings(model: Any) -> bool:
-    # speech models have none and raise, which PEFT does not expect when their `lm_head` is adapted
-    try:
-        return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
-    except NotImplementedError:
-        return False
-
-
 def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """
     A trainer that resumes reads the weights and the optimiser state, but not the mask. If both runs started from the
     same weights, another mask shows in them: a closed unit has moved and a kept one has not.
     """
-    same: dict[str, bool] = {}
+    kept: dict[str, bool] = {}  # by the path of a layer
+    moved: set[str] = set()
     for key, parameter in model.named_parameters():
         path, _, part = key.partition(".lora_")
         if key in state_dict and part and not part.startswith("gate"):
+            layer: Any = model.get_submodule(path)
+            kept[path] = layer.gates[adapter_name].kept
             plain = type(parameter) is nn.Parameter and not parameter.is_meta
-            equal = plain and torch.equal(state_dict[key].to(parameter), parameter)
-            same[path] = same.get(path, True) and equal
-    layers: dict[str, Any] = dict(model.named_modules())
-    kept = {path for path in same if layers[path].gates[adapter_name].kept}
-    moved = [path for path in same if not same[path] and path not in kept]
-    unmoved = [path for path in same if same[path] and path in kept]
-    if moved and unmoved:
+            if not (plain and torch.equal(state_dict[key].to(parameter), parameter)):
+                moved.add(path)
+    closed = [path for path in moved if not kept[path]]
+    unmoved = [path for path in kept if kept[path] and path not in moved]
+    if closed and unmoved:
         raise ValueError(
-            f"The weights are from a run with another mask: it trained {moved[0]!r}, which this model's mask closes, "
-            f"but not {unmoved[0]!r}, which the mask keeps. Resume with the `gate_mask` in the checkpoint's "
+            f"The weights are from a run with another mask: it trained {min(closed)!r}, which this model's mask "
+            f"closes, but not {unmoved[0]!r}, which the mask keeps. Resume with the `gate_mask` in the checkpoint's "
             "`adapter_config.json`. To change the mask, call `apply_mask` after loading."
         )
 
@@ -597,20 +546,12 @@ def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
 def _check_tokens(model: Any, indices: list[int] | dict[str, list[int]] | None) -> None:
     """PEFT does not check the tokens; on a GPU, the lookup fails later and elsewhere."""
     tokens = [token for own in indices.values() for token in own] if isinstance(indices, dict) else indices
-    if tokens and _has_embeddings(model):
-        parts = model.get_input_embeddings().modules()  # another adapter may have wrapped them
-        known = next((part.num_embeddings for part in parts if hasattr(part, "num_embeddings")), math.inf)
-        if max(tokens) >= known:
-            raise ValueError(
-                f"`trainable_token_indices` has the token {max(tokens)}, but the model has {known} tokens. Pass a "
-                "model with the adapter's vocabulary, or resize the embeddings first."
-            )
-
-
-def _lora_b(layer: Any, adapter_name: str) -> torch.Tensor:
-    if adapter_name in layer.lora_B:
-        return layer.lora_B[adapter_name].weight
-    return layer.lora_embedding_B[adapter_name]
+    known = getattr(getattr(model, "config", None), "vocab_size", math.inf)
+    if tokens and max(tokens) >= known:
+        raise ValueError(
+            f"`trainable_token_indices` has the token {max(tokens)}, but the model has {known} tokens. Pass a model "
+            "with the adapter's vocabulary, or resize the embeddings first."
+        )
 
 
 def _whole(weight: Any) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ..ranking.importance import LayerImportance
 from ..ranking.plotting import FONT, heatmap, new_figure, title_of, write
 from ..ranking.validation import is_integer
 from ..search.gates import check_trained, rankable
-from ..search.measurement import measuring
+from ..search.measurement import FACTORS, measuring
 from ..search.pruning import Found, Kept, Search
 from ..tuner.model import ILAModel
 
@@ -126,7 +126,7 @@ def prune(
     if output_dir is not None:
         check_pruned_output(output_dir)
     settings["seed"] = trainer.args.seed if seed is None else seed
-    with _restored_on_error(ila), measuring(trainer, ila, seed) as measurement:
+    with _restored_on_error(ila), measuring(trainer, ila, seed, FACTORS) as measurement:
         search = Search(trainer, measurement, granularity)
         found = search.run(top_p, min_kept, steps, rounds, gate_steps, gate_learning_rate)
     pruning = summarised(ila, found, settings)

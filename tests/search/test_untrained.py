@@ -16,8 +16,7 @@ from peft_ila.units import unit_of
 
 
 @pytest.mark.support("Trainers", "a ranking before any training, `method='untrained'`")
-@pytest.mark.parametrize("granularity", ["layer", "module"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("granularity, accumulation", [("layer", 1), ("module", 2)])
 def test_the_scores_are_norms_of_plain_loras_gradients(tmp_path, tokenizer, dialogues, granularity, accumulation):
     accumulated = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     trainer = sft_trainer(tmp_path, tokenizer, dialogues, model=ila(granularity=granularity), **accumulated)
@@ -66,8 +65,8 @@ REFERENCES = {
 
 
 @pytest.mark.support("Trainers", "a ranking before any training on TRL's DPO, KTO and GRPO losses")
-@pytest.mark.parametrize("copied", [True, False])  # TRL copies the adapter of a model that has one already
-@pytest.mark.parametrize("name", REFERENCES)
+# TRL copies the adapter of a model that has one already
+@pytest.mark.parametrize("name, copied", [("DPO", True), ("KTO", False), ("GRPO", True), ("GRPO", False)])
 def test_losses_with_a_reference(tmp_path, tokenizer, dialogues, name, copied):
     make, config, columns, *both = REFERENCES[name]
     data = Dataset.from_list([{"prompt": row["prompt"], **columns(row, i)} for i, row in enumerate(dialogues)])

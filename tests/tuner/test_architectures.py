@@ -7,6 +7,7 @@ from models import MODELS, build
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from benchmarks.breadth import buildable, classes, differences
 from peft_ila import ILAConfig
 from peft_ila.units import unit_of
 
@@ -24,8 +25,7 @@ def output(model, name):
     return result.logits if "logits" in result else result.last_hidden_state
 
 
-@pytest.mark.parametrize("granularity", ["layer", "module"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, granularity", [*((name, "layer") for name in MODELS), ("t5", "module")])
 def test_a_mask_keeps_exactly_its_units(name, granularity):
     # LoRA takes the experts, which are parameters, to be "linear" too
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name in ("mixtral", "olmoe") else "all-linear"
@@ -68,3 +68,20 @@ def test_add_adapter_of_transformers(input_ids):
     assert not torch.equal(model(input_ids).logits, base)
     model.disable_adapters()
     assert torch.equal(model(input_ids).logits, base)
+
+
+# a sample of families of `benchmarks/breadth.py`, which tries all of transformers
+FAMILIES = """
+    LlamaForCausalLM Gemma3ForCausalLM Phi3ForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM OPTForCausalLM
+    BloomForCausalLM FalconForCausalLM MixtralForCausalLM Qwen2MoeForCausalLM GptOssForCausalLM
+    DeepseekV3ForCausalLM Llama4ForCausalLM GraniteMoeForCausalLM PhimoeForCausalLM JambaForCausalLM
+    Zamba2ForCausalLM RecurrentGemmaForCausalLM Qwen3NextForCausalLM T5ForConditionalGeneration
+    BartForConditionalGeneration WhisperForConditionalGeneration LlavaForConditionalGeneration Wav2Vec2ForCTC
+    BertForSequenceClassification AlbertForMaskedLM SwinForImageClassification ViTForImageClassification
+""".split()
+
+
+@pytest.mark.support("Architectures", "gated and exported exactly: 28 classes here, all in `benchmarks/breadth.py`")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_configuration_is_exact(name):
+    assert differences(name, buildable(name, classes()[name]), shares=(0.3,)) == []

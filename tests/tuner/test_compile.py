@@ -15,9 +15,9 @@ OPTIONS = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "in
 @pytest.mark.support("Operations", "`torch.compile`")
 def test_graph_breaks(input_ids):
     dynamo.reset()
-    lora = get_peft_model(tiny_llama(), LoraConfig(**OPTIONS))
+    lora = get_peft_model(tiny_llama(layers=1), LoraConfig(**OPTIONS))
     assert dynamo.explain(lora)(input_ids).graph_break_count == 0
-    model = get_peft_model(tiny_llama(), ILAConfig(**OPTIONS, gate_mask=["model.layers.1"]))
+    model = get_peft_model(tiny_llama(layers=1), ILAConfig(**OPTIONS, gate_mask=["model.layers.0"]))
     for mode in ("joint", "open", "soft", "hard"):
         dynamo.reset()
         model.set_gate_mode(mode)
@@ -27,7 +27,7 @@ def test_graph_breaks(input_ids):
 @pytest.mark.support("Operations", "`torch.compile`")
 def test_probed_gates(input_ids):
     dynamo.reset()
-    model = get_peft_model(tiny_llama(), ILAConfig(**OPTIONS, gate_mode="soft"))
+    model = get_peft_model(tiny_llama(layers=1), ILAConfig(**OPTIONS, gate_mode="soft"))
     for gate in model.gates().values():
         gate.probed = True
     gradients = []
@@ -42,7 +42,7 @@ def test_probed_gates(input_ids):
 @pytest.mark.support("Operations", "`torch.compile`")
 def test_one_compilation_for_each_mode(input_ids):
     dynamo.reset()
-    model = get_peft_model(tiny_llama(), ILAConfig(**OPTIONS))
+    model = get_peft_model(tiny_llama(layers=1), ILAConfig(**OPTIONS))
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for repetition in range(2):

@@ -105,7 +105,7 @@ def test_the_probe_is_the_slope_at_the_base_model(input_ids):
 
 def test_both_methods_rank_it(tmp_path, tokenizer, dialogues):
     model = get_peft_model(tiny_llama(), ILAConfig(**OPTIONS, granularity="module", gate_mode="open"))
-    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=model, max_steps=20)
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=model, max_steps=4)
     trainer.train()
     before = {k: p.detach().clone() for k, p in model.named_parameters() if "lora_gate" not in k}
     attribution, descent = learn_gates(trainer, steps=4), learn_gates(trainer, method="descent", steps=4)
@@ -113,8 +113,7 @@ def test_both_methods_rank_it(tmp_path, tokenizer, dialogues):
     assert all(torch.equal(model.get_parameter(k), value) for k, value in before.items())
 
 
-@pytest.mark.parametrize("granularity", ["layer", "module"])
-@pytest.mark.parametrize("mode", ["open", "hard"])
+@pytest.mark.parametrize("granularity, mode", [("layer", "open"), ("module", "hard")])
 def test_saved_loaded_and_exported_as_the_dora_adapter_that_it_is(tmp_path, input_ids, granularity, mode):
     model = gated(granularity)
     if mode == "hard":

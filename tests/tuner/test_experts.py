@@ -158,7 +158,7 @@ def test_learn_gates(tmp_path, tokenizer, dialogues, name):
     model = build(name)
     model.resize_token_embeddings(64)
     config = ILAConfig(r=2, granularity="module", gate_mode="open", **copy.deepcopy(MODELS[name][1]))
-    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=get_peft_model(model, config), max_steps=20)
+    trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=get_peft_model(model, config), max_steps=4)
     trainer.train()
     before = {k: p.detach().clone() for k, p in trainer.model.named_parameters() if "lora_gate" not in k}
     importance = learn_gates(trainer, steps=4)
@@ -170,7 +170,7 @@ def test_learn_gates(tmp_path, tokenizer, dialogues, name):
 
 
 @pytest.mark.support("Quantisation", "NF4 with fused experts, which stay as they are")
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_experts_beside_4_bit_modules(tmp_path, tokenizer, dialogues, name):
     pytest.importorskip("bitsandbytes")
     model = build(name)
@@ -196,7 +196,7 @@ def test_experts_beside_4_bit_modules(tmp_path, tokenizer, dialogues, name):
 
     config = ILAConfig(r=2, granularity="module", gate_mode="open", **copy.deepcopy(MODELS[name][1]))
     model = get_peft_model(load(), config)
-    trainer = plain_trainer(tmp_path / "out", tokenizer, dialogues, model=model, max_steps=20)
+    trainer = plain_trainer(tmp_path / "out", tokenizer, dialogues, model=model, max_steps=4)
     trainer.train()
     before = outputs(model.eval())
     importance = learn_gates(trainer, steps=4)
@@ -209,8 +209,9 @@ def test_experts_beside_4_bit_modules(tmp_path, tokenizer, dialogues, name):
 
 
 @every_model
-@pytest.mark.parametrize("granularity", ["layer", "module"])
-@pytest.mark.parametrize("mode", ["open", "soft", "hard", "hard one"])
+@pytest.mark.parametrize(
+    "granularity, mode", [("module", "soft"), ("module", "hard"), ("module", "hard one"), ("layer", "hard")]
+)
 def test_the_plain_adapter_computes_the_same(tmp_path, name, granularity, mode):
     model = gated(name, granularity)
     torch.manual_seed(2)
@@ -246,7 +247,7 @@ def test_exactly_the_selected_are_injected(tmp_path, name, granularity):
     for path, module in full.named_modules():
         if hasattr(module, "lora_A"):
             ranks[target_name(path.removeprefix(PREFIX), module)] = (module.r["default"], module.scaling["default"])
-    for share in (0.1, 0.3, 0.75, 1.0):
+    for share in (0.3, 1.0):
         selected = importance.select(top_p=share)
         expected = {module for unit in selected for module in importance.modules[unit]}
         for model in (None, build(name), build(name).config):

@@ -141,15 +141,6 @@ def test_soft_with_an_adapter_in_fp32_on_a_bf16_base(autocast, input_ids):
     torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("safe", [True, False])
-def test_merged_in_soft(safe, input_ids):
-    ila, _ = gated_and_lora(gate_mode="soft", gate_init=0.0)
-    with torch.no_grad():
-        expected = ila(input_ids).logits
-        ila.merge_adapter(safe_merge=safe)
-        torch.testing.assert_close(ila(input_ids).logits, expected)
-
-
 def test_two_active_adapters_in_soft(input_ids):
     ila, _ = gated_and_lora(gate_mode="soft")
     ila.add_adapter("other", ILAConfig(**OPTIONS, gate_mode="soft"))
@@ -244,23 +235,6 @@ def test_probed_gates_of_an_adapter_that_is_off(input_ids):
     with ila.disable_adapter(), lora.disable_adapter():
         output = ila(input_ids).logits
         assert torch.equal(output, lora(input_ids).logits) and not output.requires_grad
-
-
-def test_hard_gates_are_one_or_nothing(input_ids):
-    ila, lora = gated_and_lora()
-    units = list(ila.gates())
-    with torch.no_grad():
-        with lora.disable_adapter():
-            base = lora(input_ids).logits
-        full = lora(input_ids).logits
-        ila.apply_mask(units)
-        assert torch.equal(ila(input_ids).logits, full)
-        ila.apply_mask(units[1:2])
-        for name, module in lora.named_modules():
-            if name.endswith("lora_B.default") and ".layers.1." not in name:
-                module.weight.zero_()
-        assert torch.equal(ila(input_ids).logits, lora(input_ids).logits)
-        assert not torch.equal(ila(input_ids).logits, base)
 
 
 def test_a_closed_gate_hides_what_is_not_finite(input_ids):

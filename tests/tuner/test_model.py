@@ -1,6 +1,4 @@
 import re
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -209,14 +207,10 @@ def test_bad_modes_and_masks(llama):
     assert model.peft_config["default"].gate_mask == ["model.layers.0"]
 
 
-def test_a_target_that_matches_nothing(llama):
-    with pytest.raises(ValueError, match="query_proj.* not found in the base model"):
-        get_peft_model(llama, config(target_modules=["query_proj"]))
-
-
 @pytest.mark.support("Operations", "save, load, `low_cpu_mem_usage`, transformers' `load_adapter`")
-@pytest.mark.parametrize("mode", ["joint", "open", "soft", "hard"])
-@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize(
+    "granularity, mode", [*(("layer", mode) for mode in ("joint", "open", "soft", "hard")), ("module", "hard")]
+)
 def test_saved_and_loaded_bit_for_bit(tmp_path, input_ids, mode, granularity):
     model = get_peft_model(tiny_llama(), config(granularity=granularity))
     spread_scores(model)
@@ -370,7 +364,7 @@ COMBINATIONS += ["ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prun
 
 
 @pytest.mark.support("Operations", "`add_weighted_adapter`, `get_delta_weight`")
-@pytest.mark.parametrize("mode", ["joint", "soft", "hard", "open"])
+@pytest.mark.parametrize("mode", ["joint", "hard"])
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_weighted_adapters_are_gated(input_ids, combination, mode):
     """Against plain LoRA whose B is multiplied by hand, under a name whose gates were others before."""
@@ -385,7 +379,8 @@ def test_weighted_adapters_are_gated(input_ids, combination, mode):
         model.set_adapter(name)
         spread_scores(model)
         units = list(model.gates())
-        model.apply_mask([units[i] for i in mask]) if mode == "hard" else model.set_gate_mode(mode)
+        if mode == "hard":
+            model.apply_mask([units[i] for i in mask])
     model.delete_adapter("sum")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, parameter in lora.named_parameters():
@@ -395,7 +390,7 @@ def test_weighted_adapters_are_gated(input_ids, combination, mode):
             (unit,) = (unit for unit in model.gates(adapter) if f".{unit}." in name)
             gate = model.gates(adapter)[unit]
             kept = float(unit in (model.peft_config[adapter].gate_mask or []))
-            parameter.data *= {"open": 1.0, "hard": kept}.get(mode, torch.sigmoid(gate.weight).item())
+            parameter.data *= kept if mode == "hard" else torch.sigmoid(gate.weight).item()
 
     options = {"combination_type": combination}
     if combination not in ("linear", "cat", "svd"):
@@ -473,16 +468,6 @@ def test_dropout_is_off_while_scores_are_learned(llama, input_ids):
     assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
 
 
-def test_gates_take_no_random_numbers():
-    weights = []
-    for cfg in (config(init_lora_weights=True), LoraConfig(r=4, target_modules="all-linear")):
-        base = tiny_llama()
-        torch.manual_seed(5)
-        model = get_peft_model(base, cfg)
-        weights.append([p for name, p in model.named_parameters() if ".lora_A." in name])
-    assert all(torch.equal(a, b) for a, b in zip(*weights))
-
-
 @pytest.mark.support("Operations", "`inject_adapter_in_model`")
 def test_inject_adapter_in_model(llama, input_ids):
     model = inject_adapter_in_model(config(gate_mode="soft"), llama)
@@ -523,13 +508,6 @@ def test_a_fresh_adapter_is_no_ranking(llama):
 def test_plain_modules_without_layers():
     model = get_peft_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), ILAConfig(target_modules=["0", "1"]))
     assert list(model.gates()) == ["0", "1"]
-
-
-def test_weights_are_safetensors():
-    model = get_peft_model(tiny_llama(), config())
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        assert {path.suffix for path in Path(directory).iterdir()} <= {".safetensors", ".json", ".md"}
 
 
 def trained_lora(**kwargs):

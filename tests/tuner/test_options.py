@@ -78,14 +78,13 @@ def test_no_option_of_peft_is_forgotten():
     assert {field.name for field in fields(LoraConfig)} <= known
 
 
-@pytest.mark.parametrize("granularity", ["layer", "module"])
 @pytest.mark.parametrize("options", supported(ACCEPTED))
-def test_accepted(options, granularity, input_ids, tmp_path):
+def test_accepted(options, input_ids, tmp_path):
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     options.setdefault("init_lora_weights", False)
     base = {"tie_word_embeddings": options.pop("tie", False), "attention_bias": True, "mlp_bias": True}
     models = []
-    for config in (ILAConfig(**options, granularity=granularity, gate_mode="open"), LoraConfig(**options)):
+    for config in (ILAConfig(**options, gate_mode="open"), LoraConfig(**options)):
         torch.manual_seed(0)
         models.append(get_peft_model(tiny_llama(**base), config))
     ila, lora = models

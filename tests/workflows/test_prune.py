@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_ila import ILAModel, LayerImportance, learn_gates
 from peft_ila.search.directions import Directions
-from peft_ila.search.measurement import measuring
+from peft_ila.search.measurement import FACTORS, measuring
 from peft_ila.search.pruning import SHARES, HeldOut
 from peft_ila.workflows.prune import prune
 
@@ -39,7 +39,7 @@ def trainer_on(trained, tmp_path, tokenizer, dialogues, held_out=True, **kwargs)
 
 def test_attributions_are_the_gradients_of_gates_on_each_direction(trained, tmp_path, tokenizer, dialogues):
     trainer = trainer_on(trained, tmp_path, tokenizer, dialogues)
-    with measuring(trainer, trainer.model.base_model, seed=0) as measurement:
+    with measuring(trainer, trainer.model.base_model, 0, FACTORS) as measurement:
         directions = Directions(trainer.model.base_model)
         (step,) = [step for step, _ in zip(measurement.steps(), range(1))]
         for gamma in (0.0, 0.7):
@@ -52,11 +52,9 @@ def test_attributions_are_the_gradients_of_gates_on_each_direction(trained, tmp_
             for name, (_, _, a, _), b in zip(names, directions._factors, directions._b):
                 leaves.append(torch.full((a.shape[0],), gamma, requires_grad=True))
                 weights[name] = b * leaves[-1]
-            trainer.model.base_model.set_gate_mode("open")
             batch = {key: value for key, value in step.batches[0].items() if torch.is_tensor(value)}
             torch.func.functional_call(trainer.model, weights, kwargs=batch).loss.backward()
             torch.testing.assert_close(slope, torch.cat([leaf.grad for leaf in leaves]), rtol=1e-3, atol=1e-6)
-            trainer.model.base_model.set_gate_mode("soft")
 
 
 def test_the_sum_of_a_modules_directions_is_what_attribution_says_of_the_module(
@@ -102,7 +100,7 @@ def test_pruned_adapter(trained, tmp_path, tokenizer, dialogues, input_ids):
 def test_only_gates_are_learned(trained, tmp_path, tokenizer, dialogues):
     trainer = trainer_on(trained, tmp_path, tokenizer, dialogues)
     ila_model = trainer.model.base_model
-    with measuring(trainer, ila_model, seed=0) as measurement:
+    with measuring(trainer, ila_model, 0, FACTORS) as measurement:
         directions = Directions(ila_model)
         before = lora_weights(trainer.model)
         kept = torch.arange(len(directions.modules))
