@@ -118,9 +118,9 @@ _SUPPORT_HEAD = """\
 at construction that says what to do. *Not run* means that a package or a device was missing on the machine.
 
 `pytest tests/test_breadth.py --size large` gates and exports the model classes of transformers on the meta device
-and compares with what plain PEFT injects. Of 562 classes of transformers 5.23.0, 515 were exact, 1 was exact, but asked
-for the model instead of its configuration, 38 were not built from their default configuration, and 8 refused as by
-LoRA.
+and compares with what plain PEFT injects. Of 562 classes of transformers 5.23.0, 515 were exact, 1 was exact, but
+asked for the model instead of its configuration, 38 were not built from their default configuration, and 8 refused as
+by LoRA.
 """
 
 

@@ -1,6 +1,7 @@
-"""Tune a model on a data set by any adapter and measure its held-out loss, on the CPU or a GPU."""
+"""A data set and a base model: tune it by any adapter, and measure the held-out loss, on the CPU or a GPU."""
 
 import contextlib
+import copy
 import json
 import math
 import random
@@ -11,7 +12,15 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_schedule, get_linear_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+from peft_ila import ILAConfig
 
 HELD_OUT = 128
 MAX_LENGTH, PROMPT = 192, 112  # tokens; answers are cut, examples with longer prompts are left out
@@ -39,7 +48,7 @@ class Example:
 
 
 def read_examples(path: Path, model: Path) -> list[Example]:
-    """The dialogues of a JSONL file with `messages`, in an order that does not depend on the seed of a run."""
+    """The dialogues of a JSONL file with `messages`. Their order does not depend on the seed of a run."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
     found = []
@@ -54,7 +63,7 @@ def read_examples(path: Path, model: Path) -> list[Example]:
 
 
 def read_text(path: Path, model: Path, chunks: int = 64, length: int = 256) -> list[Example]:
-    """The first tokens of a JSONL file with `text`, in chunks: what perplexity is measured on."""
+    """The first tokens of a JSONL file with `text`, in chunks. Perplexity is measured on them."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens: list[int] = []
     for row in _rows(path):
@@ -73,9 +82,9 @@ class Problem:
     """
     A data set and a seed, on a base model that every run leaves as it was.
 
-    The seed decides the order of the data and the draw of A. Padding is on the right, where it cannot reach a token
-    of a causal model, so that no mask is needed. A GPU takes the examples of a step at once; on a CPU, where padding
-    costs more than calls, they are taken one by one, and their gradients add up.
+    The seed decides the order of the data and the draw of A. Padding is on the right. There it cannot reach a token of
+    a causal model, so no mask is needed. A GPU takes the examples of a step at once. A CPU takes them one by one and
+    adds up their gradients, since padding costs it more than calls.
     """
 
     def __init__(self, base: Any, examples: list[Example], seed: int) -> None:
@@ -111,20 +120,28 @@ class Problem:
         return {"input_ids": ids.to(self.base.device), "labels": labels.to(self.base.device)}
 
     @contextlib.contextmanager
-    def lora(self, ranks: dict[str, int], rank: int = RANK) -> Iterator[PeftModel]:
-        """The base model with a LoRA of the given rank at each module."""
+    def lora(self, units: list[str], rank: int = RANK) -> Iterator[PeftModel]:
+        """The base model with LoRA at these modules."""
         torch.manual_seed(self.seed)
-        other = {unit: r for unit, r in ranks.items() if r != rank}
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=SCALE * rank,
-            target_modules=list(ranks),
-            rank_pattern=other,
-            alpha_pattern={unit: SCALE * r for unit, r in other.items()},
-            task_type="CAUSAL_LM",
-        )
+        config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=units, task_type="CAUSAL_LM")
         with _unloading(get_peft_model(self.base, config)) as model:
             yield model
+
+    def trainer(self, adapter: Path) -> Trainer:
+        """A saved adapter in a trainer on this data set, with a gate for each module: for the package's functions."""
+        config = ILAConfig.from_lora(LoraConfig.from_pretrained(str(adapter)), granularity="module", gate_mode="open")
+        gated = PeftModel.from_pretrained(copy.deepcopy(self.base), adapter, config=config, is_trainable=True)
+        arguments = TrainingArguments(
+            str(adapter),
+            per_device_train_batch_size=BATCH,
+            seed=self.seed,
+            dataloader_pin_memory=False,  # `collate` has moved the batch already
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not self.on_gpu,
+        )
+        data: dict[str, Any] = {"train_dataset": self.train, "eval_dataset": self.held_out}
+        return Trainer(gated, arguments, self.collate, **data)
 
     @contextlib.contextmanager
     def eva(self, units: list[str]) -> Iterator[PeftModel]:
@@ -175,18 +192,12 @@ class Problem:
                 weight.data.copy_(value)
                 weight.requires_grad_(False)
 
-    def fit(self, model: Any, learning_rate: float, steps: int, decay: bool = True) -> Iterator[int]:
-        """
-        Train as `transformers.Trainer` does by default; yields the number of steps taken.
-
-        The learning rate decays to 0 after a warm-up, or is constant from the first step on.
-        """
+    def fit(self, model: Any, learning_rate: float, steps: int) -> Iterator[int]:
+        """Train as `transformers.Trainer` does by default, with a warm-up; yields the number of steps taken."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         rate = torch.tensor(learning_rate, device="cuda") if self.on_gpu else learning_rate  # recorded steps read it
         optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True, capturable=self.on_gpu)
-        warmup = math.ceil(WARMUP * steps)
-        decaying = get_linear_schedule_with_warmup(optimizer, warmup, steps)
-        schedule = decaying if decay else get_constant_schedule(optimizer)
+        schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
         allocate = getattr(model.base_model, "update_and_allocate", None) if isinstance(model, PeftModel) else None
 
         def update(parts: Parts) -> None:
@@ -224,11 +235,11 @@ class Problem:
 
 class Recorded:
     """
-    A step on a GPU whose kernels are recorded, and from then on launched at once (a CUDA graph).
+    A step on a GPU whose kernels are recorded, and then launched at once (a CUDA graph).
 
-    A GPU does the several thousand small kernels of a step faster than Python asks for them. The first step of each
-    shape is taken as it is: it warms up, and makes the gradients and what the optimiser keeps. Recording takes place
-    on the current stream, which must not be the default one.
+    A step has several thousand small kernels. The GPU does them faster than Python asks for them. The first step of
+    each shape is not recorded: it warms up, and makes the gradients and the state of the optimiser. Recording takes
+    place on the current stream, which must not be the default one.
     """
 
     def __init__(self, update: Callable[[Parts], None]) -> None:
@@ -257,7 +268,7 @@ class Recorded:
 
 @contextlib.contextmanager
 def _unloading(model: PeftModel) -> Iterator[PeftModel]:
-    """Give the base model its own modules back."""
+    """At the end, the base model has its own modules again."""
     try:
         yield model.train()
     finally:
