@@ -1,8 +1,8 @@
 """
 Is every configuration exact, for every model class of transformers?
 
-    pytest tests/test_breadth.py                        # a sample of families
-    pytest tests/test_breadth.py --size large -rs       # the counts of docs/support.md; 40 minutes on one core
+    pytest tests/test_breadth.py                     # a sample of families
+    pytest tests/test_breadth.py --size large -rsx   # the counts of docs/support.md; 40 minutes on one core
 
 A class is built with few layers on the meta device and gated by "all-linear" at both granularities. The modules that
 PEFT really injects must agree: ILA with LoRA, and the configurations of a share of the units (made with the model,

@@ -1,8 +1,8 @@
 """
 Damaged or hostile input is refused with one clear error, and nothing else happens.
 
-    pytest tests/test_fuzz.py                     # a sample
-    pytest tests/test_fuzz.py --size large -s     # 24,000 cases, and how many were accepted; 20 ms for each
+    pytest tests/test_fuzz.py                # a sample
+    pytest tests/test_fuzz.py --size large   # 24,000 cases, and how many were accepted; 20 ms for each
 
 Each case is a good ranking, adapter, data file, model configuration or command line with a few random changes,
 reproducible by seed. Accepted input must give whole output, as PEFT loads it: a ranking converts to a configuration
@@ -97,7 +97,7 @@ def good(tmp_path_factory) -> Path:
     return good
 
 
-# ---- the kinds of cases: each makes one in `work`, checks what comes of it, and says whether it was accepted ----
+# ---- the kinds of cases: each makes one in `work`, checks the outcome, and says whether it was accepted ----
 
 
 def ranking(chance, good, work):
@@ -176,13 +176,13 @@ def command_lines(chance, good, work):
     return ran(argv)
 
 
-CASES = {ranking: 1200, adapter_configuration: 150, adapter_weights: 200, data: 400}
+CASES = {ranking: 600, adapter_configuration: 80, adapter_weights: 100, data: 200}
 CASES |= {model_configuration: 40, command_lines: 80}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
-def test_damaged_input(good, tmp_path, monkeypatch, large, kind):
+def test_damaged_input(good, tmp_path, monkeypatch, capsys, large, kind):
     outcomes = Counter()
     for seed in range(4000 if large else CASES[kind]):
         work = tmp_path / "work"
@@ -200,7 +200,9 @@ def test_damaged_input(good, tmp_path, monkeypatch, large, kind):
         assert not list(work.rglob(".*")) + list(work.rglob("PWNED")), seed
         outcomes["accepted" if accepted else "refused"] += 1
         shutil.rmtree(work)
-    print(f"{kind.__name__}: {dict(outcomes)}")
+    if large:
+        with capsys.disabled():
+            print(f"\n{kind.__name__}: {dict(outcomes)}")
     assert len(outcomes) == 2
 
 
