@@ -91,21 +91,18 @@ def operations():
 
 
 class Rank:
-    """`rank` into a directory, perhaps with an earlier run and a file of the user's."""
+    """`rank` into a directory."""
 
     results = ("importance.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
-    def __init__(self, tokenizer, dialogues, earlier, **options):
-        self.data, self.earlier, self.options = (tokenizer, dialogues), earlier, options
+    def __init__(self, tokenizer, dialogues, **options):
+        self.data, self.options = (tokenizer, dialogues), {"max_steps": 4, **options}
 
     def prepare(self, directory):
-        if self.earlier:
-            self.run(directory, seed=1, max_steps=3)
-            (directory / "adapter" / "notes.txt").write_text("mine")
+        pass
 
     def run(self, directory, **options):
-        trainer = plain_trainer(directory, *self.data, **{"max_steps": 4, **self.options, **options})
-        rank(trainer, method="attribution", steps=4)
+        rank(plain_trainer(directory, *self.data, **self.options, **options), method="attribution", steps=4)
 
     def resume(self, directory):
         self.run(directory, resume_from_checkpoint=True)
@@ -150,14 +147,13 @@ class Prune:
 
 
 def files(directory, patterns) -> dict[str, bytes]:
-    paths = [path for pattern in (*patterns, "adapter/notes.txt") for path in directory.glob(pattern)]
+    paths = [path for pattern in patterns for path in directory.glob(pattern) if path.is_file()]
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 RUNS = {
-    "rank, with checkpoints": lambda *data: Rank(*data, False, save_strategy="steps", save_steps=2),
-    "rank, without": lambda *data: Rank(*data, False),
-    "rank, after an earlier run": lambda *data: Rank(*data, True, save_strategy="steps", save_steps=2),
+    "rank, with checkpoints": lambda *data: Rank(*data, save_strategy="steps", save_steps=2),
+    "rank, without": lambda *data: Rank(*data),
     "prune": lambda *data: Prune(*data, False),
     "prune, over an earlier result": lambda *data: Prune(*data, True),
 }
