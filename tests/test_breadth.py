@@ -40,7 +40,7 @@ MAPPINGS = """
     CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM IMAGE_TEXT_TO_TEXT SPEECH_SEQ_2_SEQ CTC SEQUENCE_CLASSIFICATION MASKED_LM
     IMAGE_CLASSIFICATION AUDIO_CLASSIFICATION
 """.split()
-LAYERS = 4
+LAYERS = 3
 COUNTS = """
     num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers
     depth num_text_layers
@@ -98,6 +98,13 @@ class Family:
 
     def injected(self, lora):
         return get_peft_model(self.build(), copy.deepcopy(lora), low_cpu_mem_usage=True)
+
+
+@pytest.fixture(autouse=True)
+def no_initial_values(monkeypatch):
+    """Nothing is computed with weights on the meta device, where drawing them is slow."""
+    for name in ("kaiming_uniform_", "uniform_", "normal_", "trunc_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
 
 
 def pytest_generate_tests(metafunc):
