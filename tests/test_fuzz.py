@@ -176,7 +176,7 @@ def command_lines(chance, good, work):
     return ran(argv)
 
 
-CASES = {ranking: 600, adapter_configuration: 80, adapter_weights: 100, data: 200}
+CASES = {ranking: 1200, adapter_configuration: 80, adapter_weights: 100, data: 200}
 CASES |= {model_configuration: 40, command_lines: 80}
 
 

