@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a name on the hub or a directory, by default SmolLM2-135M")
     default = ["NF4/4x1024/checkpointing", "NF4/1x1024"] if ON_GPU else ["NF4/2x64/checkpointing"]
     parser.add_argument("--settings", nargs="+", type=Setting.parse, default=[Setting.parse(text) for text in default])
-    parser.add_argument("--steps", type=int, default=8, help="the steps of each training and each search; at least 3")
+    parser.add_argument("--steps", type=int, default=8, help="the steps of each training and each search; at least 4")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
