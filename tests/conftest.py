@@ -136,7 +136,7 @@ def large(request) -> bool:
 
 
 # the files that take longest start first, so that no process ends long after the others
-LONGEST = ["test_cli.py", "test_lost.py", "test_smollm2.py", "test_readme.py", "test_distributed.py", "test_fuzz.py"]
+LONGEST = ["test_cli.py", "test_lost.py", "test_smollm2.py", "test_readme.py", "test_distributed.py", "test_kills.py"]
 
 
 def pytest_collection_modifyitems(items):

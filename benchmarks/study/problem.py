@@ -94,18 +94,18 @@ class Problem:
         self.on_gpu = base.device.type == "cuda"
         self.at_once = BATCH if self.on_gpu else 1
 
-    def batches(self, number: int, size: int = BATCH) -> Iterator[Batch]:
+    def batches(self, number: int) -> Iterator[Batch]:
         """Batches in the order of the seed."""
-        return map(self.collate, self._draws(number, size))
+        return map(self.collate, self._draws(number))
 
-    def _draws(self, number: int, size: int) -> Iterator[list[Example]]:
+    def _draws(self, number: int) -> Iterator[list[Example]]:
         order = random.Random(self.seed)
         queue: list[Example] = []
         for _ in range(number):
-            while len(queue) < size:
+            while len(queue) < BATCH:
                 queue += order.sample(self.train, len(self.train))
-            yield queue[:size]
-            del queue[:size]
+            yield queue[:BATCH]
+            del queue[:BATCH]
 
     def collate(self, examples: list[Example]) -> Batch:
         """Pad on the right; `labels` are those of the answers."""
@@ -208,7 +208,7 @@ class Problem:
             optimizer.step()
 
         take_step = Recorded(update) if self.on_gpu and not allocate else update
-        for step, examples in enumerate(self._draws(steps, BATCH), 1):
+        for step, examples in enumerate(self._draws(steps), 1):
             take_step(self._parts(examples))
             schedule.step()
             if allocate:
