@@ -38,6 +38,7 @@ TEMPLATE = (
 
 Batch = dict[str, torch.Tensor]
 Parts = Iterator[tuple[Batch, float]]
+Adapted = contextlib.AbstractContextManager[PeftModel]
 
 
 @dataclass
@@ -120,13 +121,47 @@ class Problem:
             labels[row, example.prompt : len(tokens)] = tokens[example.prompt :]
         return {"input_ids": ids.to(self.base.device), "labels": labels.to(self.base.device)}
 
-    @contextlib.contextmanager
-    def lora(self, units: list[str], rank: int = RANK) -> Iterator[PeftModel]:
+    def lora(self, units: list[str], rank: int = RANK) -> Adapted:
         """The base model with LoRA at these modules."""
+        return self._adapted(LoraConfig(r=rank, **_options(units, rank)))
+
+    def eva(self, units: list[str]) -> Adapted:
+        """With EVA's ranks and initial A (https://arxiv.org/abs/2410.07170), at the budget of rank 8 everywhere."""
+        eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}
+        return self._adapted(LoraConfig(r=RANK, **eva, **_options(units, RANK)))
+
+    def adalora(self, units: list[str], steps: int) -> Adapted:
+        """With AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank of 8."""
+        times = {"tinit": steps // 10, "tfinal": steps // 2, "deltaT": max(1, steps // 50), "total_step": steps}
+        return self._adapted(AdaLoraConfig(init_r=RANK * 3 // 2, target_r=RANK, **times, **_options(units, RANK)))
+
+    @contextlib.contextmanager
+    def _adapted(self, config: LoraConfig) -> Iterator[PeftModel]:
+        """At the end, the base model has its own modules again."""
         torch.manual_seed(self.seed)
-        config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=units, task_type="CAUSAL_LM")
-        with _unloading(get_peft_model(self.base, config)) as model:
-            yield model
+        eva = config.init_lora_weights == "eva"
+        model = get_peft_model(self.base, config, low_cpu_mem_usage=eva)
+        try:
+            if eva:
+                initialize_lora_eva_weights(model, list(self.batches(16)), show_progress_bar=False)
+            yield model.train()
+        finally:
+            model.unload()
+
+    @contextlib.contextmanager
+    def full(self, units: list[str]) -> Iterator[Any]:
+        """The base model itself, with only these modules' weights trained."""
+        weights = [self.base.get_submodule(unit).weight for unit in units]
+        before = [weight.detach().clone() for weight in weights]
+        self.base.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            yield self.base
+        finally:
+            for weight, value in zip(weights, before):
+                weight.data.copy_(value)
+                weight.requires_grad_(False)
 
     def trainer(self, adapter: Path) -> Trainer:
         """A saved adapter in a trainer on this data set, with a gate for each module: for the package's functions."""
@@ -143,55 +178,6 @@ class Problem:
         )
         data: dict[str, Any] = {"train_dataset": self.train, "eval_dataset": self.held_out}
         return Trainer(gated, arguments, self.collate, **data)
-
-    @contextlib.contextmanager
-    def eva(self, units: list[str]) -> Iterator[PeftModel]:
-        """EVA's ranks and initial A (https://arxiv.org/abs/2410.07170) at the budget of rank 8 everywhere."""
-        torch.manual_seed(self.seed)
-        config = LoraConfig(
-            r=RANK,
-            lora_alpha=SCALE * RANK,
-            target_modules=units,
-            init_lora_weights="eva",
-            eva_config=EvaConfig(rho=2.0),
-            task_type="CAUSAL_LM",
-        )
-        with _unloading(get_peft_model(self.base, config, low_cpu_mem_usage=True)) as model:
-            initialize_lora_eva_weights(model, list(self.batches(16)), show_progress_bar=False)
-            yield model
-
-    @contextlib.contextmanager
-    def adalora(self, units: list[str], steps: int) -> Iterator[PeftModel]:
-        """AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank of 8."""
-        torch.manual_seed(self.seed)
-        config = AdaLoraConfig(
-            init_r=RANK * 3 // 2,
-            target_r=RANK,
-            lora_alpha=SCALE * RANK,
-            tinit=steps // 10,
-            tfinal=steps // 2,
-            deltaT=max(1, steps // 50),
-            total_step=steps,
-            target_modules=units,
-            task_type="CAUSAL_LM",
-        )
-        with _unloading(get_peft_model(self.base, config)) as model:
-            yield model
-
-    @contextlib.contextmanager
-    def full(self, units: list[str]) -> Iterator[Any]:
-        """The base model itself, with only these modules' weights trained."""
-        weights = [self.base.get_submodule(unit).weight for unit in units]
-        before = [weight.detach().clone() for weight in weights]
-        self.base.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            yield self.base
-        finally:
-            for weight, value in zip(weights, before):
-                weight.data.copy_(value)
-                weight.requires_grad_(False)
 
     def fit(self, model: Any, learning_rate: float, steps: int) -> Iterator[int]:
         """Train as `transformers.Trainer` does by default, with a warm-up; yields the number of steps taken."""
@@ -267,13 +253,8 @@ class Recorded:
         graph.replay()
 
 
-@contextlib.contextmanager
-def _unloading(model: PeftModel) -> Iterator[PeftModel]:
-    """At the end, the base model has its own modules again."""
-    try:
-        yield model.train()
-    finally:
-        model.unload()
+def _options(units: list[str], rank: int) -> dict[str, Any]:
+    return {"lora_alpha": SCALE * rank, "target_modules": units, "task_type": "CAUSAL_LM"}
 
 
 def gemma(directory: Path) -> Path:
