@@ -187,6 +187,4 @@ def test_killed_before_any_file_operation(operations, tmp_path, tokenizer, dialo
         shutil.rmtree(killed)
     if large:
         with capsys.disabled():
-            print(
-                f"\n{name}: killed before each of {number} file operations; {refused} were not resumed but run afresh"
-            )
+            print(f"\n{name}: killed before each of {number} file operations, {refused} times run afresh")
