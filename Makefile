@@ -2,7 +2,7 @@
 # make test      lint, then the tests; at most 12 minutes on 2 cores
 # make support   the tests, and docs/support.md from their outcomes
 # make demo      the whole method on a real model; at most 10 minutes on 2 cores
-# make lint      ruff and mypy
+# make lint      ruff, import-linter and mypy
 # make test-matrix   a part of the tests on each Python of this machine, with the oldest and the newest packages
 # make docs      the pages of docs/ in site/, any warning is an error
 
@@ -28,6 +28,7 @@ install: .venv/installed
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 	$(BIN)/mypy --strict --config-file= --cache-dir .mypy_cache/user tests/user_sample.py
 

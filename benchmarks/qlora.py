@@ -6,14 +6,14 @@ The arms: both stages of the search, the search without training (`method="untra
 (of the last steps; of a search, of its first batch), trained parameters. The trainer is transformers' own, with bf16
 autocast and fused AdamW.
 
-    python -m benchmarks.qlora meta-llama/Llama-2-7b-hf         # or mistralai/Mistral-7B-v0.1, meta-llama/Llama-3.1-8B
-    python -m benchmarks.qlora                                  # SmolLM2-135M, also on the CPU
+    python -m benchmarks.qlora meta-llama/Llama-2-7b-hf --output OUT.json       # or mistralai/Mistral-7B-v0.1
+    python -m benchmarks.qlora --output benchmarks/results/qlora.json           # SmolLM2-135M, also on the CPU
 
 A directory with only a `config.json` gives a model of that shape with random weights and random data; memory and time
 do not depend on them. `--settings` describes a step: `NF4` or `bf16`, examples × tokens, and `/checkpointing` to
 recompute activations. Figures are written after each arm; no arm starts after `--time_limit`. A failed arm is a row
-with its error. Without a GPU, memory is the resident peak of the process, including Python, and only a rough guide.
-7B shape, 4×1024 tokens: an estimated 40 s per setting on an H100. The default on 2 CPU cores: 6 minutes.
+with its error. 7B shape, 4×1024 tokens: an estimated 40 s per setting on an H100. The default on 2 CPU cores, without
+figures of memory: 6 minutes.
 """
 
 import argparse
@@ -42,17 +42,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.record import save
+from benchmarks.record import save, table
 from peft_ila import ILAConfig, LayerImportance, learn_gates
 from peft_ila.embedded import dialogues, smollm2
 from peft_ila.workflows.plan import plan
 
 LORA = {"r": 16, "lora_alpha": 32}
-TARGETS = {**LORA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+GATED = {**LORA, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "gate_mode": "open"}
 SHARES = (1.0, 0.75, 0.3, 0.1)
-LEARNING_RATE = 5e-4
 BATCHES = 16  # of the data
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda:0" if ON_GPU else "cpu"
 
 
 class Setting(NamedTuple):
@@ -80,24 +80,21 @@ def is_shape(name: str) -> bool:
 
 
 def load(name: str, base: str) -> Any:
-    """The base model on the GPU, if there is one."""
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    device = "cuda:0" if ON_GPU else "cpu"
-    options = {"dtype": torch.bfloat16, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": DEVICE}}
     if base == "NF4":
-        options["quantization_config"] = nf4
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
     if not is_shape(name):
         return AutoModelForCausalLM.from_pretrained(name, **options)
     config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    torch.manual_seed(0)
-    weights = {
-        key: torch.randn(p.shape, dtype=torch.bfloat16, device=device) * 0.02
-        if p.ndim > 1
-        else torch.ones(p.shape, dtype=torch.bfloat16, device=device)
-        for key, p in skeleton.named_parameters()
-    }
+    weights = {}
+    for key, p in skeleton.named_parameters():
+        weights[key] = torch.ones(p.shape, dtype=torch.bfloat16, device=DEVICE)
+        if p.ndim > 1:
+            weights[key].normal_(0, 0.02)
     return type(skeleton).from_pretrained(None, config=config, state_dict=weights, **options)
 
 
@@ -118,19 +115,16 @@ def examples(name: str, vocabulary: int, setting: Setting) -> list[dict[str, lis
 
 
 class Clock(TrainerCallback):
-    """The seconds of each step; ends the training at the deadline."""
+    """The seconds of each step."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.begun = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(now() - self.begun)
-        control.should_training_stop |= time.perf_counter() > self.deadline
 
 
 def now() -> float:
@@ -144,39 +138,26 @@ def forget_peak() -> None:
     if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """Bytes since the last [`forget_peak`]."""
-    if ON_GPU:
-        return torch.cuda.max_memory_allocated()
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 class Arms:
     """What is measured of one base model; `rows` holds the figures of each arm."""
 
-    def __init__(self, name: str, setting: Setting, steps: int, deadline: float) -> None:
-        self.name = name
-        self.setting = setting
-        self.steps = steps
-        self.deadline = deadline
+    def __init__(self, name: str, setting: Setting, steps: int) -> None:
+        self.name, self.setting, self.steps = name, setting, steps
         self.config = AutoConfig.from_pretrained(name)
         self.data = examples(name, self.config.vocab_size, setting)
         self.base: Any = None
-        self.held = 0  # bytes before an arm, which must be those of the base model
         self.importance: LayerImportance | None = None
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def run(self, save_rows: Callable[[], None]) -> None:
+    def run(self, deadline: float, save_rows: Callable[[], None]) -> None:
         """Run all arms, each of which may fail, and ask the plan."""
         arms: dict[str, Callable[[], None]] = {"rank": self.rank, "untrained": self.untrained}
         arms |= {f"{share:.0%}": functools.partial(self.tune, share) for share in SHARES}
         for arm, run in (arms | {"plan": self.plan}).items():
             try:
-                if time.perf_counter() > self.deadline:
+                if time.perf_counter() > deadline:
                     raise TimeoutError("not begun, the time was over")
                 run()
             except Exception as error:
@@ -185,26 +166,25 @@ class Arms:
             save_rows()
 
     def rank(self) -> None:
-        with self.adapted(ILAConfig(**TARGETS, gate_mode="open")) as model:
-            trainer = self.trainer(model)
+        with self.trainer(ILAConfig(**GATED)) as trainer:
             self.rows["rank, stage 1"] = self.train(trainer)
             forget_peak()
             self.rows["rank, stage 2"], self.importance = self.search(trainer, "attribution")
 
     def untrained(self) -> None:
-        with self.adapted(ILAConfig(**TARGETS, gate_mode="open")) as model:
-            self.rows["rank"], importance = self.search(self.trainer(model), "untrained")
+        with self.trainer(ILAConfig(**GATED)) as trainer:
+            self.rows["rank"], importance = self.search(trainer, "untrained")
         self.importance = self.importance or importance
 
     def tune(self, share: float) -> None:
         if self.importance is None:
             raise ValueError("both searches have failed, so that there is no ranking")
-        with self.adapted(self.importance.to_lora_config(top_p=share, **LORA)) as model:
-            self.rows[f"{share:.0%}"] = self.train(self.trainer(model))
+        with self.trainer(self.importance.to_lora_config(top_p=share, **LORA)) as trainer:
+            self.rows[f"{share:.0%}"] = self.train(trainer)
 
     def plan(self) -> None:
-        batch, length = self.setting.batch, self.setting.length
-        own = (batch, length, self.setting.base == "NF4", self.setting.checkpointing)
+        base, batch, length, checkpointing = self.setting
+        own = (batch, length, base == "NF4", checkpointing)
         found = plan(self.config, self.importance, *own, shares=SHARES, r=LORA["r"])
         found["rank, stage 1"] = found["100%"]
         for arm, row in self.rows.items():
@@ -212,24 +192,20 @@ class Arms:
                 row["planned"] = {**vars(found[arm]), "total": found[arm].total}
 
     @contextlib.contextmanager
-    def adapted(self, config: LoraConfig) -> Iterator[Any]:
-        """The base model with an adapter. After an error the next arm loads it again."""
+    def trainer(self, config: LoraConfig) -> Iterator[Trainer]:
+        """A trainer of the base model with an adapter. After an error the next arm loads the model again."""
         base, self.base = self.base or load(self.name, self.setting.base), None
         forget_peak()
-        self.held = torch.cuda.memory_allocated() if ON_GPU else 0
         torch.manual_seed(0)
         model = get_peft_model(base, config)
-        yield model
-        self.base = model.unload()
-
-    def trainer(self, model: Any) -> Trainer:
+        checkpointing = self.setting.checkpointing
         args = TrainingArguments(
             output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=self.setting.batch,
-            gradient_checkpointing=self.setting.checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if self.setting.checkpointing else None,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             max_steps=self.steps,
-            learning_rate=LEARNING_RATE,
+            learning_rate=5e-4,
             lr_scheduler_type="constant",
             bf16=True,
             optim="adamw_torch_fused",
@@ -240,42 +216,40 @@ class Arms:
             disable_tqdm=True,
             use_cpu=not ON_GPU,
         )
-        return Trainer(model=model, args=args, train_dataset=self.data, callbacks=[Clock(self.deadline)])
+        yield Trainer(model=model, args=args, train_dataset=self.data)
+        self.base = model.unload()
 
     def train(self, trainer: Trainer) -> dict[str, Any]:
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        clock = Clock()
+        trainer.add_callback(clock)
         trainer.train()
-        (clock,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return {
-            "peak": peak(),
-            "held before": self.held,
-            "seconds": statistics.median(clock.seconds[2:] or clock.seconds),
-            "loss": statistics.mean(losses[-4:]),
-            "losses": losses,
-            "trained": trained,
-        }
+        return row(statistics.median(clock.seconds[2:]), statistics.mean(losses[-4:]), trained, losses=losses)
 
-    def search(self, trainer: Trainer, method: str) -> tuple[dict[str, Any], LayerImportance]:
+    def search(self, trainer: Trainer, method: Any) -> tuple[dict[str, Any], LayerImportance]:
         begun = now()
         importance = learn_gates(trainer, steps=self.steps, min_agreement=None, loss_batches=1, method=method)
         facts = importance.metadata["learn_gates"]
         seconds = (now() - begun) / facts["steps_taken"]
-        row = {"peak": peak(), "held before": self.held, "seconds": seconds, "loss": facts["loss_open"], "trained": 0}
-        return {**row, "ranking": importance.ranking(), "scores": importance.scores}, importance
+        return row(seconds, facts["loss_open"], 0, scores=importance.scores), importance
+
+
+def row(seconds: float, loss: float, trained: int, **more: Any) -> dict[str, Any]:
+    peak = torch.cuda.max_memory_allocated() if ON_GPU else None
+    return {"peak": peak, "seconds": seconds, "loss": loss, "trained": trained, **more}
 
 
 def show(setting: Setting, rows: dict[str, Any]) -> None:
-    print(f"\n| {setting} | peak, GB | planned, GB | planned / peak | step, s | loss | trained |\n|{'---|' * 7}")
-    for arm, row in rows.items():
-        if "error" in row:
-            print(f"| {arm} | {row['error'][:200]} |")
-            continue
-        planned = row["planned"]["total"] if "planned" in row else None
-        ratio = planned / row["peak"] if planned and ON_GPU else None
-        numbers = (row["peak"] / 1e9, planned and planned / 1e9, ratio, row["seconds"], row["loss"])
-        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
-        print(f"| {arm} | {' | '.join(cells)} | {row['trained']:,} |", flush=True)
+    def cells(arm: str, own: dict[str, Any]) -> list[Any]:
+        if "error" in own:
+            return [arm, own["error"][:200]]
+        peak, planned = own["peak"], own.get("planned", {}).get("total")
+        memory = [peak and peak / 1e9, planned and planned / 1e9, planned / peak if planned and peak else None]
+        return [arm, *memory, own["seconds"], own["loss"], f"{own['trained']:,}"]
+
+    columns = [str(setting), "peak, GB", "planned, GB", "planned / peak", "step, s", "loss", "trained"]
+    table(columns, (cells(arm, own) for arm, own in rows.items()))
 
 
 def main() -> None:
@@ -284,9 +258,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a name on the hub or a directory, by default SmolLM2-135M")
     default = ["NF4/4x1024/checkpointing", "NF4/1x1024"] if ON_GPU else ["NF4/2x64/checkpointing"]
     parser.add_argument("--settings", nargs="+", type=Setting.parse, default=[Setting.parse(text) for text in default])
-    parser.add_argument("--steps", type=int, default=8, help="the steps of each training and each search")
+    parser.add_argument("--steps", type=int, default=8, help="the steps of each training and each search; at least 4")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/qlora.json"))
+    parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     name = args.model or str(smollm2())
     figures: dict[str, Any] = {
@@ -297,12 +271,11 @@ def main() -> None:
         "settings": {},
     }
     for setting in args.settings:
-        arms = Arms(name, setting, args.steps, started + args.time_limit)
+        arms = Arms(name, setting, args.steps)
         figures["settings"][str(setting)] = arms.rows
-        arms.run(lambda: save(args.output, figures))
+        arms.run(started + args.time_limit, lambda: save(args.output, figures))
         show(setting, arms.rows)
         del arms
-    print(f"{time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

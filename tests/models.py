@@ -5,6 +5,7 @@ import random
 import torch
 import transformers
 from peft import get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
     BartConfig,
@@ -27,7 +28,6 @@ from transformers import (
     T5Config,
 )
 
-from benchmarks.breadth import adapted
 from peft_ila import ILAConfig, LayerImportance
 
 SMALL = {
@@ -96,6 +96,18 @@ def ranked(model, granularity="layer", seed=0, **kwargs) -> LayerImportance:
     for gate in ila.gates().values():
         gate.weight.data.fill_(scores.uniform(-3, 3))
     return ila.layer_importance()
+
+
+def adapted(model) -> set[str]:
+    """The modules and parameters that LoRA adapts, read from the model itself."""
+    found = set()
+    for path, module in model.named_modules():
+        path = path.removeprefix("base_model.model.")
+        if isinstance(module, ParamWrapper):
+            found.add(f"{path.replace('.base_layer', '')}.{module.parameter_name}")
+        elif hasattr(module, "lora_A") and ".base_layer." not in path:
+            found.add(path)
+    return found
 
 
 def injected(model, config) -> set[str]:

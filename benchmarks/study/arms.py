@@ -1,10 +1,10 @@
-"""The arms of the study, each a way to spend trainable parameters, and the order of their runs."""
+"""The arms of the study and the order of their runs. Each is a way to spend trainable parameters."""
 
 import itertools
 import random
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from benchmarks.study.problem import RANK
@@ -22,6 +22,7 @@ FULL_LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # of full fine-tuning
 RANDOM = 5
 
 Sizes = dict[str, int]
+Choice = tuple[tuple[str, ...], int]  # modules, LoRA's rank there
 Number = TypeVar("Number", int, float)
 
 
@@ -31,14 +32,14 @@ class Job:
     One piece of work for one process.
 
     Args:
-        kind: "tune", or "rank" (searches that train nothing; "untrained" is only that of the package), "short" (those
-            with a short stage 1), "aletheia" (that package's), "descent" (the paper's), or "base" (what is known of
-            the base model without a data set).
+        kind: "tune", "untrained" (the search without training) or "base" (what is known of the base model without a
+            data set).
         data, seed: The run.
         arm: The name of what is tuned; with `learning_rate` it is a job's name.
         group: Arms that share a learning rate.
         method: "lora", "full", "eva" or "adalora".
-        ranks: LoRA's rank at each module that is tuned.
+        units: The modules that are tuned.
+        rank: LoRA's.
         ranked: Whether the tuned adapter is ranked too.
     """
 
@@ -48,7 +49,8 @@ class Job:
     arm: str = ""
     group: str = ""
     method: str = "lora"
-    ranks: dict[str, int] = field(default_factory=dict, hash=False, compare=False)
+    units: tuple[str, ...] = ()
+    rank: int = RANK
     learning_rate: float = 0.0
     ranked: bool = False
 
@@ -60,7 +62,8 @@ class Job:
     def described(self) -> dict[str, Any]:
         """What the output says of the job."""
         described = asdict(self)
-        del described["ranks"], described["ranked"]
+        for name in ("units", "rank", "ranked"):
+            del described[name]
         return described
 
 
@@ -71,16 +74,16 @@ class Study:
     Args:
         figures: The rows that there are.
         sizes: LoRA's parameters for each rank, by module.
-        second: Whether only the arms of a second model are wanted, and the searches that they need.
+        second: Whether only the arms of a second model are wanted.
     """
 
     def __init__(self, figures: list[dict[str, Any]], sizes: Sizes, second: bool = False) -> None:
         self.sizes = sizes
-        self.second = second
+        self.sets, self.arms = (ALIGNMENT, ARMS_OF_SECOND) if second else (SETS, ARMS)
         self.units = list(sizes)
         self.losses: dict[tuple[str, int, str, str], dict[float, float]] = {}
         self.scores: dict[tuple[str, int, str], list[float]] = {}
-        self._known: dict[tuple[str, int, str, str], dict[str, int]] = {}
+        self._known: dict[tuple[str, int, str, str], Choice] = {}
         for row in figures:
             self.add(row)
 
@@ -94,9 +97,10 @@ class Study:
 
     def rates(self, group: str) -> dict[float, float | None]:
         """
-        The learning rates that are tried for a group, with the mean loss on the seed that is not reported, once known.
+        The learning rates to try for a group, each with its mean loss once that is known.
 
-        The middle three of a list, and those beside the best one.
+        They are the middle three of a list, and then those beside the best one. The loss is of the seed that is not
+        reported.
         """
         listed = FULL_LEARNING_RATES if group.startswith("weights") else LEARNING_RATES
         losses = [self.losses.get((data, TUNING_SEED, group, TUNED), {}) for data in TUNING_SETS]
@@ -110,13 +114,13 @@ class Study:
         return {rate: known.get(rate) for rate in listed if rate in wanted | known.keys()}
 
     def learning_rate(self, group: str) -> float | None:
-        """The best one of the group, once all that are to be tried were."""
+        """The best one of the group. None until all were tried."""
         rates = self.rates(group)
         known = {rate: loss for rate, loss in rates.items() if loss is not None}
         return min(known, key=lambda rate: known[rate]) if known.keys() == rates.keys() else None
 
     def ranking(self, data: str, seed: int, name: str) -> list[float] | None:
-        """The scores by a search, by none ("random 0", "first", …) or by those of other sets."""
+        """Scores by a search, by none ("random 0", "first", …) or by other sets. None while they are missing."""
         if name.startswith("random"):
             draw = random.Random(f"{data} {seed} {name}")
             return [draw.random() for _ in self.units]
@@ -129,145 +133,95 @@ class Study:
             return scores and [-score for score in scores]
         if name == "KappaTune":
             return self.scores.get(("", 0, name))
-        if name.startswith("of "):
-            return self.scores.get((name[3:], seed, "full search"))
         if name == "mean of other sets":
             others = [self.scores.get((other, seed, "full search")) for other in ALIGNMENT if other != data]
             return [statistics.mean(z) for z in zip(*map(standardised, filter(None, others)))] if all(others) else None
-        if name.endswith(" per parameter"):
-            scores = self.ranking(data, seed, name.removesuffix(" per parameter"))
-            return scores and [score / self.sizes[unit] for score, unit in zip(scores, self.units)]
         return self.scores.get((data, seed, name))
 
     def jobs(self) -> Iterator[Job]:
-        """All jobs whose needs are met, the most urgent first."""
-        if not self.second:
-            yield Job("base", "", 0)
+        """All jobs that can be done with what is known, the most urgent first."""
+        yield Job("base", "", 0)
         yield from self._sweep("all", "modules 30")
-        for data, seed in itertools.product(ALIGNMENT if self.second else SETS, SEEDS):
-            yield self._search(data, seed)
+        runs = [(data, seed) for seed in SEEDS for data in self.sets]
+        yield from (Job("untrained", *run) for run in runs)
         if rate := self.learning_rate("all"):
-            for seed, data in itertools.product(SEEDS, ALIGNMENT if self.second else SETS):
-                yield self._tune(data, seed, "all", "full search", dict.fromkeys(self.units, RANK), rate, ranked=True)
-            for seed, data in itertools.product(SEEDS, () if self.second else ALIGNMENT):
-                yield Job("short", data, seed, learning_rate=rate)
-                yield Job("aletheia", data, seed)
-                yield Job("descent", data, seed, learning_rate=rate)
-        for group, sets, arms in ARMS_OF_SECOND if self.second else ARMS:
+            for run in runs:
+                yield self._tune(*run, "all", "full search", (tuple(self.units), RANK), rate, ranked=True)
+        for group, sets, arms in self.arms:
             yield from self._sweep(group)
-            rate = self.learning_rate(group)
-            for arm, seed, data in itertools.product(arms, SEEDS, sets) if rate else ():
-                ranks = self._ranks(data, seed, group, arm)
-                if ranks:
-                    yield self._tune(data, seed, group, arm, ranks, rate or 0)
-
-    def _search(self, data: str, seed: int) -> Job:
-        return Job("untrained" if self.second else "rank", data, seed)
+            if rate := self.learning_rate(group):
+                for arm, seed, data in itertools.product(arms, SEEDS, sets):
+                    if choice := self._choice(data, seed, group, arm):
+                        yield self._tune(data, seed, group, arm, choice, rate)
 
     def _sweep(self, *groups: str) -> Iterator[Job]:
         for data in TUNING_SETS:
-            yield self._search(data, TUNING_SEED)
+            yield Job("untrained", data, TUNING_SEED)
         for group in groups:
             for rate, data in itertools.product(self.rates(group), TUNING_SETS):
-                if ranks := self._ranks(data, TUNING_SEED, group, TUNED):
-                    yield self._tune(data, TUNING_SEED, group, TUNED, ranks, rate)
+                if choice := self._choice(data, TUNING_SEED, group, TUNED):
+                    yield self._tune(data, TUNING_SEED, group, TUNED, choice, rate)
 
     def _tune(
-        self, data: str, seed: int, group: str, arm: str, ranks: dict[str, int], rate: float, ranked: bool = False
+        self, data: str, seed: int, group: str, arm: str, choice: Choice, rate: float, ranked: bool = False
     ) -> Job:
         method = {"weights": "full", "EVA": "eva", "AdaLoRA": "adalora"}.get(group.split()[0], "lora")
-        return Job("tune", data, seed, arm, group, method, ranks, rate, ranked)
+        return Job("tune", data, seed, arm, group, method, *choice, rate, ranked)
 
-    def _ranks(self, data: str, seed: int, group: str, arm: str) -> dict[str, int] | None:
+    def _choice(self, data: str, seed: int, group: str, arm: str) -> Choice | None:
         key = (data, seed, group, arm)
-        if key not in self._known and (ranks := self._allocate(*key)):
-            self._known[key] = ranks
+        if key not in self._known and (choice := self._choose(*key)):
+            self._known[key] = choice
         return self._known.get(key)
 
-    def _allocate(self, data: str, seed: int, group: str, arm: str) -> dict[str, int] | None:
-        """LoRA's rank at each module that an arm of a group tunes; nothing while its ranking is missing."""
+    def _choose(self, data: str, seed: int, group: str, arm: str) -> Choice | None:
+        """The modules that an arm of a group tunes, and LoRA's rank there. None while its ranking is missing."""
         kind, *numbers = group.split()
         if kind in ("all", "EVA", "AdaLoRA") or group == "weights 100":
-            return dict.fromkeys(self.units, RANK)
+            return tuple(self.units), RANK
         if kind == "uniform":
-            return dict.fromkeys(self.units, int(numbers[0]))
+            return tuple(self.units), int(numbers[0])
         scores = self.ranking(data, seed, arm)
         if scores is None:
             return None
         by_unit = dict(zip(self.units, scores))
-        budget = RANK * sum(self.sizes.values())
-        if kind == "ranks":
-            return ranks_by_importance(by_unit, self.sizes, budget, *map(float, numbers))
-        share = int(numbers[0]) / 100
+        everything = sum(self.sizes.values())
         within = layers_within if kind == "layers" else modules_within
-        chosen = within(share * sum(self.sizes.values()), by_unit, self.sizes)
-        rank = RANK
-        if kind == "raised":
-            rank = round(budget / sum(self.sizes[unit] for unit in chosen))
-        return dict.fromkeys(chosen, rank)
+        chosen = within(int(numbers[0]) / 100 * everything, by_unit, self.sizes)
+        used = sum(self.sizes[unit] for unit in chosen)
+        return tuple(chosen), round(RANK * everything / used) if kind == "raised" else RANK
 
 
 TUNED = "untrained, 16 batches"  # the ranking by which learning rates are chosen: it costs no training
 CHANCE = tuple(f"random {draw}" for draw in range(RANDOM))
 BOTH = ("full search", "untrained, 8 batches")
-SEARCHES = (
-    *BOTH, *CHANCE, "untrained, 16 batches", "12 steps at 4 ×", "gradient norm", "mean of other sets",
-    "untrained, 4 batches", "untrained, 1 batches", "Fisher", "12 steps at 1 ×", "12 steps at 2 ×", "8 steps at 4 ×",
-    "4 steps at 4 ×", "untrained, r = 32", "untrained, A drawn again", "untrained, norm of the mean gradient",
-    "untrained, L2", "untrained, second moments", "full search per parameter",
-    "untrained, 8 batches per parameter", "full search, half way",
-)  # fmt: skip
-RIVALS = ("KappaTune", "norm of ΔW", "gradient norm", "descent", "first", "last")
+ENDS = ("first", "last")
 # group, data sets, arms: in the order in which they are run
 ARMS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("modules 30", ("reason_gsm8k",), ("full search", "mean of other sets", "random 0")),
-    ("modules 30", ALIGNMENT, ("mean of other sets",)),
-    ("modules 30", ("reason_math",), ("full search", "mean of other sets", "random 0")),
-    ("modules 30", ALIGNMENT, SEARCHES[:8]),
-    ("layers 30", ALIGNMENT, (*BOTH, "random 0")),
+    ("modules 30", SETS, (*BOTH, TUNED, *CHANCE, "KappaTune", "mean of other sets", *ENDS)),
+    ("layers 30", ALIGNMENT, (*BOTH, *CHANCE[:3], *ENDS)),
     ("all", ALIGNMENT, ("again",)),
     ("modules 75", ALIGNMENT, ("full search", "random 0", "bottom")),
     ("weights 100", ALIGNMENT, ("full search",)),
-    ("weights 75", ALIGNMENT, ("full search", "random 0")),
-    ("raised 30", ALIGNMENT, ("full search", "random 0")),
-    ("modules 30", ALIGNMENT, RIVALS[:3]),
-    ("modules 10", ALIGNMENT, ("full search", "random 0")),
-    ("modules 30", ALIGNMENT, ("descent",)),
-    ("modules 20", ALIGNMENT, ("full search", "random 0")),
-    ("EVA", ALIGNMENT, ("EVA",)),
-    ("modules 30", ALIGNMENT, ("first", "last")),
-    ("weights 75", ALIGNMENT, ("bottom",)),
-    ("AdaLoRA", ALIGNMENT, ("AdaLoRA",)),
-    ("layers 30", ALIGNMENT, ("aletheia-lora", *CHANCE[1:3])),
-    ("modules 10", ALIGNMENT, CHANCE[1:3]),
-    ("raised 30", ALIGNMENT, BOTH[1:]),
+    ("weights 75", ALIGNMENT, ("full search", "random 0", "bottom")),
+    ("modules 10", ALIGNMENT, (*BOTH, *CHANCE[:3])),
+    ("modules 20", ALIGNMENT, (*BOTH, "random 0")),
+    ("raised 30", ALIGNMENT, (*BOTH, "random 0")),
     ("uniform 2", ALIGNMENT, ("uniform",)),
-    ("ranks 1 0 32", ALIGNMENT, BOTH),
-    ("ranks 0.5 1 32", ALIGNMENT, BOTH),
-    ("modules 10", ALIGNMENT, BOTH),
-    ("modules 20", ALIGNMENT, BOTH),
-    ("modules 30", ALIGNMENT, ("12 steps at 4 ×",)),
-    ("layers 30", ALIGNMENT, RIVALS),
-    ("modules 30", SETS, (*(f"of {data}" for data in SETS), "mean of other sets", *CHANCE[:3], "full search")),
-    ("raised 10", ALIGNMENT, (*BOTH, "random 0")),
     ("uniform 1", ALIGNMENT, ("uniform",)),
-    ("modules 30", ALIGNMENT, SEARCHES),
-    ("layers 30", ALIGNMENT, SEARCHES[:11]),
-    ("modules 10", ALIGNMENT, (*SEARCHES[:11], "norm of ΔW")),
+    ("EVA", ALIGNMENT, ("EVA",)),
+    ("AdaLoRA", ALIGNMENT, ("AdaLoRA",)),
 )
 ARMS_OF_SECOND: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("modules 30", ALIGNMENT, ("full search", "random 0")),
-    ("modules 75", ALIGNMENT, ("full search", "random 0")),
-    ("modules 30", ALIGNMENT, ("untrained, 8 batches", "mean of other sets")),
+    ("modules 30", ALIGNMENT, (*BOTH, *CHANCE[:3], "mean of other sets")),
+    ("modules 75", ALIGNMENT, ("full search", "random 0", "bottom")),
     ("layers 30", ALIGNMENT, ("full search", "random 0")),
     ("raised 30", ALIGNMENT, ("full search", "random 0")),
-    ("modules 30", ALIGNMENT, CHANCE[1:3]),
-    ("modules 75", ALIGNMENT, ("bottom",)),
 )
 
 
 def modules_within(budget: float, scores: dict[str, float], sizes: Sizes) -> list[str]:
-    """Units in the order of their scores, as long as their sizes fit."""
+    """Units in the order of their scores; one that does not fit any more is left out."""
     chosen, left = [], budget
     for unit in sorted(scores, key=lambda unit: -scores[unit]):
         if sizes[unit] <= left:
@@ -277,7 +231,7 @@ def modules_within(budget: float, scores: dict[str, float], sizes: Sizes) -> lis
 
 
 def layers_within(budget: float, scores: dict[str, float], sizes: Sizes) -> list[str]:
-    """The modules of whole decoder layers, in the order of the sums of their scores, as long as they fit."""
+    """The same with whole decoder layers: their modules. A layer's score is the sum of its modules' scores."""
     layers = modules_within(budget, by_layer(scores), by_layer(sizes))
     return [unit for layer in layers for unit in scores if unit_of(unit, "layer") == layer]
 
@@ -289,30 +243,3 @@ def by_layer(values: Mapping[str, Number]) -> dict[str, Number]:
         layer = unit_of(unit, "layer")
         sums[layer] = sums[layer] + value if layer in sums else value
     return sums
-
-
-def ranks_by_importance(
-    scores: dict[str, float], sizes: Sizes, budget: float, power: float, least: float, most: float
-) -> dict[str, int]:
-    """
-    Ranks in proportion to a power of the scores, between a least and a greatest one, within a budget of parameters.
-
-    Args:
-        scores: A module's part in the whole; negative ones count as 0.
-        sizes: A module's parameters for each rank.
-    """
-    weights = {unit: max(score, 0.0) ** power for unit, score in scores.items()}
-    low, high = 0.0, 1e12
-    for _ in range(200):
-        middle = (low * high) ** 0.5 if low else high * 1e-6
-        used = sum(min(max(int(middle * w), least), most) * sizes[unit] for unit, w in weights.items())
-        low, high = (middle, high) if used <= budget else (low, middle)
-        if not low and high < 1e-12:
-            break
-    ranks = {unit: int(min(max(int(low * w), least), most)) for unit, w in weights.items()}
-    left = budget - sum(rank * sizes[unit] for unit, rank in ranks.items())
-    for unit in sorted(ranks, key=lambda unit: -weights[unit]):  # what rounding has left
-        if sizes[unit] <= left and ranks[unit] < most and weights[unit] > 0:
-            ranks[unit] += 1
-            left -= sizes[unit]
-    return {unit: rank for unit, rank in ranks.items() if rank}

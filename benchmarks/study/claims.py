@@ -17,9 +17,9 @@ class Claim:
     Args:
         text: What is claimed.
         paper: The paper's figure, or its word for it.
-        figure: Ours; nothing where it was not run.
-        target: What the figure is to be compared with.
-        floor: What it would be by chance, where there may be something between that and the target.
+        figure: Ours. None where it was not run.
+        target: The number.
+        floor: What the figure would be by chance, if it may lie between chance and the target.
     """
 
     text: str

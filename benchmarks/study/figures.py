@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import read_lines
 from benchmarks.study.arms import ALIGNMENT, CHANCE, SEEDS, SETS, TUNING_SEED, by_layer
-from benchmarks.study.run import read
 from peft_ila import LayerImportance
 from peft_ila.ranking.comparison import mean_and_error
 
@@ -30,7 +30,7 @@ LORA = ("all", "full search")  # on all modules
 
 @dataclass
 class Estimate:
-    """A mean over data sets, of the means over their seeds, and its standard error, where there are several sets."""
+    """A mean over data sets of the means over their seeds. With several sets it has a standard error."""
 
     mean: float
     error: float | None
@@ -61,10 +61,10 @@ class Figures:
     @classmethod
     def load(cls, results: Path) -> "Figures":
         """Those in a directory that `benchmarks.study.run` has written."""
-        return cls(read(results / "figures.jsonl"), json.loads((results / "made_by.json").read_text()))
+        return cls(read_lines(results / "figures.jsonl"), json.loads((results / "made_by.json").read_text()))
 
     def gained(self, group: str, arm: str, run: Run) -> float | None:
-        """The gain in held-out loss, as a share of that of LoRA on all modules; "random" is the mean of its draws."""
+        """The gain in held-out loss, as a share of LoRA's on all modules. "random" is the mean of its draws."""
         if arm == "random":
             return mean(self.gained(group, draw, run) for draw in CHANCE)
         row, full = self.tuned.get((group, arm, *run)), self.tuned.get((*LORA, *run))
@@ -78,12 +78,12 @@ class Figures:
         return difference(lambda run: self.gained(group, arm, run), lambda run: self.gained(*other, run), runs)
 
     def known(self, arm: tuple[str, str], what: str, name: str) -> dict[Run, float]:
-        """What was measured beside the loss, by run."""
+        """A figure that was measured beside the loss, by run."""
         rows = {run: self.tuned.get((*arm, *run), {}) for run in RUNS}
         return {run: row[what][name] for run, row in rows.items() if what in row}
 
     def arms(self, group: str) -> list[str]:
-        """Those that were run, random draws as one, the best first."""
+        """Those that were run, the best first. Random draws count as one."""
         arms = {"random" if arm in CHANCE else arm for own, arm, _, _ in self.tuned if own == group}
         return sorted(arms, key=lambda arm: -(mean(self.gained(group, arm, run) for run in RUNS) or 0.0))
 
@@ -98,7 +98,7 @@ class Figures:
         return LayerImportance(list(found), list(found.values()))
 
     def overlaps(self, layers: bool, search: str) -> dict[str, tuple[list[float], ...]]:
-        """Of pairs of rankings by a search: their overlaps at 75 and 30 %, and their correlations."""
+        """Pairs of rankings by a search: their overlaps at 75 and 30 %, and their correlations."""
         every = {run: self.ranking(run, search, layers) for run in itertools.product(SETS, SEEDS)}
         rankings = {run: ranking for run, ranking in every.items() if ranking is not None}
         found: dict[str, list[tuple[float, ...]]] = {}
@@ -123,11 +123,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def estimate(value: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
-    """
-    Over the runs that have a value.
-
-    The seeds of a set share their examples, the held-out ones too, so they are no independent runs.
-    """
+    """Over the runs that have a value. The seeds of a set share their examples, so they are no independent runs."""
     by_set: dict[str, list[float]] = {}
     for run in runs:
         if (own := value(run)) is not None:
@@ -140,7 +136,7 @@ def estimate(value: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
 
 
 def difference(a: Value, b: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
-    """That of the paired differences, over the runs that have both."""
+    """Of the paired differences, over the runs that have both."""
 
     def paired(run: Run) -> float | None:
         x, y = a(run), b(run)

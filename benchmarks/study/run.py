@@ -1,21 +1,21 @@
-"""
+r"""
 Which search selects best, what does a selection gain, and does a ranking carry over? See `docs/reproduction.md`.
 
-SmolLM2-135M is tuned on every set by LoRA on all modules, and by each arm: the modules or decoder layers that a search
-selects (a share of the parameters, at LoRA's rank or a higher one), ranks by importance, EVA, AdaLoRA, random draws,
-and full fine-tuning of a part. The learning rate of each group of arms is chosen on a seed that is not reported.
+A model is tuned on every set by LoRA on all modules, and by each arm: the modules or decoder layers that a search
+selects, a uniform lower rank, EVA, AdaLoRA, random draws, and full fine-tuning of a part. Arms that belong together
+form a group. The learning rate of a group is chosen on a seed that is not reported.
 
     python -m benchmarks.study.run --data ../shared/data --output_dir benchmarks/results/study
     python -m benchmarks.study.tables benchmarks/results/study --into docs/reproduction.md
 
-A few arms on a second model, such as Gemma-3-270m, converted by `benchmarks.gemma`:
+A few arms on a second model, Gemma-3-270m:
 
-    python -m benchmarks.study.run --data ../shared/data --model WORK/gemma-3-270m --second \
+    python -m benchmarks.study.run --data ../shared/data --gemma WORK/gemma-3-270m \
         --output_dir benchmarks/results/study_gemma
 
-About 1,250 jobs of 100 steps each. On an H200 (products in TF32), a step takes 31 ms in one process, and 19 ms with 14
-processes under CUDA's MPS: some 80 minutes in all, with the tasks of lm-eval; on two cores, about 200 hours. It
-resumes where the last one stopped, in the order of `arms.ARMS`, and ends by `--time_limit`.
+A job is 100 steps. On an H200 (products in TF32), a step takes 31 ms in one process, and 19 ms with 14 processes under
+CUDA's MPS; on two cores, a job takes ten minutes. A call resumes where the last one stopped, in the order of
+`arms.ARMS`, and ends by `--time_limit`.
 """
 
 import argparse
@@ -29,23 +29,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from benchmarks.record import made_by
+from benchmarks.record import made_by, read_lines, save
 from benchmarks.study.arms import SETS, TUNING_SEED, Job, Study
-from benchmarks.study.problem import Example, Problem, adapted_modules, load_base, read_examples, read_text
-from benchmarks.study.rankings import (
-    ATTRIBUTION,
-    aletheia,
-    all_untrained,
-    attribution,
-    delta_norms,
-    descent,
-    kappa_tune,
-    short,
-    untrained,
-)
+from benchmarks.study.problem import Example, Problem, adapted_modules, gemma, load_base, read_examples, read_text
+from benchmarks.study.rankings import attribution, kappa_tune, rounded, untrained
 from benchmarks.study.tasks import accuracies
 from peft_ila.embedded import smollm2
-from peft_ila.files import whole_file
 
 TEXTS = ("text_wikitext2", "text_c4")
 QUESTIONS = 1000  # of each task of lm-eval
@@ -70,32 +59,22 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def rank(job: Job) -> dict[str, Any]:
-    """The rankings by what needs no tuned adapter, or one that is not judged."""
+    """The searches that need no tuned adapter, and the base model's losses."""
     base, sizes = _worker["base"], _worker["sizes"]
     if job.kind == "base":
         return {"scores": kappa_tune(base, sizes), **tasks(base)}
     problem = Problem(base, _worker["examples"][job.data], job.seed)
-    if job.kind == "aletheia":
-        return {"scores": aletheia(problem, sizes)}
-    if job.kind == "short":
-        return {"scores": short(problem, sizes, job.learning_rate)}
-    if job.kind == "descent":
-        return {"scores": descent(problem, sizes, job.learning_rate, _worker["steps"])}
-    of_base = untrained(problem, sizes) if job.kind == "untrained" else all_untrained(problem, sizes)
-    return {
-        "scores": of_base,
-        "loss": problem.loss(base),
-        "perplexities": perplexities(problem, base),
-    }
+    measured = {"loss": problem.loss(base), "perplexities": perplexities(problem, base)}
+    return {"scores": untrained(problem, sizes), **measured}
 
 
 def tune(job: Job) -> dict[str, Any]:
-    """The held-out loss after tuning, at a few points of it; for the arm on all modules, its rankings too."""
+    """The held-out loss after tuning. For LoRA on all modules, the loss on the way and the ranking too."""
     problem = Problem(_worker["base"], _worker["examples"][job.data], job.seed)
-    steps, units = _worker["steps"], list(job.ranks)
-    curve, scores = {}, {}
+    steps, units = _worker["steps"], list(job.units)
+    curve = {}
     methods = {
-        "lora": lambda: problem.lora(job.ranks, min(job.ranks.values())),
+        "lora": lambda: problem.lora(units, job.rank),
         "full": lambda: problem.full(units),
         "eva": lambda: problem.eva(units),
         "adalora": lambda: problem.adalora(units, steps),
@@ -104,19 +83,15 @@ def tune(job: Job) -> dict[str, Any]:
         for step in problem.fit(model, job.learning_rate, steps):
             if job.ranked and step in (steps // 2, steps * 3 // 4):
                 curve[step] = problem.loss(model)
-            if job.ranked and step == steps // 2:
-                scores["full search, half way"] = attribution(model, problem, ATTRIBUTION).tolist()
         trained = [p for p in model.parameters() if p.requires_grad]
         found = {"loss": problem.loss(model), "parameters": sum(p.numel() for p in trained), "modules": len(units)}
-        if job.group.startswith(("all", "modules 75", "weights")) or job.arm == "full search":
+        forgets = job.group.startswith(("all", "modules 75", "weights"))
+        if forgets or job.arm == "full search":
             found["perplexities"] = perplexities(problem, model)
-        if job.group.startswith(("all", "modules 75", "weights")) and job.seed != TUNING_SEED:
+        if forgets and job.seed != TUNING_SEED:
             found |= tasks(model.get_base_model() if isinstance(model, PeftModel) else model)
         if job.ranked:
-            scores["full search"] = attribution(model, problem, ATTRIBUTION).tolist()
-            scores["norm of ΔW"] = delta_norms(model).tolist()
-    if job.ranked:
-        found |= {"curve": curve, "scores": {k: [float(f"{x:.5g}") for x in v] for k, v in scores.items()}}
+            found |= {"curve": curve, "scores": {"full search": rounded(attribution(model, problem))}}
     return found
 
 
@@ -131,20 +106,10 @@ def tasks(model: Any) -> dict[str, Any]:
     return {"accuracies": accuracies(model, _worker["model"], data, QUESTIONS)} if data else {}
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The rows; what a killed run has left of one is removed."""
-    *lines, last = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
-    rows = [json.loads(line) for line in lines]
-    if last:  # a run was killed while it wrote this
-        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
-    parser.add_argument("--model", type=Path, help="a directory; by default SmolLM2-135M-Instruct from PyPI")
-    parser.add_argument("--second", action="store_true", help="only the arms of a second model")
+    parser.add_argument("--gemma", type=Path, help="instead of SmolLM2-135M-Instruct: a directory for Gemma-3-270m")
     parser.add_argument("--tasks", action="store_true", help="HellaSwag, ARC-easy and PIQA too: pip install lm-eval")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
@@ -154,23 +119,19 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
 
-    model = args.model or smollm2()
+    model = gemma(args.gemma) if args.gemma else smollm2()
     examples = {data: read_examples(args.data / f"{data}.jsonl", model) for data in SETS}
     examples |= {text: read_text(args.data / f"{text}.jsonl", model) for text in TEXTS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     sizes = adapted_modules(load_base(model, "cpu"))
     header = args.output_dir / "made_by.json"
     devices = json.loads(header.read_text())["devices"] if header.exists() else {}
-    with whole_file(header) as temporary:
-        devices[name] = made_by()
-        temporary.write_text(
-            json.dumps({"model": model.name, "steps": args.steps, "units": list(sizes), "devices": devices})
-        )
+    devices[name] = made_by()
+    save(header, {"model": model.name, "steps": args.steps, "units": list(sizes), "devices": devices})
     file = args.output_dir / "figures.jsonl"
-    rows = read(file)
-    study = Study(rows, sizes, args.second)
+    rows = read_lines(file)
+    study = Study(rows, sizes, second=bool(args.gemma))
     done = {row["key"] for row in rows}
     running: dict[Future[dict[str, Any]], str] = {}
     initial = (model, examples, device, args.steps, args.data if args.tasks else None)

@@ -13,10 +13,10 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import table
 from benchmarks.study import claims
 from benchmarks.study.arms import ALIGNMENT, BOTH, CHANCE, SEEDS, SETS, TUNING_SEED, TUNING_SETS
 from benchmarks.study.figures import LORA, NAMES, RUNS, Figures, Run, difference, estimate, mean, nearness
@@ -31,15 +31,6 @@ there are few: three, or five where a ranking is used on another set. Comparison
 the mean of five draws for 30 % of SmolLM2's modules on the alignment sets, and one draw elsewhere.
 """
 TASKS = (("HellaSwag, norm.", "hellaswag acc_norm"), ("ARC-easy", "arc_easy acc"), ("PIQA", "piqa acc"))
-
-
-def table(columns: list[str], rows: Iterable[list[Any]]) -> None:
-    """Print one; what is missing is left empty."""
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        cells = ("" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row)
-        print("| " + " | ".join(cells) + " |")
-    print()
 
 
 def searches(figures: Figures, group: str, title: str) -> None:

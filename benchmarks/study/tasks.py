@@ -12,18 +12,16 @@ BATCH = 64
 
 def accuracies(model: PreTrainedModel, directory: Path, data: Path, limit: int | None = None) -> dict[str, float]:
     """
-    The model's accuracy on each task, without examples in the prompt; `acc_norm` goes by the answers' lengths.
+    The model's accuracy on each task, without examples in the prompt. `acc_norm` allows for the answers' lengths.
 
     Args:
-        model: A model without adapters, or with them injected; it comes back as it was, but for its mode.
-        directory: The model's, for its tokenizer.
+        model: A model without adapters, or with them injected. It ends in training mode.
+        directory: Where its tokenizer is.
         data: The directory of `eval_hellaswag.jsonl`, `eval_arc_easy.jsonl` and `eval_piqa.jsonl`.
         limit: Only as many questions of each.
 
-    Raises:
-        ImportError: lm-eval is missing, which only this needs: `pip install lm-eval`.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # for this only: pip install lm-eval
     from lm_eval.models.huggingface import HFLM
 
     model.eval()
@@ -40,7 +38,7 @@ def accuracies(model: PreTrainedModel, directory: Path, data: Path, limit: int |
 
 @functools.cache
 def _tasks(data: Path) -> list[Any]:
-    """lm-eval's own prompts; the file of HellaSwag lacks the label of the activity, so its prompts do."""
+    """lm-eval's own prompts. The file of HellaSwag lacks the label of the activity, and so do the prompts."""
     from lm_eval.api.task import ConfigurableTask
 
     question = "Question: {{question}}\nAnswer:"

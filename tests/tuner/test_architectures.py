@@ -7,7 +7,6 @@ from models import MODELS, build
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from benchmarks.breadth import buildable, classes, differences
 from peft_ila import ILAConfig
 from peft_ila.units import unit_of
 
@@ -68,20 +67,3 @@ def test_add_adapter_of_transformers(input_ids):
     assert not torch.equal(model(input_ids).logits, base)
     model.disable_adapters()
     assert torch.equal(model(input_ids).logits, base)
-
-
-# a sample of families of `benchmarks/breadth.py`, which tries all of transformers
-FAMILIES = """
-    LlamaForCausalLM Gemma3ForCausalLM Phi3ForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM OPTForCausalLM
-    BloomForCausalLM FalconForCausalLM MixtralForCausalLM Qwen2MoeForCausalLM GptOssForCausalLM
-    DeepseekV3ForCausalLM Llama4ForCausalLM GraniteMoeForCausalLM PhimoeForCausalLM JambaForCausalLM
-    Zamba2ForCausalLM RecurrentGemmaForCausalLM Qwen3NextForCausalLM T5ForConditionalGeneration
-    BartForConditionalGeneration WhisperForConditionalGeneration LlavaForConditionalGeneration Wav2Vec2ForCTC
-    BertForSequenceClassification AlbertForMaskedLM SwinForImageClassification ViTForImageClassification
-""".split()
-
-
-@pytest.mark.support("Architectures", "gated and exported exactly: 28 classes here, all in `benchmarks/breadth.py`")
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_configuration_is_exact(name):
-    assert differences(name, buildable(name, classes()[name]), shares=(0.3,)) == []

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_dialogues, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from trainers import plain_trainer, write_model_and_data
+from trainers import write_model_and_data
 
-from benchmarks.robustness import kills
 from peft_ila import LayerImportance
 from peft_ila.cli import main
 from peft_ila.embedded import write_jsonl
@@ -333,18 +331,3 @@ def test_a_full_disk(workspace, tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
     assert re.search(r"adapter could not be written: .*File too large", message)
     assert {path.name for path in tmp_path.iterdir()} <= {"_run.json"}
-
-
-@pytest.mark.parametrize("scenario", kills.SCENARIOS)
-def test_killed_before_any_file_operation(tmp_path, scenario):
-    """A sample of what `python -m benchmarks.robustness.kills` tries, which is all of them."""
-
-    def make(directory, **kwargs):
-        return plain_trainer(directory, tiny_tokenizer(), tiny_dialogues(), **{"max_steps": 4, **kwargs})
-
-    number = kills.attempt(make, tmp_path / "whole", scenario)
-    expected = kills.contents(tmp_path / "whole")
-    step = 12 if scenario == "without" else 24
-    for last in range(1, number, step):
-        kills.attempt(make, tmp_path / f"killed-{last}", scenario, last)
-        assert kills.contents(tmp_path / f"killed-{last}") == expected, last
