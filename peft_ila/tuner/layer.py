@@ -71,7 +71,8 @@ class _Gates(nn.ModuleDict):
     """A layer's `lora_gate`. PEFT sees only the gates that train: it calls a partly frozen adapter irregular."""
 
     def items(self) -> Any:
-        return [(name, gate) for name, gate in super().items() if gate.trains("lora_gate")]
+        gates: Any = super().items()
+        return [(name, gate) for name, gate in gates if gate.trains("lora_gate")]
 
 
 class _GatedModuleDict(nn.ModuleDict):
