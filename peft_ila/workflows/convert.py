@@ -41,11 +41,6 @@ def convert(
 
     Returns:
         The file and the selected units.
-
-    Raises:
-        OSError: The model does not exist.
-        ValueError: The selection or budget is invalid, the model is not the ranked one, or the program cannot name the
-            targets.
     """
     model = _ranked_config(importance) if model_name_or_path is None else _config(model_name_or_path, hub=True)
     if memory_budget is not None:
