@@ -110,7 +110,7 @@ class PlanArguments(StepArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The model; its configuration is enough."})
     importance: str | None = field(
-        default=None, metadata={"help": "A ranking. Without it, layers are spread evenly from the first one on."}
+        default=None, metadata={"help": "A ranking. Without it, the first layers are tuned."}
     )
     lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
 

@@ -3,31 +3,22 @@
 import functools
 import logging
 from bisect import bisect_right
+from dataclasses import fields
 from typing import Any
 
-import torch
 from accelerate.utils import convert_file_size_to_int
 from transformers import PretrainedConfig
 
 from ..export.skeleton import meta_skeleton
 from ..ranking.importance import LayerImportance
-from .arguments import LORA_R, StepArguments
+from .arguments import LORA_R
 from .plan import Memory, Step
 
 logger = logging.getLogger(__name__)
 
 
 def select_within(
-    config: PretrainedConfig,
-    importance: LayerImportance,
-    memory_budget: int | str,
-    batch_size: int = StepArguments.per_device_train_batch_size,
-    max_length: int = StepArguments.max_length,
-    load_in_4bit: bool = StepArguments.load_in_4bit,
-    gradient_checkpointing: bool = StepArguments.gradient_checkpointing,
-    dtype: torch.dtype = torch.bfloat16,
-    r: int = LORA_R,
-    **lora: Any,
+    config: PretrainedConfig, importance: LayerImportance, memory_budget: int | str, **step: Any
 ) -> list[str]:
     """
     The most important units whose tuning fits into a memory budget: as many from the top of the ranking as [`plan`]
@@ -39,25 +30,24 @@ def select_within(
         memory_budget (`int` or `str`):
             Bytes, or a size such as `"24GB"` (10⁹ bytes) or `"24GiB"`. Leave room for the memory that is not counted,
             see [`Memory`].
-        batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype:
-            The training step, see [`plan`]. With checkpointing, the inputs of all layers count, also those below the
-            lowest unit, which the callback [`FrozenPrefix`] avoids.
-        r (`int`): LoRA's rank.
-        **lora: Other options of [`~peft.LoraConfig`].
+        **step:
+            `batch_size`, `max_length`, `load_in_4bit`, `gradient_checkpointing`, `dtype`, and options of
+            [`~peft.LoraConfig`] such as `r`, as for [`plan`]. With checkpointing, the inputs of all layers count, also
+            those below the lowest unit, which the callback [`FrozenPrefix`] avoids.
 
     Returns:
         `list[str]`: The `units` for [`LayerImportance.to_lora_config`], most important first.
     """
     budget = size_in_bytes(memory_budget)
-    lora["r"] = r
+    lora = {"r": LORA_R, **step}
+    own = {field.name: lora.pop(field.name) for field in fields(Step) if field.name in lora}
     importance.to_lora_config(top_p=1.0, model=config, **lora)  # checks that the ranking is of this model
-    skeleton = meta_skeleton(config, importance.units)
-    step = Step(skeleton, batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype)
+    counted = Step(meta_skeleton(config, importance.units), **own)
     ranking = importance.ranking()
 
     @functools.cache
     def memory(number: int) -> Memory:
-        return step.memory(importance.to_lora_config(units=ranking[:number], **lora))
+        return counted.memory(importance.to_lora_config(units=ranking[:number], **lora))
 
     number = bisect_right(range(1, len(ranking) + 1), budget, key=lambda number: memory(number).total)
     needed = memory(max(1, number))

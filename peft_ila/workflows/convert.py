@@ -42,7 +42,10 @@ def convert(
     Returns:
         The file and the selected units.
     """
-    model = _ranked_config(importance) if model_name_or_path is None else _config(model_name_or_path, hub=True)
+    if model_name_or_path is None:
+        model = _ranked_config(importance)
+    else:
+        model = model_config(model_name_or_path, trust_remote_code=False)  # a check runs no code from the hub
     if memory_budget is not None:
         if model is None:
             raise ValueError("A memory budget needs the model: pass `--model_name_or_path`.")
@@ -62,15 +65,10 @@ def convert(
     return path, units
 
 
-def _config(model: str, hub: bool) -> Any:
-    # a check neither runs code from the hub nor asks to
-    return model_config(model, local_files_only=not hub, trust_remote_code=False)
-
-
 def _ranked_config(importance: LayerImportance) -> Any:
     model = importance.metadata.get("model")
     try:
-        return _config(model, hub=False) if model else None
+        return model_config(model, local_files_only=True, trust_remote_code=False) if model else None
     except (OSError, ValueError):
         logger.warning(
             f"The configuration of {str(model)[:80]!r} was not found, so targets are checked by name only. To check "

@@ -2,8 +2,7 @@
 
 import contextlib
 import copy
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -57,15 +56,10 @@ class Memory:
     trainable: int
 
     @property
-    def peaks(self) -> tuple[int, int]:
-        """The peaks with the logits and with the gradients. The logits are freed before any layer has gradients."""
-        held = self.weights + self.adapter + self.optimizer + self.activations
-        return held + self.logits, held + self.recomputed + self.gradients
-
-    @property
     def total(self) -> int:
-        """The peak of the step."""
-        return max(self.peaks)
+        """The peak of the step. The logits are freed before any layer has gradients."""
+        held = self.weights + self.adapter + self.optimizer + self.activations
+        return held + max(self.logits, self.recomputed + self.gradients)
 
 
 def plan(
@@ -106,9 +100,6 @@ def plan(
     Returns:
         `dict`: A [`Memory`] for each share, such as `"30%"`; for `"rank"`, the search without training; and for
         `"rank, stage 2"`, the search after training, whose stage 1 needs as much as `"100%"`.
-
-    Raises:
-        ValueError: The configuration makes no causal language model, or the ranking is of another one.
     """
     lora["r"] = r
     skeleton = meta_skeleton(config, importance.units if importance else ())
@@ -161,11 +152,11 @@ class Step:
     """
 
     skeleton: Any
-    batch_size: int
-    max_length: int
-    load_in_4bit: bool
-    gradient_checkpointing: bool
-    dtype: torch.dtype
+    batch_size: int = StepArguments.per_device_train_batch_size
+    max_length: int = StepArguments.max_length
+    load_in_4bit: bool = StepArguments.load_in_4bit
+    gradient_checkpointing: bool = StepArguments.gradient_checkpointing
+    dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.max_length < 1:
@@ -180,14 +171,21 @@ class Step:
             config: The adapter.
             untrained: Whether the step is of the search without training: only B has gradients, nothing has moments.
         """
-        model = self._with_adapter(config)
+        model: Any = _inject(copy.deepcopy(self.skeleton), config)
+        adapter = trainable = gates = 0
         for name, parameter in model.named_parameters():
-            if untrained and (".lora_A." in name or ".lora_embedding_B." in name):
-                parameter.requires_grad_(False)
-        own = [(name, parameter) for name, parameter in model.named_parameters() if "lora_" in name]
-        adapter = sum(parameter.numel() for _, parameter in own)
-        trainable = sum(parameter.numel() for _, parameter in own if parameter.requires_grad)
-        gates = sum(parameter.numel() for name, parameter in own if "lora_gate" in name)
+            if "lora_" in name:
+                if untrained and (".lora_A." in name or ".lora_embedding_B." in name):
+                    parameter.requires_grad_(False)
+                parameter.data = parameter.data.float()
+                adapter += parameter.numel()
+                trainable += parameter.numel() if parameter.requires_grad else 0
+                gates += parameter.numel() if "lora_gate" in name else 0
+            elif parameter.requires_grad:
+                raise ValueError(f"Only adapters are counted, but {name} is also trainable.")
+        if isinstance(model.base_model, ILAModel):
+            for gate in model.gates().values():
+                gate.probed = True
         vocabulary = model.get_input_embeddings().num_embeddings
         activations, logits, recomputed = self._kept(model, vocabulary)
         return Memory(
@@ -201,48 +199,36 @@ class Step:
             trainable=trainable,
         )
 
-    def _with_adapter(self, config: PeftConfig) -> Any:
-        model: Any = _inject(copy.deepcopy(self.skeleton), config)
-        if isinstance(model.base_model, ILAModel):
-            for gate in model.gates().values():
-                gate.probed = True
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-            elif parameter.requires_grad:
-                raise ValueError(f"Only adapters are counted, but {name} is also trainable.")
-        return model
-
     def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
         """The bytes kept for the backward pass: without the logits, of the logits, and of a recomputed layer."""
-        base, recomputed = model.get_base_model(), 0
+        base, recomputed = model.get_base_model().train(), 0
         try:
-            with _fake(model):
-                base.train()
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model.to_empty(device="cpu")
                 if self.gradient_checkpointing:
                     recomputed = self._most_of_a_layer(model)
                     # "gradient" before transformers 5.23
                     kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
                     getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
                 with saved_tensors(model) as saved:
-                    self._loss(model)
-                    logits = saved.bytes(vocabulary)
-                    return saved.bytes() - logits, logits, recomputed
+                    self._forward(model)
         except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             raise ValueError(f"A training step of {type(base).__name__} cannot run without data: {error}") from error
+        logits = saved.bytes(vocabulary)
+        return saved.bytes() - logits, logits, recomputed
 
     def _most_of_a_layer(self, model: Any) -> int:
         """The most that one of the layers keeps without checkpointing, as while it is recomputed."""
-        kept = [0]  # after each layer
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        hooks = [layer.register_forward_hook(lambda *args: kept.append(saved.bytes())) for layer in layers]
+        kept = [0]  # after each layer
         with saved_tensors(model) as saved:
-            self._loss(model)
+            hooks = [layer.register_forward_hook(lambda *args: kept.append(saved.bytes())) for layer in layers]
+            self._forward(model)
         for hook in hooks:
             hook.remove()
         return max((after - before for before, after in pairwise(kept)), default=0)
 
-    def _loss(self, model: Any) -> None:
+    def _forward(self, model: Any) -> None:
         ids = torch.zeros(self.batch_size, self.max_length, dtype=torch.long)
         half = self.dtype != torch.float32
         with torch.autocast("cpu", self.dtype) if half else contextlib.nullcontext():  # else the caller's
@@ -256,16 +242,3 @@ class Step:
         return round(
             sum(p.numel() * (_NF4_BYTES if p in linear else p.element_size()) for p in self.skeleton.parameters())
         )
-
-
-@contextlib.contextmanager
-def _fake(model: nn.Module) -> Iterator[None]:
-    """Replace all parameters and buffers with tensors without data, as if on the CPU."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # torch logs operations that need data
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            yield
-    finally:
-        logging.disable(level)

@@ -1,14 +1,13 @@
 """Rank a model on a data set by name, with TRL's trainer and arguments: `peft-ila rank`."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig
-from transformers import IntervalStrategy, TrainerCallback, set_seed
+from transformers import IntervalStrategy, set_seed
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from ..export.adapters import adapter_directory, read_config
@@ -37,20 +36,16 @@ def lora_config(model_args: Any) -> Any:
     return get_peft_config(model_args)
 
 
-def check_evaluation(training_args: Any, eval_dataset_name: str | None) -> None:
-    if eval_dataset_name and training_args.eval_strategy == "no":
-        raise ValueError("`--eval_dataset_name` needs `--eval_strategy steps` or `epoch`.")
-
-
 def sft_trainer(
     script_args: Any,
     training_args: Any,
     model_args: Any,
     peft_config: PeftConfig | None,
     eval_dataset_name: str | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
     """An [`~trl.SFTTrainer`] as in TRL's own script. The arguments are TRL's, plus the held-out data's name."""
+    if eval_dataset_name and training_args.eval_strategy == "no":
+        raise ValueError("`--eval_dataset_name` needs `--eval_strategy steps` or `epoch`.")
     if script_args.dataset_streaming:
         split = '`--dataset_train_split "train[:2000]"`'
         raise ValueError(
@@ -78,7 +73,6 @@ def sft_trainer(
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
-            callbacks=list(callbacks),
         )
     except Exception as error:  # columns that TRL does not know, a chat template that refuses the data, …
         clear = isinstance(error, (OSError, ValueError, ImportError, torch.OutOfMemoryError))
@@ -151,7 +145,6 @@ def rank_by_sft(
     except ValueError as error:  # two settings have other names on the command line
         text = str(error).replace("learning_rate", "gate_learning_rate").replace("`steps`", "`gate_steps`")
         raise ValueError(text) from error
-    check_evaluation(training_args, rank_args.eval_dataset_name)
     if rank_args.adapter and rank_args.tuned_model:
         raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
     if rank_args.tuned_rank is not None and not rank_args.tuned_model:

@@ -17,7 +17,7 @@ from ..ranking.importance import LayerImportance
 from .arguments import TuneArguments, given, required
 from .budget import select_within
 from .models import model_config, model_name
-from .sft import check_evaluation, lora_config, sft_trainer
+from .sft import lora_config, sft_trainer
 from .training import check_free, lock_output_dir, start_run, train_or_resume
 
 
@@ -36,7 +36,6 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
         The trainer after training.
     """
     importance = LayerImportance.load(required(tune_args.importance, "importance"))
-    check_evaluation(training_args, tune_args.eval_dataset_name)
     facts = {
         "command": "tune --full" if tune_args.full else "tune",
         "dataset": script_args.dataset_name,
@@ -51,8 +50,8 @@ def tune(script_args: Any, training_args: Any, model_args: Any, tune_args: TuneA
         config, result = _lora_of_selection(importance, training_args, model_args, tune_args), ADAPTER_CONFIG_NAME
     with lock_output_dir(directory):
         check_free(training_args, CONFIG_NAME, ADAPTER_CONFIG_NAME)
-        held_out, callbacks = tune_args.eval_dataset_name, [FrozenPrefix()]
-        trainer = sft_trainer(script_args, training_args, model_args, config, held_out, callbacks)
+        trainer = sft_trainer(script_args, training_args, model_args, config, tune_args.eval_dataset_name)
+        trainer.add_callback(FrozenPrefix())
         if tune_args.full:
             _freeze(trainer, importance, units)
         start_run(trainer, facts)
@@ -96,33 +95,26 @@ def _lora_of_selection(
     )
     selection = tune_args.selection()
     if tune_args.memory_budget is not None:
-        selection["units"] = _fitting(ranked, importance, tune_args.memory_budget, training_args, model_args, options)
+        step = _step(ranked, training_args, model_args)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(training_args.bf16 or training_args.fp16)):
+            selection["units"] = select_within(ranked, importance, tune_args.memory_budget, **step, **options)
     return importance.to_lora_config(**selection, model=ranked, **options)
 
 
-def _fitting(
-    config: Any, importance: LayerImportance, budget: str, training_args: Any, model_args: Any, lora: dict[str, Any]
-) -> list[str]:
-    """The units that fit into the budget with these training arguments."""
+def _step(config: Any, training_args: Any, model_args: Any) -> dict[str, Any]:
+    """The training step, for [`select_within`]."""
     if training_args.max_length is None:
         raise ValueError("`--memory_budget` needs `--max_length`: without it, an example may have any length.")
     if model_args.load_in_8bit:
-        raise ValueError(
-            "`--memory_budget` does not count `--load_in_8bit`; use `--load_in_4bit`, or select by `--top_p`."
-        )
+        raise ValueError("`--memory_budget` does not count `--load_in_8bit`; use `--load_in_4bit` or `--top_p`.")
     dtype = config.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(training_args.bf16 or training_args.fp16)):
-        return select_within(
-            config,
-            importance,
-            budget,
-            batch_size=training_args.per_device_train_batch_size,
-            max_length=training_args.max_length,
-            load_in_4bit=model_args.load_in_4bit,
-            gradient_checkpointing=training_args.gradient_checkpointing,
-            dtype=dtype or torch.float32,
-            **lora,
-        )
+    return {
+        "batch_size": training_args.per_device_train_batch_size,
+        "max_length": training_args.max_length,
+        "load_in_4bit": model_args.load_in_4bit,
+        "gradient_checkpointing": training_args.gradient_checkpointing,
+        "dtype": dtype or torch.float32,
+    }
 
 
 def _save(trainer: SFTTrainer, directory: Path, result: str) -> None:

@@ -133,6 +133,16 @@ def test_tune_is_resumed_with_its_own_selection_only(workspace, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == expected
 
 
+def test_stage_1_is_not_repeated(workspace, tmp_path, monkeypatch):
+    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
+    results = [out / name for name in ("importance.json", "adapter/adapter_model.safetensors", "adapter/stage_1.json")]
+    expected = [path.read_bytes() for path in results]
+    results[0].unlink()
+    monkeypatch.setattr("peft_ila.workflows.rank.train_or_resume", None)
+    command(workspace, "rank", out, "--gate_steps", "4", *RESUME)
+    assert [path.read_bytes() for path in results] == expected
+
+
 def test_one_run_at_a_time(workspace, tmp_path):
     with lock_directory(tmp_path):
         for name, selection in (("rank", []), ("tune", top_layer(workspace))):

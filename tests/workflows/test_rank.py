@@ -63,7 +63,7 @@ def test_the_seed_of_the_search(tmp_path, tokenizer, dialogues):
 
 def test_metadata_that_cannot_be_written(tmp_path, tokenizer, dialogues):
     trainer = sft_trainer(tmp_path, tokenizer, dialogues)
-    with pytest.raises(TypeError, match="`metadata` must hold JSON values only: .*PosixPath"):
+    with pytest.raises(TypeError, match="PosixPath is not JSON serializable"):
         rank(trainer, metadata={"data": tmp_path})
     assert trainer.state.global_step == 0
 
