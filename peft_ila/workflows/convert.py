@@ -8,7 +8,6 @@ from ..choices import Format
 from ..export.recipes import write_recipe
 from ..files import whole_file
 from ..ranking.importance import LayerImportance
-from .budget import select_within
 from .models import model_config
 
 logger = logging.getLogger(__name__)
@@ -51,6 +50,8 @@ def convert(
             raise ValueError("A memory budget needs the model: pass `--model_name_or_path`.")
         if format == "axolotl-full":
             raise ValueError("`--memory_budget` counts LoRA only: for `--format axolotl-full`, select by `--top_p`.")
+        from .budget import select_within  # slow
+
         units = select_within(model, importance, memory_budget, **(step or {}), **lora)
     else:
         units = importance.select(**(selection or {}))

@@ -47,9 +47,9 @@ def sft_trainer(
     if eval_dataset_name and training_args.eval_strategy == "no":
         raise ValueError("`--eval_dataset_name` needs `--eval_strategy steps` or `epoch`.")
     if script_args.dataset_streaming:
-        split = '`--dataset_train_split "train[:2000]"`'
         raise ValueError(
-            f"`--dataset_streaming` is not supported; for a part of the data, pass a split such as {split}."
+            "`--dataset_streaming` is not supported. For a part of a large data set, pass a split such as "
+            '`--dataset_train_split "train[:2000]"`.'
         )
     set_seed(training_args.seed)  # the trainer makes LoRA's initial weights before it sets its seed
     name = model_name(model_args.model_name_or_path)
@@ -131,8 +131,7 @@ def rank_by_sft(
 
     Args:
         script_args ([`~trl.ScriptArguments`]): The data set.
-        training_args ([`~trl.SFTConfig`]): Both stages; `push_to_hub` uploads the ranked adapter with a card that
-            shows the ranking.
+        training_args ([`~trl.SFTConfig`]): Both stages. `push_to_hub` uploads the ranked adapter with its card.
         model_args ([`~trl.ModelConfig`]): The model, its quantisation, LoRA's options.
         rank_args ([`RankArguments`]): The search.
 
