@@ -46,7 +46,7 @@ def whole_directory(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
         written = [file for file in directory.rglob("*") if file.is_file()]
         for file in sorted(written, key=lambda file: file == directory / last):
             target = path / file.relative_to(directory)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
 
 

@@ -1,12 +1,14 @@
 """Nothing that a run has made is lost: to bad input, to another run, to a kill, or to what is beside it."""
 
+import json
 import re
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from trainers import plain_trainer, write_model_and_data
 
 from peft_ila.cli import main
@@ -122,6 +124,7 @@ def test_tune_writes_no_useless_adapter(workspace, tmp_path, arguments, message)
 
 def test_tune_is_resumed_with_its_own_selection_only(workspace, tmp_path):
     command(workspace, "tune", tmp_path, *top_layer(workspace))
+    assert "github.com/huggingface/trl" in (tmp_path / "README.md").read_text()  # to whose card PEFT adds
     expected = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_config.json").unlink()
     message = error_of(workspace, "tune", tmp_path, *top_layer(workspace))
@@ -185,6 +188,50 @@ def test_the_home_directory(workspace, tmp_path, monkeypatch):
     main(["plot", "~/ranked/importance.json", "--output", "~/picture.png"])
     main(["compare", "~/ranked/importance.json", "~/ranked/importance.json", "--mean", "~/mean.json"])
     assert {path.name for path in tmp_path.iterdir()} == {"ranked", "lora", "plain", "picture.png", "mean.json"}
+
+
+def change_a(tensors):
+    key = next(key for key in tensors if "lora_A" in key)
+    return key, tensors[key]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(change_a(t)[0]), "lacks A"),
+        (lambda t: t.pop(change_a(t)[0].replace("lora_A", "lora_B")), "lacks B"),
+        (lambda t: t.update({change_a(t)[0]: change_a(t)[1][:2].clone()}), "do not fit: their shapes are"),
+        (lambda t: t.update({change_a(t)[0]: change_a(t)[1] * torch.nan}), "is not finite"),
+        (lambda t: t.update({"evil.weight": torch.zeros(2)}), "'evil.weight' is not a weight of a LoRA adapter"),
+        (lambda t: t.update({change_a(t)[0]: change_a(t)[1].to(torch.int8)}), "has the type torch.int8"),
+        (
+            lambda t: t.update({k: v[0] for k, v in t.items() if "lora_gate" in k}),
+            r"have the shape \(1,\), but has \(\)",
+        ),
+        (lambda t: [t.pop(key) for key in list(t)], "holds no LoRA weights"),
+    ],
+)
+def test_damaged_weights_are_not_exported(workspace, tmp_path, change, message):
+    source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
+    tensors = load_file(source / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "adapter_model.safetensors")
+    with pytest.raises(SystemExit, match=message):
+        main(["export", str(source), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [None, {"q_proj": 0}])
+def test_a_damaged_configuration_is_refused(workspace, tmp_path, option, value):
+    """PEFT reads no null there."""
+    source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | {option: value}))
+    message = f"`{option}` must be a mapping to finite numbers above 0"
+    with pytest.raises(SystemExit, match=message):
+        main(["export", str(source), "--output_dir", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_pickled_weights_are_not_read(workspace, tmp_path):
