@@ -44,6 +44,7 @@ test-matrix:
 	$(PYTHON) tests/matrix.py
 
 demo: install
+	rm -rf demo_output
 	$(BIN)/peft-ila demo --output_dir demo_output
 
 docs: .venv/docs

@@ -110,7 +110,7 @@ class PlanArguments(StepArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The model; its configuration is enough."})
     importance: str | None = field(
-        default=None, metadata={"help": "A ranking. Without it, layers are spread evenly from the first one on."}
+        default=None, metadata={"help": "A ranking. Without it, the first layers are tuned."}
     )
     lora_r: int = field(default=LORA_R, metadata={"help": "LoRA's rank."})
 
@@ -551,8 +551,9 @@ def _expand_paths(arguments: tuple[Any, ...]) -> None:
                 setattr(group, name, os.path.expanduser(value))
             elif isinstance(value, list):
                 setattr(group, name, [os.path.expanduser(path) for path in value])
-        if str(getattr(group, "resume_from_checkpoint", None)).lower() in ("false", "none"):
-            group.resume_from_checkpoint = None  # transformers takes it for a path
+        resume = str(getattr(group, "resume_from_checkpoint", None)).lower()
+        if resume in ("true", "false", "none"):
+            group.resume_from_checkpoint = resume == "true" or None  # transformers takes the text for a path
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -3,9 +3,10 @@
 import importlib.util
 import json
 import os
+import tempfile
 from pathlib import Path
 
-from .files import whole_directory, whole_file
+from .files import whole_file
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -44,7 +45,7 @@ def convert_gguf(file: Path, directory: Path) -> None:
 
     Args:
         file: The GGUF file.
-        directory: Where to write them; an existing directory is replaced.
+        directory: Where to write them; a directory that is there already is kept.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -56,9 +57,13 @@ def convert_gguf(file: Path, directory: Path) -> None:
     fresh = type(model)(config)
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = GenerationConfig.from_model_config(config)
-    with whole_directory(directory) as temporary:
-        fresh.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        whole = Path(temporary) / directory.name
+        fresh.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(whole)
+        if not directory.exists():  # another process may have been faster
+            whole.rename(directory)
 
 
 def dialogues() -> list[dict[str, list[dict[str, str]]]]:

@@ -5,6 +5,10 @@ import pytest
 from peft_ila.files import lock_directory, read_json, whole_directory, whole_file
 
 
+def names(directory) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
 def test_a_file_appears_at_the_end(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     with whole_file(path) as temporary:
@@ -12,7 +16,7 @@ def test_a_file_appears_at_the_end(tmp_path):
         assert not path.exists()
         assert temporary.suffix == ".txt" and temporary.parent.parent == path.parent
     assert path.read_text() == "new"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+    assert names(path.parent) == ["file.txt"]
 
 
 def test_a_failed_block_leaves_the_old_file_alone(tmp_path):
@@ -21,68 +25,59 @@ def test_a_failed_block_leaves_the_old_file_alone(tmp_path):
     with pytest.raises(RuntimeError), whole_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old" and names(tmp_path) == ["file.txt"]
+    with pytest.raises(RuntimeError), whole_directory(tmp_path / "new", last="last") as temporary:
+        (temporary / "last").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == ["file.txt"]
 
 
-@pytest.mark.parametrize("killed_at", range(2))
-def test_a_directory_whose_writer_was_killed_is_found_again(tmp_path, monkeypatch, killed_at):
-    path = tmp_path / "directory"
-    with whole_directory(path) as temporary:
-        (temporary / "first").write_text("first")
+@pytest.mark.parametrize("killed_at", range(4))
+def test_the_last_file_says_that_all_are_there(tmp_path, monkeypatch, killed_at):
+    """Killed at any of three moves, or not at all. Files of others stay."""
 
     class Killed(BaseException):
         pass
 
-    renames = []
+    def write(content):
+        with whole_directory(tmp_path, last="b") as temporary:
+            (temporary / "inside").mkdir()
+            for name in ("a", "b", "inside/c"):
+                (temporary / name).write_text(content)
 
-    def rename(source, target):
-        renames.append(source)
-        if len(renames) > killed_at:
+    def replace(source, target):
+        moved.append(target)
+        if len(moved) > killed_at:
             raise Killed
-        real(source, target)
+        os.rename(source, target)
 
-    real = os.rename
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("os.rename", rename)
-        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
-        with whole_directory(path) as temporary:
-            (temporary / "second").write_text("second")
-    with lock_directory(tmp_path):
-        assert (path / "first").read_text() == "first"
-        assert [entry.name for entry in tmp_path.iterdir() if entry.name != "_peft_ila.lock"] == ["directory"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["directory"]
+    moved = []
+    (tmp_path / "mine").write_text("mine")
+    write("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", replace)
+        try:
+            write("new")
+        except Killed:
+            assert killed_at < 3 and not (tmp_path / "b").exists()
+    write("new")
+    assert {(tmp_path / name).read_text() for name in ("a", "b", "inside/c")} == {"new"}
+    assert names(tmp_path) == ["a", "b", "inside", "mine"]
 
 
-def test_files_of_others_are_kept(tmp_path):
-    path = tmp_path / "directory"
-    with whole_directory(path) as temporary:
-        (temporary / "own").write_text("old")
-        (temporary / "gone").write_text("old")
-    (path / "mine").mkdir()
-    (path / "mine" / "notes").write_text("mine")
-    with whole_directory(path, own=("own", "gone")) as temporary:
-        (temporary / "own").write_text("new")
-    assert sorted(entry.name for entry in path.iterdir()) == ["mine", "own"]
-    assert (path / "own").read_text() == "new" and (path / "mine" / "notes").read_text() == "mine"
+def test_a_lock_removes_what_a_killed_run_left(tmp_path):
+    (tmp_path / "out" / ".file.txt-1.peft_ila-partial").mkdir(parents=True)
+    with lock_directory(tmp_path / "out"):
+        assert names(tmp_path / "out") == ["_peft_ila.lock"]
+        with pytest.raises(BlockingIOError, match="is in use by another run"), lock_directory(tmp_path / "out"):
+            pass
+    assert names(tmp_path / "out") == []
+    with lock_directory(tmp_path / "new"):
+        pass
+    assert names(tmp_path) == ["out"]
 
 
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "large").write_text("[" + " " * 100 + "]")
-    for name, message in (("pipe", "not a regular file"), ("large", "has 102 bytes; the maximum is 50")):
-        with pytest.raises(ValueError, match=message):
-            read_json(tmp_path / name, most=50)
-
-
-def test_a_directory_is_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "directory"
-    for name in ("first", "second"):
-        with whole_directory(path) as temporary:
-            (temporary / name).write_text(name)
-    assert [entry.name for entry in path.iterdir()] == ["second"]
-    with pytest.raises(RuntimeError), whole_directory(path) as temporary:
-        (temporary / "third").write_text("half")
-        raise RuntimeError
-    assert [entry.name for entry in path.iterdir()] == ["second"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["directory"]
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_json(tmp_path / "pipe")

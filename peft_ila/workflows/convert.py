@@ -8,7 +8,6 @@ from ..choices import Format
 from ..export.recipes import write_recipe
 from ..files import whole_file
 from ..ranking.importance import LayerImportance
-from .budget import select_within
 from .models import model_config
 
 logger = logging.getLogger(__name__)
@@ -41,18 +40,18 @@ def convert(
 
     Returns:
         The file and the selected units.
-
-    Raises:
-        OSError: The model does not exist.
-        ValueError: The selection or budget is invalid, the model is not the ranked one, or the program cannot name the
-            targets.
     """
-    model = _ranked_config(importance) if model_name_or_path is None else _config(model_name_or_path, hub=True)
+    if model_name_or_path is None:
+        model = _ranked_config(importance)
+    else:
+        model = model_config(model_name_or_path, trust_remote_code=False)  # a check runs no code from the hub
     if memory_budget is not None:
         if model is None:
             raise ValueError("A memory budget needs the model: pass `--model_name_or_path`.")
         if format == "axolotl-full":
             raise ValueError("`--memory_budget` counts LoRA only: for `--format axolotl-full`, select by `--top_p`.")
+        from .budget import select_within  # slow
+
         units = select_within(model, importance, memory_budget, **(step or {}), **lora)
     else:
         units = importance.select(**(selection or {}))
@@ -67,15 +66,10 @@ def convert(
     return path, units
 
 
-def _config(model: str, hub: bool) -> Any:
-    # a check neither runs code from the hub nor asks to
-    return model_config(model, local_files_only=not hub, trust_remote_code=False)
-
-
 def _ranked_config(importance: LayerImportance) -> Any:
     model = importance.metadata.get("model")
     try:
-        return _config(model, hub=False) if model else None
+        return model_config(model, local_files_only=True, trust_remote_code=False) if model else None
     except (OSError, ValueError):
         logger.warning(
             f"The configuration of {str(model)[:80]!r} was not found, so targets are checked by name only. To check "

@@ -6,23 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
-from transformers.utils import CONFIG_NAME
 
-from ..files import open_safetensors, read_json
+from ..files import open_safetensors
 from .arguments import required
 
-_MOST_BYTES, _MOST_LAYERS = 2**24, 10_000  # limits of a configuration, far above real models
+_MOST_LAYERS = 10_000  # far above real models
 
 
 def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
     """The name of a model for `from_pretrained`, after checks of its files."""
     name = os.path.expanduser(required(value, flag))
     directory = Path(name)
-    if not directory.exists() and name.startswith((".", "/")):
+    if not directory.is_dir() and (directory.exists() or name.startswith((".", "/"))):
         raise FileNotFoundError(f"There is no model directory {name}.")
-    if directory.is_file():
-        raise ValueError(f"`--{flag}` must be a model's directory or its name on the hub, but {name} is a file.")
-    for path in directory.glob("*.safetensors") if directory.is_dir() else ():
+    for path in directory.glob("*.safetensors"):
         with open_safetensors(path):
             pass
     return name
@@ -36,15 +33,12 @@ def model_config(name: str, **kwargs: Any) -> Any:
         name: A directory, or a name on the hub.
         **kwargs: Arguments of [`~transformers.AutoConfig.from_pretrained`].
     """
-    directory = Path(name)
-    if directory.is_dir():
-        read_json(directory / CONFIG_NAME, _MOST_BYTES)
     try:
         config: Any = AutoConfig.from_pretrained(name, **kwargs)
     except ImportError:
         raise
     except OSError as error:
-        if directory.is_dir():
+        if Path(name).is_dir():
             raise
         raise OSError(f"There is no model directory {name}, and the hub has no such model: {error}") from error
     except Exception as error:  # transformers may raise anything for bad values

@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,15 +56,10 @@ class Memory:
     trainable: int
 
     @property
-    def peaks(self) -> tuple[int, int]:
-        """The peaks with the logits and with the gradients. The logits are freed before any layer has gradients."""
-        held = self.weights + self.adapter + self.optimizer + self.activations
-        return held + self.logits, held + self.recomputed + self.gradients
-
-    @property
     def total(self) -> int:
-        """The peak of the step."""
-        return max(self.peaks)
+        """The peak of the step. The logits are freed before any layer has gradients."""
+        held = self.weights + self.adapter + self.optimizer + self.activations
+        return held + max(self.logits, self.recomputed + self.gradients)
 
 
 def plan(
@@ -89,8 +84,8 @@ def plan(
     Args:
         config ([`~transformers.PretrainedConfig`]): The configuration of a causal language model.
         importance ([`LayerImportance`], *optional*):
-            The ranking that selects the units. Without it, decoder layers are spread evenly from the first one on,
-            which needs the most memory.
+            The ranking that selects the units. Without it, the first decoder layers are tuned, which need the most
+            memory.
         batch_size (`int`): The number of examples per step.
         max_length (`int`): The number of tokens per example.
         load_in_4bit (`bool`): Whether the linear layers are quantised to NF4.
@@ -105,9 +100,6 @@ def plan(
     Returns:
         `dict`: A [`Memory`] for each share, such as `"30%"`; for `"rank"`, the search without training; and for
         `"rank, stage 2"`, the search after training, whose stage 1 needs as much as `"100%"`.
-
-    Raises:
-        ValueError: The configuration makes no causal language model, or the ranking is of another one.
     """
     lora["r"] = r
     skeleton = meta_skeleton(config, importance.units if importance else ())
@@ -135,17 +127,12 @@ def table(needed: dict[str, Memory]) -> str:
 
 
 def _layers(skeleton: nn.Module, lora: dict[str, Any]) -> LayerImportance:
-    """A ranking that selects decoder layers evenly, always including the first."""
+    """A ranking of the decoder layers, the first one first."""
     own = ILAConfig(**{"target_modules": "all-linear", **lora})
     model: Any = _inject(copy.deepcopy(skeleton), own)
-    for gate in model.gates().values():
-        gate.weight = nn.Parameter(torch.zeros(1))
+    for position, gate in enumerate(model.gates().values()):
+        gate.weight = nn.Parameter(torch.tensor([-float(position)]))
     ranking: LayerImportance = model.layer_importance()
-    order: list[int] = []
-    for parts in (2**k for k in range(20)):  # 0, then ½, ¼ ¾, …
-        order += [i for i in range(0, len(ranking.units), max(1, len(ranking.units) // parts)) if i not in order]
-    scores = {position: float(-rank) for rank, position in enumerate(order)}
-    ranking.scores = [scores[position] for position in range(len(ranking.units))]
     return ranking
 
 
@@ -154,31 +141,29 @@ def _inject(skeleton: nn.Module, config: PeftConfig) -> PeftModel:
         return get_peft_model(skeleton, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
 
 
+@dataclass
 class Step:
     """
     A training step of a model, run without data to count its memory.
 
     Args:
-        skeleton: The model on the meta device.
+        skeleton: The model on the meta device; it gets the dtype.
         batch_size, max_length, load_in_4bit, gradient_checkpointing, dtype: See [`plan`].
     """
 
-    def __init__(
-        self,
-        skeleton: nn.Module,
-        batch_size: int,
-        max_length: int,
-        load_in_4bit: bool,
-        gradient_checkpointing: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        if batch_size < 1 or max_length < 1:
-            raise ValueError(f"The batch size and the length must be at least 1, got {batch_size} and {max_length}.")
-        self._skeleton: Any = skeleton.to(dtype)
-        self._shape = (batch_size, max_length)
-        self._four_bit = load_in_4bit
-        self._checkpointing = gradient_checkpointing
-        self._dtype = dtype
+    skeleton: Any
+    batch_size: int = StepArguments.per_device_train_batch_size
+    max_length: int = StepArguments.max_length
+    load_in_4bit: bool = StepArguments.load_in_4bit
+    gradient_checkpointing: bool = StepArguments.gradient_checkpointing
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_length < 1:
+            raise ValueError(
+                f"The batch size and the length must be at least 1, got {self.batch_size} and {self.max_length}."
+            )
+        self.skeleton.to(self.dtype)
 
     def memory(self, config: PeftConfig, untrained: bool = False) -> Memory:
         """
@@ -186,15 +171,23 @@ class Step:
             config: The adapter.
             untrained: Whether the step is of the search without training: only B has gradients, nothing has moments.
         """
-        model = self._with_adapter(config)
+        model: Any = _inject(copy.deepcopy(self.skeleton), config)
+        adapter = trainable = gates = 0
         for name, parameter in model.named_parameters():
-            if untrained and (".lora_A." in name or ".lora_embedding_B." in name):
-                parameter.requires_grad_(False)
-        adapter, trainable = _adapter(model)
-        gates = sum(p.numel() for name, p in model.named_parameters() if "lora_gate" in name)
+            if "lora_" in name:
+                if untrained and (".lora_A." in name or ".lora_embedding_B." in name):
+                    parameter.requires_grad_(False)
+                parameter.data = parameter.data.float()
+                adapter += parameter.numel()
+                trainable += parameter.numel() if parameter.requires_grad else 0
+                gates += parameter.numel() if "lora_gate" in name else 0
+            elif parameter.requires_grad:
+                raise ValueError(f"Only adapters are counted, but {name} is also trainable.")
+        if isinstance(model.base_model, ILAModel):
+            for gate in model.gates().values():
+                gate.probed = True
         vocabulary = model.get_input_embeddings().num_embeddings
-        with self._without_data(model):
-            activations, logits, recomputed = self._kept(model, vocabulary)
+        activations, logits, recomputed = self._kept(model, vocabulary)
         return Memory(
             weights=self._weights(),
             adapter=adapter * 4,
@@ -202,133 +195,50 @@ class Step:
             optimizer=0 if untrained else (adapter - gates) * 4 * ADAMW,
             activations=activations,
             recomputed=recomputed,
-            logits=logits + self._shape[0] * self._shape[1] * vocabulary * 4 * _GRADIENTS_OF_LOGITS,
+            logits=logits + self.batch_size * self.max_length * vocabulary * 4 * _GRADIENTS_OF_LOGITS,
             trainable=trainable,
         )
 
-    def memory_by_module(self, config: PeftConfig, names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
-        """
-        The memory by module.
-
-        Args:
-            config: The adapter.
-            names: Modules, none inside another.
-
-        Returns:
-            The number of trainable parameters in each; and the bytes kept for the backward pass when each is first
-            entered, in this order, with the total under `""` at the end.
-        """
-        model = self._with_adapter(config)
-        base = model.get_base_model()
-        trained = {name: _adapter(base.get_submodule(name))[1] for name in names}
-        kept: dict[str, int] = {}
-        named = {base.get_submodule(name): name for name in names}
-
-        def enter(module: nn.Module, args: Any) -> None:
-            kept.setdefault(named[module], saved.bytes())
-
-        with self._without_data(model), saved_tensors(model) as saved:
-            for module in named:
-                module.register_forward_pre_hook(enter)
-            self._loss(model)
-            return trained, {**kept, "": saved.bytes()}
-
-    def _with_adapter(self, config: PeftConfig) -> Any:
-        model: Any = _inject(copy.deepcopy(self._skeleton), config)
-        if isinstance(model.base_model, ILAModel):
-            for gate in model.gates().values():
-                gate.probed = True
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-            elif parameter.requires_grad:
-                raise ValueError(f"Only adapters are counted, but {name} is also trainable.")
-        return model
-
-    @contextlib.contextmanager
-    def _without_data(self, model: Any) -> Iterator[None]:
-        base = model.get_base_model()
-        with _fake(model):
-            try:
-                base.train()
-                if self._checkpointing:
+    def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
+        """The bytes kept for the backward pass: without the logits, of the logits, and of a recomputed layer."""
+        base, recomputed = model.get_base_model().train(), 0
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model.to_empty(device="cpu")
+                if self.gradient_checkpointing:
+                    recomputed = self._most_of_a_layer(model)
                     # "gradient" before transformers 5.23
                     kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
                     getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-                yield
-            except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-                name = type(base).__name__
-                raise ValueError(f"A training step of {name} cannot run without data: {error}") from error
-
-    def _loss(self, model: Any) -> None:
-        ids = torch.zeros(self._shape, dtype=torch.long)
-        half = self._dtype != torch.float32
-        with torch.autocast("cpu", self._dtype) if half else contextlib.nullcontext():  # else the caller's
-            model(input_ids=ids, labels=ids)
-
-    def _kept(self, model: Any, vocabulary: int) -> tuple[int, int, int]:
-        recomputed = self._most_of_a_layer(model) if self._checkpointing else 0
-        with saved_tensors(model) as saved:
-            self._loss(model)
-            logits = saved.bytes(vocabulary)
-            return saved.bytes() - logits, logits, recomputed
+                with saved_tensors(model) as saved:
+                    self._forward(model)
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            raise ValueError(f"A training step of {type(base).__name__} cannot run without data: {error}") from error
+        logits = saved.bytes(vocabulary)
+        return saved.bytes() - logits, logits, recomputed
 
     def _most_of_a_layer(self, model: Any) -> int:
-        """The most that one of the layers keeps while it is recomputed."""
-        before, most = 0, 0
-
-        def enter(layer: nn.Module, args: Any) -> None:
-            nonlocal before
-            before = saved.bytes()
-
-        def leave(layer: nn.Module, args: Any, output: Any) -> None:
-            nonlocal most
-            most = max(most, saved.bytes() - before)
-
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
-        hooks += [layer.register_forward_hook(leave) for layer in layers]
-        for layer in layers:
-            layer.gradient_checkpointing = False
+        """The most that one of the layers keeps without checkpointing, as while it is recomputed."""
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        kept = [0]  # after each layer
         with saved_tensors(model) as saved:
-            self._loss(model)
-        for layer in layers:
-            layer.gradient_checkpointing = True
+            hooks = [layer.register_forward_hook(lambda *args: kept.append(saved.bytes())) for layer in layers]
+            self._forward(model)
         for hook in hooks:
             hook.remove()
-        return most
+        return max((after - before for before, after in pairwise(kept)), default=0)
+
+    def _forward(self, model: Any) -> None:
+        ids = torch.zeros(self.batch_size, self.max_length, dtype=torch.long)
+        half = self.dtype != torch.float32
+        with torch.autocast("cpu", self.dtype) if half else contextlib.nullcontext():  # else the caller's
+            model(input_ids=ids, labels=ids)
 
     def _weights(self) -> int:
         linear = set()
-        if self._four_bit:
-            head = self._skeleton.get_output_embeddings()
-            linear = {m.weight for m in self._skeleton.modules() if isinstance(m, nn.Linear) and m is not head}
+        if self.load_in_4bit:
+            head = self.skeleton.get_output_embeddings()
+            linear = {m.weight for m in self.skeleton.modules() if isinstance(m, nn.Linear) and m is not head}
         return round(
-            sum(p.numel() * (_NF4_BYTES if p in linear else p.element_size()) for p in self._skeleton.parameters())
+            sum(p.numel() * (_NF4_BYTES if p in linear else p.element_size()) for p in self.skeleton.parameters())
         )
-
-
-def _adapter(module: nn.Module) -> tuple[int, int]:
-    """The numbers of adapter parameters and of trainable ones in a module."""
-    own = [parameter for name, parameter in module.named_parameters() if "lora_" in name]
-    return sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
-
-
-@contextlib.contextmanager
-def _fake(model: nn.Module) -> Iterator[None]:
-    """Replace all parameters and buffers with tensors without data, as if on the CPU."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # torch logs operations that need data
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for module in model.modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                        module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-            yield
-    finally:
-        logging.disable(level)

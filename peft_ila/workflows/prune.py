@@ -212,7 +212,7 @@ def summarised(ila: ILAModel, found: Found, settings: dict[str, Any]) -> Pruning
 
 def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> None:
     """Write the pruned adapter and what is known of it, whole or not at all."""
-    with whole_directory(directory, own=FILES) as temporary:
+    with whole_directory(directory, last=CONFIG_NAME) as temporary:
         ila.to_lora(temporary, ranks=ranks)
         pruning.importance.save(temporary / "importance.json")
         content = {key: value for key, value in asdict(pruning).items() if key != "importance"}

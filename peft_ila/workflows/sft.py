@@ -1,20 +1,16 @@
 """Rank a model on a data set by name, with TRL's trainer and arguments: `peft-ila rank`."""
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import IntervalStrategy, TrainerCallback, set_seed
+from transformers import IntervalStrategy, set_seed
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from ..export.adapters import adapter_directory, read_config
-from ..files import read_json, whole_directory
 from ..ranking.card import upload
 from ..ranking.importance import LayerImportance
 from ..search.delta import extract_lora
@@ -23,13 +19,12 @@ from ..search.stability import EpsilonStability
 from ..tuner.config import ILAConfig
 from ..tuner.model import disable_cpu_4bit_packing
 from ..units import Granularity
-from .arguments import PruneArguments, RankArguments, required
-from .data import described, is_file, load_dataset
-from .models import model_config, model_name
+from .arguments import PruneArguments, RankArguments, required, short
+from .data import is_file, load_dataset
+from .models import model_name
 from .prune import Pruning, check_prune_settings, check_pruned_output, prune
-from .rank import check_output, rank_in
-from .resuming import lock_output_dir
-from .training import load_adapter
+from .rank import RESULTS, rank_in
+from .training import check_free, load_adapter, lock_output_dir
 
 
 def lora_config(model_args: Any) -> Any:
@@ -41,33 +36,25 @@ def lora_config(model_args: Any) -> Any:
     return get_peft_config(model_args)
 
 
-def check_evaluation(training_args: Any, eval_dataset_name: str | None) -> None:
-    if eval_dataset_name and training_args.eval_strategy == "no":
-        raise ValueError("`--eval_dataset_name` needs `--eval_strategy steps` or `epoch`.")
-
-
 def sft_trainer(
     script_args: Any,
     training_args: Any,
     model_args: Any,
     peft_config: PeftConfig | None,
     eval_dataset_name: str | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
     """An [`~trl.SFTTrainer`] as in TRL's own script. The arguments are TRL's, plus the held-out data's name."""
+    if eval_dataset_name and training_args.eval_strategy == "no":
+        raise ValueError("`--eval_dataset_name` needs `--eval_strategy steps` or `epoch`.")
     if script_args.dataset_streaming:
         raise ValueError(
-            "`--dataset_streaming` is not supported: leave it out. For a part of a large data set, pass a split such "
-            'as `--dataset_train_split "train[:2000]"`.'
+            "`--dataset_streaming` is not supported. For a part of a large data set, pass a split such as "
+            '`--dataset_train_split "train[:2000]"`.'
         )
     set_seed(training_args.seed)  # the trainer makes LoRA's initial weights before it sets its seed
     name = model_name(model_args.model_name_or_path)
     dataset = required(script_args.dataset_name, "dataset_name")
     train_dataset = load_dataset(dataset, script_args.dataset_config, script_args.dataset_train_split)
-    if training_args.gradient_accumulation_steps < 1:
-        raise ValueError(
-            f"`--gradient_accumulation_steps` must be at least 1, got {training_args.gradient_accumulation_steps}."
-        )
     eval_dataset = None
     if training_args.eval_strategy != "no":
         split = "train" if eval_dataset_name and is_file(eval_dataset_name) else script_args.dataset_test_split
@@ -78,7 +65,6 @@ def sft_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    model_config(name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code)
     try:
         trainer = SFTTrainer(
             model=name,
@@ -87,18 +73,19 @@ def sft_trainer(
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=peft_config,
-            callbacks=list(callbacks),
         )
     except Exception as error:  # columns that TRL does not know, a chat template that refuses the data, …
         clear = isinstance(error, (OSError, ValueError, ImportError, torch.OutOfMemoryError))
         if clear and not isinstance(error, UnicodeError):
             raise
-        data = {
-            dataset: train_dataset,
-            **({eval_dataset_name or "the evaluation split": eval_dataset} if eval_dataset else {}),
-        }
-        reason = f"{type(error).__name__}: {error}. {described(data)}"
-        raise ValueError(f"{name} cannot be trained on {dataset}: {reason}") from error
+        columns = {dataset: train_dataset.column_names}
+        if eval_dataset is not None:
+            columns[eval_dataset_name or "the evaluation split"] = eval_dataset.column_names
+        found = ", ".join(f"{data} has the columns {short(sorted(names))}" for data, names in columns.items())
+        raise ValueError(
+            f"{name} cannot be trained on {dataset}: {type(error).__name__}: {error}. {found}. TRL takes `messages`, "
+            "`prompt` and `completion`, or `text`, in every example: https://huggingface.co/docs/trl/dataset_formats"
+        ) from error
     _check_comparable(trainer, eval_dataset, eval_dataset_name or dataset)
     _check_examples(trainer, trainer.train_dataset, dataset, "train")
     _check_examples(trainer, trainer.eval_dataset, eval_dataset_name or dataset, "evaluate")
@@ -118,7 +105,7 @@ def _check_comparable(trainer: Any, eval_dataset: Any, name: str) -> None:
 
 
 def _check_examples(trainer: Any, data: Any, name: str, purpose: str) -> None:
-    if not hasattr(data, "__len__"):  # none, or a stream
+    if data is None:
         return
     if not len(data):
         raise ValueError(
@@ -126,7 +113,7 @@ def _check_examples(trainer: Any, data: Any, name: str, purpose: str) -> None:
             f"{trainer.args.max_length}`. Raise it, or check the data."
         )
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
-    known = len(trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().weight)
+    known = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
     if "input_ids" in data.column_names and len(tokenizer) > known:  # else the model knows all of them
         greatest = max(max(ids, default=0) for ids in data["input_ids"])
         if greatest >= known:
@@ -144,17 +131,12 @@ def rank_by_sft(
 
     Args:
         script_args ([`~trl.ScriptArguments`]): The data set.
-        training_args ([`~trl.SFTConfig`]): Both stages; `push_to_hub` uploads the ranked adapter with a card that
-            shows the ranking.
+        training_args ([`~trl.SFTConfig`]): Both stages. `push_to_hub` uploads the ranked adapter with its card.
         model_args ([`~trl.ModelConfig`]): The model, its quantisation, LoRA's options.
         rank_args ([`RankArguments`]): The search.
 
     Returns:
         The ranking, and the URL of the upload.
-
-    Raises:
-        FileNotFoundError: The model or a data file does not exist.
-        ValueError: See [`rank`]; or arguments contradict each other, or the model does not fit the data.
     """
     settings = rank_args.gate_settings()
     try:
@@ -162,18 +144,18 @@ def rank_by_sft(
     except ValueError as error:  # two settings have other names on the command line
         text = str(error).replace("learning_rate", "gate_learning_rate").replace("`steps`", "`gate_steps`")
         raise ValueError(text) from error
-    check_evaluation(training_args, rank_args.eval_dataset_name)
     if rank_args.adapter and rank_args.tuned_model:
         raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
     if rank_args.tuned_rank is not None and not rank_args.tuned_model:
         raise ValueError("`--tuned_rank` needs `--tuned_model`.")
-    if rank_args.method == "untrained" and (rank_args.adapter or rank_args.tuned_model):
-        raise ValueError("`--method untrained` ranks by a fresh adapter: leave out `--adapter` and `--tuned_model`.")
-    if settings["method"] == "untrained" and training_args.eval_strategy != "no":
-        raise ValueError(
-            "`--eval_strategy` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
-            "`--method attribution`."
-        )
+    if settings["method"] == "untrained":
+        if rank_args.adapter or rank_args.tuned_model:
+            raise ValueError("`--method untrained` ranks a fresh adapter: leave out `--adapter` and `--tuned_model`.")
+        if training_args.eval_strategy != "no":
+            raise ValueError(
+                "`--eval_strategy` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
+                "`--method attribution`."
+            )
     stability = EpsilonStability(**rank_args.stability_settings())
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora = lora_config(model_args)
@@ -181,14 +163,14 @@ def rank_by_sft(
     push, training_args.push_to_hub = training_args.push_to_hub, False
     output_dir = Path(training_args.output_dir)
     with lock_output_dir(output_dir):
-        check_output(training_args, rank_args.adapter or rank_args.tuned_model)
+        check_free(training_args, *RESULTS)
         adapter, metadata = rank_args.adapter, {"dataset": script_args.dataset_name}
         if rank_args.eval_dataset_name:
             metadata["eval_dataset"] = rank_args.eval_dataset_name
         if rank_args.tuned_model:
             adapter, metadata["stage_1"] = _extract_delta(model_args, lora, rank_args, training_args)
         if adapter:
-            config = _gated_config(adapter, rank_args.granularity)
+            config = _gated_config(adapter_directory(adapter), rank_args.granularity)
         else:
             config = ILAConfig.from_lora(lora, granularity=rank_args.granularity, gate_mode="open")
         trainer = sft_trainer(script_args, training_args, model_args, config, rank_args.eval_dataset_name)
@@ -212,10 +194,6 @@ def prune_by_sft(
 
     Returns:
         What was kept, and where it was uploaded to.
-
-    Raises:
-        FileNotFoundError: There is no such model, adapter or data file.
-        ValueError: See [`prune`]; or the model, the adapter and the data do not fit.
     """
     settings, output_dir = prune_args.settings(), Path(training_args.output_dir)
     try:
@@ -228,7 +206,7 @@ def prune_by_sft(
     with lock_output_dir(output_dir):
         source = adapter_directory(adapter)
         check_pruned_output(output_dir, source)
-        config = _gated_config(adapter)
+        config = _gated_config(source)
         trainer = sft_trainer(script_args, training_args, model_args, config, prune_args.eval_dataset_name)
         load_adapter(trainer, source)
         pruning = prune(trainer, output_dir, **settings)
@@ -243,9 +221,9 @@ def _pushed(trainer: Any, directory: Path) -> str | None:
     return str(upload(directory, name, args.hub_token, args.hub_private_repo))
 
 
-def _gated_config(adapter: str, granularity: Granularity | None = None) -> ILAConfig:
+def _gated_config(adapter: Path, granularity: Granularity | None = None) -> ILAConfig:
     """The configuration that puts gates on an adapter that is there already; `None`: of any granularity."""
-    config = read_config(adapter_directory(adapter))
+    config = read_config(adapter)
     if not isinstance(config, ILAConfig):
         config = ILAConfig.from_lora(config, granularity=granularity or "module", gate_mode="open")
     elif granularity and config.granularity != granularity:
@@ -265,35 +243,18 @@ def _gated_config(adapter: str, granularity: Granularity | None = None) -> ILACo
 def _extract_delta(
     model_args: Any, config: Any, rank_args: RankArguments, training_args: Any
 ) -> tuple[str, dict[str, Any]]:
-    """Write the delta of a fully fine-tuned model as an adapter, once."""
-    delta = Path(training_args.output_dir) / "delta"
-    report = delta / "delta.json"
-    wanted = {
-        "base_model": model_args.model_name_or_path,
-        "revision": model_args.model_revision,
-        "tuned_model": rank_args.tuned_model,
-        "tuned_rank": rank_args.tuned_rank,
-        "target_modules": model_args.lora_target_modules,
-    }
-    with PartialState().main_process_first():
-        facts = _read_facts(report)
-        if not facts.items() >= wanted.items():
-            with whole_directory(delta, own=(CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, report.name)) as temporary:
-                facts = wanted | extract_lora(
-                    model_name(model_args.model_name_or_path),
-                    model_name(rank_args.tuned_model, "tuned_model"),
-                    config,
-                    temporary,
-                    rank=rank_args.tuned_rank,
-                    revision=model_args.model_revision,
-                    trust_remote_code=training_args.trust_remote_code,
-                )
-                (temporary / report.name).write_text(json.dumps(facts))
+    """Write the delta of a fully fine-tuned model as an adapter."""
+    delta, state = Path(training_args.output_dir) / "delta", PartialState()
+    facts: dict[str, Any] = {"tuned_model": rank_args.tuned_model, "tuned_rank": rank_args.tuned_rank}
+    if state.is_main_process:
+        facts |= extract_lora(
+            model_name(model_args.model_name_or_path),
+            model_name(rank_args.tuned_model, "tuned_model"),
+            config,
+            delta,
+            rank=rank_args.tuned_rank,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    state.wait_for_everyone()
     return str(delta), facts
-
-
-def _read_facts(report: Path) -> dict[str, Any]:
-    if not report.exists():
-        return {}
-    facts = read_json(report)
-    return facts if isinstance(facts, dict) else {}

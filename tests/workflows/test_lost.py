@@ -1,11 +1,9 @@
 """Nothing that a run has made is lost: to bad input, to another run, to a kill, or to what is beside it."""
 
 import json
-import os
 import re
 import resource
 import shutil
-import stat
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainers import write_model_and_data
 
-from peft_ila import LayerImportance
 from peft_ila.cli import main
 from peft_ila.embedded import write_jsonl
 from peft_ila.files import lock_directory
+from peft_ila.workflows.training import train_or_resume
 
 TRAINING = (
     "--per_device_train_batch_size 8 --learning_rate 2e-2 --logging_steps 1 --max_steps 4 --save_strategy steps "
@@ -52,33 +50,63 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
+RESUME = ["--resume_from_checkpoint", "True"]
+
+
+def top_layer(workspace) -> list[str]:
+    return ["--importance", str(workspace / "ranked" / "importance.json"), "--top_k", "1"]
+
+
+def test_an_earlier_run_stays_as_it_is(workspace, tmp_path):
+    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
+    before = files(out)
+    for name, extra in (("rank", []), ("rank", ["--adapter", str(out / "adapter")]), ("tune", top_layer(workspace))):
+        message = error_of(workspace, name, out, *extra)
+        assert "belongs to an earlier run. Resume it with `--resume_from_checkpoint True`, or choose" in message
+    for name, extra, setting in (
+        ("rank", ["--dataset_name", str(workspace / "few.jsonl")], "dataset"),
+        ("rank", ["--seed", "7"], "seed"),
+        ("rank", ["--granularity", "module"], "granularity"),
+        ("rank", ["--adapter", str(out / "adapter")], "adapter"),
+        ("tune", top_layer(workspace), "command"),
+    ):
+        message = error_of(workspace, name, out, *extra, *RESUME)
+        assert f"holds a run with another `{setting}`: " in message
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("extra", [[], RESUME])
+def test_what_others_made_stays_as_it_is(workspace, tmp_path, extra):
+    """A directory with a training of other programs is refused; other files are no hindrance."""
+    for name in ("rank/adapter", "tune/config.json", "other/notes/mine.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("mine")
+    shutil.copytree(workspace / "ranked" / "checkpoint-4", tmp_path / "trained" / "checkpoint-4")
+    before = files(tmp_path)
+    for name, output in (("rank", "rank"), ("tune", "tune"), ("rank", "trained")):
+        selection = top_layer(workspace) if name == "tune" else []
+        message = error_of(workspace, name, tmp_path / output, *selection, *extra)
+        assert "belongs to an earlier run. Choose another `--output_dir`." in message
+    assert files(tmp_path) == before
+    command(workspace, "tune", tmp_path / "other", *top_layer(workspace), "--max_steps", "1", *extra)
+    assert files(tmp_path).items() >= before.items()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--logging_strategy", "no"], "`logging_strategy` must not be"),
-        (["--learning_rate", "nan"], "Invalid learning rate: nan"),
-        (["--learning_rate", "1e30"], "diverged|not finite"),
-        (["--max_length", "2"], "No example|no label|nothing"),
-        (["--per_device_train_batch_size", "0"], "batch"),
-        (["--gradient_accumulation_steps", "0"], "`--gradient_accumulation_steps` must be at least 1, got 0"),
-        (["--max_steps", "0", "--num_train_epochs", "0"], "Not a single step was trained"),
+        (["--max_length", "2"], "No example of .* is left to train on: none .* within `--max_length 2`"),
         (["--adapter", "TRUNCATED"], "adapter_model.safetensors is damaged"),
-        (["--adapter", "EMPTY"], "There is no adapter in .*: it lacks adapter_config.json"),
-        (["--dataset_name", "/nowhere/data.jsonl"], "There is no data file /nowhere/data.jsonl"),
-        (["--epsilon", "-1"], "`epsilon` must be greater than 0"),
     ],
 )
-def test_bad_input_costs_no_finished_run(workspace, tmp_path, arguments, message):
-    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
-    (tmp_path / "EMPTY").mkdir()
+def test_bad_input_leaves_nothing_behind(workspace, tmp_path, arguments, message):
     shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "TRUNCATED")
     weights = tmp_path / "TRUNCATED" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    arguments = [str(tmp_path / a) if a in ("TRUNCATED", "EMPTY") else a for a in arguments]
-    before = files(out)
-    found = error_of(workspace, "rank", out, *arguments)
+    arguments = [str(tmp_path / a) if a == "TRUNCATED" else a for a in arguments]
+    found = error_of(workspace, "rank", tmp_path / "out", *arguments)
     assert re.search(message, found), found
-    assert files(out) == before
+    assert not [path for path in (tmp_path / "out").glob("*") if path.name != "_run.json"]
 
 
 @pytest.mark.parametrize(
@@ -90,160 +118,65 @@ def test_bad_input_costs_no_finished_run(workspace, tmp_path, arguments, message
 )
 def test_tune_writes_no_useless_adapter(workspace, tmp_path, arguments, message):
     arguments = [str(workspace / a) if a.endswith("jsonl") else a for a in arguments]
-    selection = [
-        "--importance",
-        str(workspace / "ranked" / "importance.json"),
-        "--top_k",
-        "1",
-        "--save_strategy",
-        "no",
-    ]
-    assert message in error_of(workspace, "tune", tmp_path, *selection, *arguments)
-    assert not list(tmp_path.iterdir())
+    assert message in error_of(workspace, "tune", tmp_path, *top_layer(workspace), "--save_strategy", "no", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["_run.json"]
 
 
-def test_what_others_put_there_stays(workspace, tmp_path):
-    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
-    (out / "adapter" / "notes.txt").write_text("mine")
-    (out / "gates").mkdir()
-    (out / "gates" / "mine.txt").write_text("mine")
-    command(workspace, "rank", out, "--gate_steps", "4", "--seed", "7")
-    assert (out / "adapter" / "notes.txt").read_text() == (out / "gates" / "mine.txt").read_text() == "mine"
-    assert LayerImportance.load(out / "importance.json").metadata["learn_gates"]["seed"] == 7
-    for directory, adapter in ((out, out / "adapter"), (out / "adapter", out / "adapter")):
-        before = files(out)
-        message = error_of(workspace, "rank", directory, "--adapter", str(adapter))
-        assert "would be replaced by the ranked one; choose another `output_dir`" in message
-        assert files(out) == before
-
-
-@pytest.mark.parametrize("kind", ["link", "file"])
-def test_a_target_that_is_no_directory_is_found_before_the_training(workspace, tmp_path, kind):
-    target = tmp_path / "out" / "adapter"
-    target.parent.mkdir()
-    if kind == "link":
-        (tmp_path / "elsewhere").mkdir()
-        target.symlink_to(tmp_path / "elsewhere")
-    else:
-        target.write_text("mine")
-    assert "is not a directory, but would be replaced" in error_of(workspace, "rank", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter"]
-
-
-@pytest.mark.parametrize(
-    "arguments, name",
-    [
-        (["--dataset_name", "few.jsonl"], "dataset"),
-        (["--seed", "7"], "seed"),
-        (["--learning_rate", "1e-3"], "learning_rate"),
-        (["--lora_r", "2"], "r"),
-        (["--lora_target_modules", "q_proj"], "target_modules"),
-        (["--granularity", "module"], "granularity"),
-    ],
-)
-def test_a_run_is_resumed_with_its_own_settings_only(workspace, tmp_path, arguments, name):
-    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
-    arguments = [str(workspace / a) if a.endswith("jsonl") else a for a in arguments]
-    before = files(out)
-    message = error_of(workspace, "rank", out, *arguments, "--resume_from_checkpoint", "True")
-    assert f"holds a run with another `{name}`: " in message
-    assert files(out) == before
-
-
-def test_tune_is_resumed_with_its_own_settings_only(workspace, tmp_path):
-    ranking = ["--importance", str(workspace / "ranked" / "importance.json")]
-    command(workspace, "tune", tmp_path, *ranking, "--top_k", "1")
+def test_tune_is_resumed_with_its_own_selection_only(workspace, tmp_path):
+    command(workspace, "tune", tmp_path, *top_layer(workspace))
+    assert "github.com/huggingface/trl" in (tmp_path / "README.md").read_text()  # to whose card PEFT adds
     expected = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_config.json").unlink()
-    message = error_of(workspace, "tune", tmp_path, *ranking, "--top_k", "1")
-    assert "checkpoint-2 belongs to an unfinished run. Resume it with `--resume_from_checkpoint True`" in message
-    resume = ["--resume_from_checkpoint", "True"]
-    message = error_of(workspace, "tune", tmp_path, *ranking, "--top_k", "2", *resume)
+    message = error_of(workspace, "tune", tmp_path, *top_layer(workspace))
+    assert re.search(r"checkpoint-\d belongs to an earlier run. Resume it with", message)
+    message = error_of(workspace, "tune", tmp_path, *top_layer(workspace), "--top_k", "2", *RESUME)
     assert "holds a run with another `" in message
     shutil.rmtree(tmp_path / "checkpoint-4")
-    command(workspace, "tune", tmp_path, *ranking, "--top_k", "1", *resume)
+    command(workspace, "tune", tmp_path, *top_layer(workspace), *RESUME)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == expected
-    command(workspace, "tune", tmp_path, *ranking, "--top_k", "2")  # a finished run is replaced
-    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 2 * 7
 
 
-def test_a_checkpoint_of_the_same_directory_is_ranked_and_kept(workspace, tmp_path):
+def test_stage_1_is_not_repeated(workspace, tmp_path, monkeypatch):
     out = shutil.copytree(workspace / "ranked", tmp_path / "out")
-    before = files(out / "checkpoint-4")
-    command(workspace, "rank", out, "--adapter", str(out / "checkpoint-4"), "--gate_steps", "4")
-    assert files(out / "checkpoint-4") == before
-    command(workspace, "rank", out, "--method", "untrained", "--gate_steps", "4")
-    assert files(out / "checkpoint-4") == before
-
-
-def test_a_training_of_others_is_no_place_for_a_run(workspace, tmp_path):
-    """Its checkpoints could be taken for those of the run."""
-    shutil.copytree(workspace / "ranked" / "checkpoint-4", tmp_path / "checkpoint-4")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    ranking = ["--importance", str(workspace / "ranked" / "importance.json"), "--top_k", "1"]
-    message = error_of(workspace, "tune", tmp_path, *ranking)
-    assert "checkpoint-4 belongs to another training run; choose another `--output_dir`" in message
-    out = shutil.copytree(workspace / "ranked", tmp_path / "out")
-    assert "holds a run of another command" in error_of(workspace, "tune", out, *ranking)
-
-
-def test_a_run_that_had_ended_takes_no_further_step(workspace, tmp_path):
-    ranking = ["--importance", str(workspace / "ranked" / "importance.json"), "--top_k", "1"]
-    options = [*ranking, "--lr_scheduler_type", "constant"]
-    command(workspace, "tune", tmp_path, *options)
-    expected = (tmp_path / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "adapter_config.json").unlink()
-    command(workspace, "tune", tmp_path, *options, "--resume_from_checkpoint", "True")
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == expected
+    results = [out / name for name in ("importance.json", "adapter/adapter_model.safetensors", "adapter/stage_1.json")]
+    expected = [path.read_bytes() for path in results]
+    results[0].unlink()
+    monkeypatch.setattr("peft_ila.workflows.rank.train_or_resume", None)
+    command(workspace, "rank", out, "--gate_steps", "4", *RESUME)
+    assert [path.read_bytes() for path in results] == expected
 
 
 def test_one_run_at_a_time(workspace, tmp_path):
     with lock_directory(tmp_path):
-        message = error_of(workspace, "rank", tmp_path)
-        assert f"{tmp_path} is in use by process {os.getpid()} on " in message
-        assert "in use by" in error_of(
-            workspace, "tune", tmp_path, "--importance", str(workspace / "ranked" / "importance.json"), "--top_k", "1"
-        )
+        for name, selection in (("rank", []), ("tune", top_layer(workspace))):
+            assert f"{tmp_path} is in use by another run" in error_of(workspace, name, tmp_path, *selection)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(workspace, tmp_path):
-    results = ("importance.json", "adapter/adapter_model.safetensors", "adapter/stage_1.json")
-    for damaged in (
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "adapter_model.safetensors",
-        "trainer_state.json",
-    ):
-        out = shutil.copytree(workspace / "ranked", tmp_path / damaged)
-        shutil.rmtree(out / "adapter")
-        (out / "importance.json").unlink()
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, tokenizer, dialogues):
+    def trainer(resume=None, directory=tmp_path / "whole"):
+        saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        return plain_trainer(directory, tokenizer, dialogues, resume_from_checkpoint=resume, **saving)
+
+    whole = trainer()
+    train_or_resume(whole)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"):
+        out = shutil.copytree(tmp_path / "whole", tmp_path / name)
         (out / "checkpoint-best").mkdir()
-        path = out / "checkpoint-4" / damaged
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2])
-        command(workspace, "rank", out, "--gate_steps", "4", "--resume_from_checkpoint", "True")
-        for name in results:
-            assert (out / name).read_bytes() == (workspace / "ranked" / name).read_bytes(), (damaged, name)
-        named = ["--resume_from_checkpoint", str(out / "checkpoint-2")]
-        (out / "checkpoint-2" / damaged).write_bytes(b"")
-        shutil.rmtree(out / "adapter")
-        message = error_of(workspace, "rank", out, *named)
-        assert "Cannot resume from the checkpoint " in message and "checkpoint-2: " in message and damaged in message
-
-
-@pytest.mark.parametrize("umask, directory, file", [(0o077, 0o700, 0o600), (0o002, 0o775, 0o664)])
-def test_files_follow_the_umask(workspace, tmp_path, umask, directory, file):
-    before = os.umask(umask)
-    try:
-        main(["export", str(workspace / "ranked" / "adapter"), "--output_dir", str(tmp_path / "plain")])
-        adapter = ["--adapter", str(tmp_path / "plain"), "--gate_steps", "4"]
-        command(workspace, "rank", tmp_path / "out", *adapter)
-    finally:
-        os.umask(before)
-    for path in [*(tmp_path / "plain").rglob("*"), *(tmp_path / "out").rglob("*")]:
-        assert stat.S_IMODE(path.stat().st_mode) == (directory if path.is_dir() else file), path
+        data = (out / "checkpoint-4" / name).read_bytes()
+        (out / "checkpoint-4" / name).write_bytes(data[: len(data) // 2])
+        (out / "checkpoint-2" / name).write_bytes(b"")
+        for checkpoint in ("checkpoint-2", "checkpoint-4"):
+            with pytest.raises(ValueError, match=rf"Cannot resume from the checkpoint .*{checkpoint}: .*{name}"):
+                train_or_resume(trainer(str(out / checkpoint)))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", out / "checkpoint-2", dirs_exist_ok=True)
+    resumed, losses = trainer(True, out), []
+    original = resumed.training_step
+    resumed.training_step = lambda *args: losses.append(original(*args)) or losses[-1]
+    assert train_or_resume(resumed) and len(losses) == 2
+    expected = load_file(tmp_path / "whole" / "checkpoint-4" / "adapter_model.safetensors")
+    found = load_file(out / "checkpoint-4" / "adapter_model.safetensors")
+    assert all((found[name] == value).all() for name, value in expected.items())
 
 
 def test_the_home_directory(workspace, tmp_path, monkeypatch):
@@ -255,16 +188,6 @@ def test_the_home_directory(workspace, tmp_path, monkeypatch):
     main(["plot", "~/ranked/importance.json", "--output", "~/picture.png"])
     main(["compare", "~/ranked/importance.json", "~/ranked/importance.json", "--mean", "~/mean.json"])
     assert {path.name for path in tmp_path.iterdir()} == {"ranked", "lora", "plain", "picture.png", "mean.json"}
-
-
-def test_a_masked_adapter_that_has_nothing_else_wrong_is_read(workspace, tmp_path):
-    source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
-    config = json.loads((source / "adapter_config.json").read_text())
-    (source / "adapter_config.json").write_text(
-        json.dumps(config | {"gate_mode": "hard", "gate_mask": ["model.layers.1"]})
-    )
-    main(["export", str(source), "--output_dir", str(tmp_path / "out")])
-    assert all(".layers.1." in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
 
 
 def change_a(tensors):
@@ -298,7 +221,7 @@ def test_damaged_weights_are_not_exported(workspace, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("value", [None, {"q_proj": 0}, {"q_proj": "a"}])
+@pytest.mark.parametrize("value", [None, {"q_proj": 0}])
 def test_a_damaged_configuration_is_refused(workspace, tmp_path, option, value):
     """PEFT reads no null there."""
     source = shutil.copytree(workspace / "ranked" / "adapter", tmp_path / "in")
@@ -307,7 +230,6 @@ def test_a_damaged_configuration_is_refused(workspace, tmp_path, option, value):
     message = f"`{option}` must hold finite numbers above 0"
     with pytest.raises(SystemExit, match=message):
         main(["export", str(source), "--output_dir", str(tmp_path / "out")])
-    assert message in error_of(workspace, "rank", tmp_path / "out", "--adapter", str(source))
     assert not list((tmp_path / "out").glob("*"))
 
 
@@ -316,8 +238,6 @@ def test_pickled_weights_are_not_read(workspace, tmp_path):
     (source / "adapter_model.safetensors").rename(source / "adapter_model.bin")
     with pytest.raises(SystemExit, match=r"holds adapter_model.bin, a pickle .*call `save_pretrained`"):
         main(["export", str(source), "--output_dir", str(tmp_path / "out")])
-    message = error_of(workspace, "rank", tmp_path / "out", "--adapter", str(source))
-    assert "holds adapter_model.bin, a pickle" in message
 
 
 def test_a_full_disk(workspace, tmp_path, capsys):

@@ -21,14 +21,15 @@ from transformers import (
 
 from peft_ila import ILAConfig, LayerImportance
 from peft_ila.cli import main
+from peft_ila.export.skeleton import meta_skeleton
 from peft_ila.measure import saved_tensor_bytes
-from peft_ila.workflows.plan import plan, table
+from peft_ila.workflows.plan import Step, plan, table
 
-SIZES = {**SMALL, "hidden_size": 64, "vocab_size": 512}
+SIZES = {**SMALL, "hidden_size": 64, "vocab_size": 512, "num_hidden_layers": 3}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=16),
-    "gpt2": GPT2Config(n_embd=64, n_layer=5, n_head=4, vocab_size=512, bos_token_id=1, eos_token_id=1),
+    "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=512, bos_token_id=1, eos_token_id=1),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
 }
 IDS = torch.zeros(2, 64, dtype=torch.long)
@@ -71,7 +72,7 @@ def test_what_is_kept_is_counted(name, checkpointing):
                 AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), LoraConfig(**OPTIONS)
             )
             # but the first, whose input needs no gradient there
-            assert (kept(plain) - expected) / 5 <= memory.recomputed <= 1.1 * kept(plain) / 5
+            assert (kept(plain) - expected) / 3 <= memory.recomputed <= 1.2 * kept(plain) / 3
         assert checkpointing or memory.recomputed == 0
         assert memory.activations + memory.logits - gradients_of_logits == pytest.approx(expected, rel=0.05)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -80,7 +81,7 @@ def test_what_is_kept_is_counted(name, checkpointing):
         base = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         assert memory.weights == base
     search, whole = planned["rank, stage 2"], planned["100%"]
-    assert search.adapter == whole.adapter + 4 * 5 and search.trainable == 5  # one gate for each layer
+    assert search.adapter == whole.adapter + 4 * 3 and search.trainable == 3  # one gate for each layer
     assert search.activations + search.recomputed < whole.activations + whole.recomputed
 
 
@@ -101,7 +102,7 @@ def test_stage_2(input_ids):
     ]
     memory = planned["rank, stage 2"]
     assert memory.activations + memory.logits - 2 * (2 * 64 * 512 * 4) == pytest.approx(kept(model), rel=0.05)
-    assert memory.trainable == 5
+    assert memory.trainable == 3
 
 
 def test_the_search_without_training():
@@ -139,19 +140,28 @@ def test_4_bit(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    tiny_llama().save_pretrained(tmp_path)
-    arguments = ["plan", "--model_name_or_path", str(tmp_path), "--max_length", "32"]
+    tiny_llama(layers=2).save_pretrained(tmp_path)
+    arguments = ["plan", "--model_name_or_path", str(tmp_path)]
     main([*arguments, "--json"])
     figures = json.loads(capsys.readouterr().out)
     assert list(figures) == ["100%", "75%", "50%", "30%", "10%", "rank", "rank, stage 2"]
     own = figures["50%"]
     held = sum(own[key] for key in ("weights", "adapter", "optimizer", "activations"))
     assert own["total"] == held + max(own["logits"], own["recomputed"] + own["gradients"])
-    main([*arguments[:3], "--json"])
-    own = plan(tiny_llama().config)  # by the same defaults
-    assert json.loads(capsys.readouterr().out) == {row: {**vars(m), "total": m.total} for row, m in own.items()}
+    own = plan(tiny_llama(layers=2).config)  # by the same defaults
+    assert figures == {row: {**vars(m), "total": m.total} for row, m in own.items()}
     with pytest.raises(SystemExit, match="The batch size and the length must be at least 1, got 0 and 32"):
-        main([*arguments, "--per_device_train_batch_size", "0"])
+        main([*arguments, "--max_length", "32", "--per_device_train_batch_size", "0"])
+
+
+def test_weights_in_fp32_under_autocast():
+    """What `tune --memory_budget` counts."""
+    config, importance = CONFIGS["llama"], ranking(CONFIGS["llama"])
+    lora = importance.to_lora_config(top_k=2, r=8)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), lora)
+    with torch.autocast("cpu", torch.bfloat16):
+        counted = Step(meta_skeleton(config), 2, 64, False, False, torch.float32).memory(lora)
+    assert counted.activations + counted.logits - 2 * (2 * 64 * 512 * 4) == kept(model)
 
 
 class Alive(TorchDispatchMode):
@@ -177,8 +187,9 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("config", [LoraConfig(**OPTIONS), ILAConfig(**OPTIONS, gate_mode="soft")])
+@pytest.mark.parametrize(
+    "config, checkpointing", [(LoraConfig(**OPTIONS), True), (ILAConfig(**OPTIONS, gate_mode="soft"), False)]
+)
 def test_the_total_is_the_peak_of_a_step(config, checkpointing):
     sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 8, "vocab_size": 500}  # Llama-2-7B's
     base = LlamaConfig(**{**SMALL, **sizes, "num_attention_heads": 4, "num_key_value_heads": 4})
