@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, PrinterCallback
+from trl import SFTConfig, SFTTrainer
 
 from benchmarks.problem import base_model
 from benchmarks.record import save
 from peft_ila import ILAConfig, LayerImportance, learn_gates
 from peft_ila.embedded import smollm2
 from peft_ila.export.plain import export_adapter
-from peft_ila.workflows.demo import measuring_trainer
 
 SHARES = (0.1, 0.3)
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,6 +45,27 @@ def gated(adapter: Path, granularity: Any) -> PeftModel:
         export_adapter(adapter, plain)
         config = ILAConfig.from_lora(LoraConfig.from_pretrained(plain), granularity=granularity, gate_mode="open")
         return PeftModel.from_pretrained(base_model(), plain, config=config, is_trainable=True)
+
+
+def measuring_trainer(model: Any, directory: Path, data: Path) -> SFTTrainer:
+    """A trainer that only measures SmolLM2: `data` is a file of the demo, for evaluation and ranking."""
+    dataset = load_dataset("json", data_files=str(data), split="train")
+    args = SFTConfig(
+        output_dir=str(data.parent),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=16,
+        max_length=64,
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def lora_options(model: PeftModel) -> dict[str, Any]:
