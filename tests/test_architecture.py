@@ -19,7 +19,6 @@ ORDER = [
     "tuner",
     "search",
     "workflows",
-    "terminal",
     "cli",
     "__main__",
 ]

@@ -163,12 +163,6 @@ def rank_by_sft(
         text = str(error).replace("learning_rate", "gate_learning_rate").replace("`steps`", "`gate_steps`")
         raise ValueError(text) from error
     check_evaluation(training_args, rank_args.eval_dataset_name)
-    if rank_args.adapter and rank_args.tuned_model:
-        raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
-    if rank_args.tuned_rank is not None and not rank_args.tuned_model:
-        raise ValueError("`--tuned_rank` needs `--tuned_model`.")
-    if rank_args.method == "untrained" and (rank_args.adapter or rank_args.tuned_model):
-        raise ValueError("`--method untrained` ranks by a fresh adapter: leave out `--adapter` and `--tuned_model`.")
     if settings["method"] == "untrained" and training_args.eval_strategy != "no":
         raise ValueError(
             "`--eval_strategy` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
