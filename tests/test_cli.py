@@ -22,13 +22,14 @@ from transformers import AutoTokenizer, LlamaConfig
 from trl import SFTTrainer
 
 from peft_ila import LayerImportance
-from peft_ila.cli import main
+from peft_ila.cli import main, parse
 from peft_ila.export.skeleton import meta_skeleton
 from peft_ila.ranking.table import ranking_table
 from peft_ila.search.directions import Directions
 from peft_ila.workflows.arguments import RankArguments
 from peft_ila.workflows.budget import select_within
 from peft_ila.workflows.data import load_dataset
+from peft_ila.workflows.demo import demo_commands
 from peft_ila.workflows.plan import plan
 
 TRAINING = (
@@ -108,12 +109,12 @@ def test_settings_from_yaml(workspace, tmp_path, capsys):
     config = tmp_path / "rank.yaml"
     config.write_text(
         f"model_name_or_path: {workspace / 'model'}\ndataset_name: {workspace / 'data.jsonl'}\n"
-        f"output_dir: {tmp_path / 'out'}\ngranularity: module\ngate_steps: 4\nlora_target_modules: [q_proj, up_proj]\n"
+        f"output_dir: {tmp_path / 'out'}\ngranularity: module\ngate_steps: 8\nlora_target_modules: [q_proj, up_proj]\n"
         "epsilon: 100\nwindow: 1\npatience: 2\n"
     )
     main(["rank", "--config", str(config), *TRAINING])
     importance = LayerImportance.load(tmp_path / "out" / "importance.json")
-    assert importance.metadata["learn_gates"]["steps"] == 4
+    assert importance.metadata["learn_gates"]["steps"] == 8
     assert importance.metadata["stage_1"] == {"steps": 3, "stable": True}
     # one line for each of 2 · 3 modules
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+  model", line)]
@@ -262,7 +263,7 @@ def test_a_compiled_model_is_saved(workspace, tmp_path, monkeypatch):
     AcceleratorState._reset_state(True)
     compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager", "--save_strategy", "no"]
     try:
-        rank(workspace, tmp_path, *compiled, "--gate_steps", "4", "--max_steps", "2")
+        rank(workspace, tmp_path, *compiled, "--gate_steps", "4")
         assert AcceleratorState().dynamo_plugin.backend.name == "EAGER"
     finally:
         AcceleratorState._reset_state(True)
@@ -860,3 +861,14 @@ def test_usage(arguments, capsys):
 def test_an_unknown_option_is_named(arguments, capsys):
     error = error_of([*arguments.split(), "--outputs", "b.png"], capsys)
     assert "unrecognized arguments: --outputs b.png" in error
+
+
+def test_the_commands_of_the_demo_are_known(tmp_path, dialogues, monkeypatch):
+    monkeypatch.setattr("peft_ila.workflows.demo.smollm2", lambda: "model")
+    monkeypatch.setattr("peft_ila.workflows.demo.dialogues", lambda: dialogues * 2)
+    commands = [command for _, command in demo_commands(tmp_path)]
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 48
+    (tmp_path / "ranked").mkdir()
+    LayerImportance([f"model.layers.{i}" for i in range(30)], [1.0] * 30).save(tmp_path / "ranked" / "importance.json")
+    runs = [parse(command)[0].__name__ for command in commands]
+    assert runs == ["rank", "compare", "convert", "tune", "tune", "prune"]
