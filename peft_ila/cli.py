@@ -456,7 +456,8 @@ def _trl_parser(command: str) -> Any:
         from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
     except ImportError as error:
         raise ImportError("The command line needs TRL: pip install trl") from error
-    parser = TrlParser([ScriptArguments, SFTConfig, ModelConfig, TRAINING[command]], prog=f"peft-ila {command}")
+    groups: list[Any] = [ScriptArguments, SFTConfig, ModelConfig, TRAINING[command]]
+    parser = TrlParser(groups, prog=f"peft-ila {command}")
     if command == "prune":
         parser.add_argument("adapter", help=_ADAPTER)
     parser.add_argument("--json", action="store_true", help="Print only JSON to stdout.")

@@ -351,19 +351,6 @@ def test_convert_with_a_model_that_has_moved(workspace, ranked, tmp_path, caplog
     assert "no model directory /gone" in error_of([*arguments, "--model_name_or_path", "/gone"], capsys)
 
 
-def test_tune(workspace, ranked, tmp_path, capsys):
-    selection = ["--importance", str(ranked / "importance.json"), "--top_p", "0.3"]
-    main(["tune", *selection, *data(workspace), "--output_dir", str(tmp_path), *TRAINING])
-    assert "Wrote a LoRA adapter" in capsys.readouterr().out
-    selected = LayerImportance.load(ranked / "importance.json").select(top_p=0.3)
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
-    tuned = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
-    prefix = "base_model.model."
-    assert {name.removeprefix(prefix)[: len("model.layers.0")] for name in tuned} == set(selected)
-    assert not any("lora_gate" in name for name, _ in model.named_parameters())
-    assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B." in name)
-
-
 STEP_OF_BUDGET = {"max_length": 32, "gradient_checkpointing": False, "r": 4}
 
 
