@@ -854,7 +854,7 @@ def test_the_commands_of_the_demo_are_known(tmp_path, dialogues, monkeypatch):
     monkeypatch.setattr("peft_ila.workflows.demo.smollm2", lambda: "model")
     monkeypatch.setattr("peft_ila.workflows.demo.dialogues", lambda: dialogues * 2)
     commands = [command for _, command in demo_commands(tmp_path)]
-    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 48
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 64
     (tmp_path / "ranked").mkdir()
     LayerImportance([f"model.layers.{i}" for i in range(30)], [1.0] * 30).save(tmp_path / "ranked" / "importance.json")
     runs = [parse(command)[0].__name__ for command in commands]

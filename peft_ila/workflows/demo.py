@@ -10,12 +10,13 @@ from pathlib import Path
 from ..embedded import dialogues, smollm2, write_jsonl
 from ..ranking.plotting import check_matplotlib
 
-_HELD_OUT = 48
+_HELD_OUT = 32
 _LORA = "--lora_r 8 --lora_alpha 16 --lora_dropout 0".split()
 _TRAINING = (
     "--max_steps 30 --learning_rate 1e-3 --warmup_steps 5 --per_device_train_batch_size 4 --max_length 64 "
     "--gradient_checkpointing False --logging_steps 5 --save_strategy no --report_to none --disable_tqdm True"
 ).split()
+_PRUNING = "--min_kept 0.9 --measure_steps 8 --rounds 2 --gate_steps 12".split()
 
 
 def demo_commands(output_dir: Path) -> list[tuple[str, list[str]]]:
@@ -42,7 +43,7 @@ def demo_commands(output_dir: Path) -> list[tuple[str, list[str]]]:
     trained = ["--model_name_or_path", str(smollm2()), "--dataset_name", train, *_TRAINING, *_LORA]
     evaluated = ["--eval_dataset_name", held_out]
     tune = ["tune", "--importance", ranking, *trained, *evaluated, "--eval_strategy", "epoch"]
-    prune = ["prune", str(output_dir / "tuned_all"), *trained, *evaluated, "--min_kept", "0.9"]
+    prune = ["prune", str(output_dir / "tuned_all"), *trained, *evaluated, *_PRUNING]
     return [
         ("Rank the decoder layers, before any training", ["rank", *trained, *output("ranked")]),
         ("Do other data find the same layers?", ["compare", ranking, "smollm2-135m-instruct-layers"]),
