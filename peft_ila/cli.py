@@ -127,6 +127,8 @@ def tune(
     else:
         trainable, total = model.get_nb_trainable_parameters()
         text = f"Wrote a LoRA adapter to {output}; it has {trainable:,} of {total:,} parameters.\n{_loading(output)}"
+    if held_out := [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]:
+        text = f"The last held-out loss was {held_out[-1]:.4f}.\n{text}"
     return {"written": [output], "trainable": trainable, "total": total, "steps": trainer.state.global_step}, text
 
 

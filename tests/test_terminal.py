@@ -287,12 +287,14 @@ def test_rank_shows_progress_and_what_to_type_next(workspace, tmp_path, capsys, 
 
     wrote, tune, convert = captured.out.splitlines()[-3:]
     assert wrote == f"Wrote {tmp_path}/out 1/importance.json, importance.png and adapter/."
+    tuning = [*TRAINING.split(), "--eval_dataset_name", str(workspace / "data.jsonl"), "--eval_strategy", "epoch"]
     for line, start in ((convert, "  or: "), (tune, "Next: ")):
         program, *arguments = shlex.split(line.removeprefix(start))
         assert line.startswith(start) and program == "peft-ila"
-        main([*arguments, *(TRAINING.split() if arguments[0] == "tune" else [])])
+        main([*arguments, *(tuning if arguments[0] == "tune" else [])])
     output = capsys.readouterr().out
     assert "Next, in Python: get_peft_model(base_model, LoraConfig.from_pretrained('LORA'))\n" in output
+    assert re.search(r"^The last held-out loss was \d\.\d{4}\.\nWrote a LoRA adapter to TUNED", output, flags=re.M)
     assert output.endswith("Next, in Python: PeftModel.from_pretrained(base_model, 'TUNED')\n")
     config = LoraConfig.from_pretrained("LORA")
     assert config.layers_to_transform == LoraConfig.from_pretrained("TUNED").layers_to_transform
