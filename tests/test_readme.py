@@ -45,7 +45,7 @@ def test_the_example_of_the_quick_start_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_commands_are_known(monkeypatch):
-    ranking = LayerImportance([f"model.layers.{i}" for i in range(30)], [1.0] * 30)
+    ranking = LayerImportance([f"model.layers.{i}" for i in range(30)], list(map(float, range(30))))
     monkeypatch.setattr("peft_ila.cli.LayerImportance.load", lambda path: ranking)
     text = "\n".join(code for page in [README, *DOCS.rglob("*.md")] for code in blocks("bash", page))
     text = text.replace("\\\n", " ").replace(" ... ", " ")
