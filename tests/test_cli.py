@@ -856,6 +856,7 @@ def test_the_commands_of_the_demo_are_known(tmp_path, dialogues, monkeypatch):
     commands = [command for _, command in demo_commands(tmp_path)]
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 64
     (tmp_path / "ranked").mkdir()
-    LayerImportance([f"model.layers.{i}" for i in range(30)], list(map(float, range(30)))).save(tmp_path / "ranked" / "importance.json")
+    ranking = LayerImportance([f"model.layers.{i}" for i in range(30)], list(map(float, range(30))))
+    ranking.save(tmp_path / "ranked" / "importance.json")
     runs = [parse(command)[0].__name__ for command in commands]
     assert runs == ["rank", "compare", "convert", "tune", "tune", "prune"]
