@@ -1,9 +1,7 @@
 """peft-ila: which layers does fine-tuning change? Importing it registers the method ILA with PEFT."""
 
 import importlib
-import os
 import sys
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -18,17 +16,6 @@ if TYPE_CHECKING:
     from .workflows.prune import prune
     from .workflows.rank import rank
 
-_HOMES = {
-    "EpsilonStability": "search.stability",
-    "FrozenPrefix": "export.freezing",
-    "ILAConfig": "tuner.config",
-    "ILAModel": "tuner.model",
-    "LayerImportance": "ranking.importance",
-    "learn_gates": "search.gates",
-    "prune": "workflows.prune",
-    "rank": "workflows.rank",
-}
-
 __all__ = [
     "EpsilonStability",
     "FrozenPrefix",
@@ -40,6 +27,16 @@ __all__ = [
     "prune",
     "rank",
 ]
+_HOMES = {
+    "EpsilonStability": "search.stability",
+    "FrozenPrefix": "export.freezing",
+    "ILAConfig": "tuner.config",
+    "ILAModel": "tuner.model",
+    "LayerImportance": "ranking.importance",
+    "learn_gates": "search.gates",
+    "prune": "workflows.prune",
+    "rank": "workflows.rank",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -53,21 +50,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _is_command_line() -> bool:
-    """
-    Whether this process is `peft-ila`, `python -m peft_ila` or `python -m peft_ila.cli`.
-
-    PEFT and torch take seconds to import, and several commands need neither. So on the command line, only an import
-    of `tuner` registers the method.
-    """
-    program = (getattr(sys, "argv", None) or [""])[0]
-    if program == "-m":  # Python is still looking for the module
-        module = next((value for flag, value in pairwise(sys.orig_argv) if flag == "-m"), None)
-        return module in ("peft_ila", "peft_ila.cli")
-    return os.path.basename(program) in ("peft-ila", "peft-ila.exe") and not os.path.isdir(program)
-
-
-if not _is_command_line():
+if "peft_ila_command" not in sys.modules:  # the program `peft-ila`, whose commands import what they need
     from . import tuner
 
     tuner.registration.register(tuner.config.ILAConfig, tuner.model.ILAModel)  # once more after `importlib.reload`

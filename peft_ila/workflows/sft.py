@@ -144,18 +144,11 @@ def rank_by_sft(
     except ValueError as error:  # two settings have other names on the command line
         text = str(error).replace("learning_rate", "gate_learning_rate").replace("`steps`", "`gate_steps`")
         raise ValueError(text) from error
-    if rank_args.adapter and rank_args.tuned_model:
-        raise ValueError("Pass `--adapter` or `--tuned_model`, not both.")
-    if rank_args.tuned_rank is not None and not rank_args.tuned_model:
-        raise ValueError("`--tuned_rank` needs `--tuned_model`.")
-    if settings["method"] == "untrained":
-        if rank_args.adapter or rank_args.tuned_model:
-            raise ValueError("`--method untrained` ranks a fresh adapter: leave out `--adapter` and `--tuned_model`.")
-        if training_args.eval_strategy != "no":
-            raise ValueError(
-                "`--eval_strategy` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
-                "`--method attribution`."
-            )
+    if settings["method"] == "untrained" and training_args.eval_strategy != "no":
+        raise ValueError(
+            "`--eval_strategy` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
+            "`--method attribution`."
+        )
     stability = EpsilonStability(**rank_args.stability_settings())
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora = lora_config(model_args)

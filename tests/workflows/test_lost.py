@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainers import write_model_and_data
+from trainers import plain_trainer, write_model_and_data
 
 from peft_ila.cli import main
 from peft_ila.embedded import write_jsonl
