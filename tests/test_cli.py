@@ -512,11 +512,11 @@ def test_the_ranked_adapter_is_pushed(workspace, ranked, tmp_path, monkeypatch):
 def test_the_seed_decides_on_the_first_weights(workspace, tmp_path):
     weights = []
     for i, seed in enumerate("112"):
-        rank(workspace, tmp_path / str(i), "--seed", seed, "--method", "untrained", "--gate_steps", "4")
+        rank(workspace, tmp_path / str(i), "--seed", seed, "--learning_rate", "1e-3", "--gate_steps", "4")
         weights.append(load_file(tmp_path / str(i) / "adapter" / "adapter_model.safetensors"))
     key = next(key for key in weights[0] if "lora_A" in key)
     assert torch.equal(weights[0][key], weights[1][key])
-    assert not torch.allclose(weights[0][key], weights[2][key], atol=0.02)
+    assert not torch.allclose(weights[0][key], weights[2][key], atol=0.02)  # training moves them by less
 
 
 def test_compare(ranked, capsys):

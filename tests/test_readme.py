@@ -48,7 +48,8 @@ def test_the_commands_are_known(monkeypatch):
     ranking = LayerImportance([f"model.layers.{i}" for i in range(30)], list(map(float, range(30))))
     monkeypatch.setattr("peft_ila.cli.LayerImportance.load", lambda path: ranking)
     text = "\n".join(code for page in [README, *DOCS.rglob("*.md")] for code in blocks("bash", page))
-    text = text.replace("\\\n", " ").replace(" ... ", " ")
+    text = text.replace("\\\n", " ").replace("tune ... ", "tune --importance R --top_p 0.3 ... ")
+    text = text.replace(" ... ", " --model_name_or_path M --dataset_name D ")
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
     commands = [command for command in commands if command[:1] == ["peft-ila"]]
     assert {command[1] for command in commands} >= {"rank", "convert", "tune", "export", "compare", "plot", "plan"}

@@ -82,14 +82,14 @@ def test_what_reads_adapters_imports_no_trainer(rankings, tmp_path):
     config = peft_ila.ILAConfig(r=2, target_modules=["q_proj"], gate_mode="open", init_lora_weights=False)
     get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "ila")
     output = in_a_process(
-        "main(['convert', sys.argv[1], '--top_k', '2', '--output_dir', sys.argv[2] + '/lora'])\n"
         "main(['export', sys.argv[2] + '/ila', '--output_dir', sys.argv[2] + '/plain'])\n"
+        "main(['convert', sys.argv[1], '--top_k', '2', '--output_dir', sys.argv[2] + '/lora'])\n"
         "print({'trl.trainer', 'datasets', 'transformers.trainer'} & set(sys.modules))",
         rankings[0],
         str(tmp_path),
     )
     assert LoraConfig.from_pretrained(tmp_path / "lora").target_modules == set(UNITS[:2])
-    *_, wrote, following, trainers = output.splitlines()
+    wrote, following, *_, trainers = output.splitlines()
     assert wrote == f"Wrote {tmp_path}/plain/adapter_config.json and adapter_model.safetensors."
     (call,) = re.fullmatch(r"Next, in Python: (.*)", following).groups()
     loaded = eval(call, {"PeftModel": PeftModel, "base_model": tiny_llama()})
