@@ -1,7 +1,7 @@
 # make install   .venv with the package, its extras and its tests
-# make test      lint, then the tests; at most 12 minutes on 2 cores
+# make test      lint, then the tests; about 5 minutes on 2 cores
 # make support   the tests, and docs/support.md from their outcomes
-# make demo      the whole method on a real model; at most 10 minutes on 2 cores
+# make demo      the whole method on a real model; about 5 minutes on 2 cores
 # make lint      ruff, import-linter and mypy
 # make test-matrix   a part of the tests on each Python of this machine, with the oldest and the newest packages
 # make docs      the pages of docs/ in site/, any warning is an error
