@@ -38,12 +38,6 @@ class Found:
     held_out: "HeldOut | None"
     result: Kept | None
 
-    @property
-    def share(self) -> float:
-        """The share of the parameters that is kept."""
-        sizes = self.directions.sizes
-        return float(sizes[self.gates != 0].sum() / sizes.sum())
-
 
 class Search:
     """The choice of what is kept of the trainer's active adapter, which is pruned in place."""
