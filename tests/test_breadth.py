@@ -163,7 +163,7 @@ def check_export(family, model, importance):
     expected = {own for unit in selected for own in importance.modules[unit]}
     in_memory = (importance.lookalikes, importance.metadata["model_type"])
     right = []
-    for known in (in_memory, (None, None)):  # an adapter on disk says neither
+    for known in (in_memory, ((), None)):  # an adapter on disk says neither
         tensors, lora = to_plain_lora(state, model.peft_config["default"], *known)
         if lora not in right:
             plain = family.injected(lora)

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .plain import is_lora_b, to_plain_lora
 def to_reduced_lora(
     state_dict: dict[str, torch.Tensor],
     config: Any,
-    lookalikes: list[str] | None = None,
+    lookalikes: Sequence[str] = (),
     model_type: str | None = None,
     ranks: Ranks = "mixed",
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
