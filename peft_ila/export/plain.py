@@ -21,10 +21,7 @@ def lora_options(config: LoraConfig) -> dict[str, Any]:
 
 
 def to_plain_lora(
-    state_dict: dict[str, torch.Tensor],
-    config: Any,
-    lookalikes: Sequence[str] = (),
-    model_type: str | None = None,
+    state_dict: dict[str, torch.Tensor], config: Any, lookalikes: Sequence[str] = ()
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """
     Turn a saved ILA adapter into an equivalent plain LoRA adapter: gates multiplied into B, closed units left out.
@@ -35,7 +32,6 @@ def to_plain_lora(
         config ([`ILAConfig`]): The adapter's configuration.
         lookalikes: The model's other modules that share the last part of their name with a target module, if the model
             is at hand.
-        model_type: The `model_type` of the model's configuration, if the model is at hand.
 
     Returns:
         Tensors and configuration, ready to be written. The configuration is the given one without the gates; if some
@@ -71,7 +67,7 @@ def to_plain_lora(
     for name in DECIDED_BY_SELECTION:
         del options[name]
     ranks = dict.fromkeys(parameters.values(), 1.0)  # the ranks in the options hold
-    targets = Targets({name: [name] for name in names.values()}, lookalikes, ranks, model_type)
+    targets = Targets({name: [name] for name in names.values()}, lookalikes, ranks)
     return tensors, to_lora_config(targets, [names[path] for path in names if path in kept], **options)
 
 
