@@ -1,25 +1,10 @@
 """The memory of a training step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-
-
-def saved_tensor_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """
-    The bytes that autograd keeps for the backward pass of `forward()`, an exact and repeatable count.
-
-    Args:
-        model: The model. Its parameters and buffers are not counted.
-        forward: Computes the loss. Its result is dropped.
-    """
-    with saved_tensors(model) as saved:
-        result = forward()
-        del result
-        return saved.bytes()
 
 
 class Saved:

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_ila import ILAConfig, learn_gates
 from peft_ila.embedded import dialogues, smollm2
-from peft_ila.measure import saved_tensor_bytes
+from peft_ila.measure import saved_tensors
 
 pytestmark = pytest.mark.smollm2
 
@@ -62,7 +62,9 @@ def test_bytes_that_a_step_keeps(directory, nf4):
 
     def count(model):
         model.train()
-        return saved_tensor_bytes(model, lambda: model(input_ids=ids, labels=ids).loss)
+        with saved_tensors(model) as saved:
+            model(input_ids=ids, labels=ids)
+        return saved.bytes()
 
     lora = count(get_peft_model(load(directory, nf4), LoraConfig(**OPTIONS)))
     model = get_peft_model(load(directory, nf4), ILAConfig(**OPTIONS))

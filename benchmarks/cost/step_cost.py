@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from benchmarks.record import save, table
 from peft_ila import ILAConfig
 from peft_ila.embedded import smollm2
-from peft_ila.measure import saved_tensor_bytes
+from peft_ila.measure import saved_tensors
 
 OPTIONS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.randint(0, 49152, (4, 128), generator=torch.Generator().manual_seed(0))
@@ -74,6 +74,13 @@ def loss(model: Any) -> torch.Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
+def saved_bytes(model: Any) -> int:
+    """The bytes that autograd keeps for the backward pass."""
+    with saved_tensors(model) as saved:
+        loss(model)
+    return saved.bytes()
+
+
 def set_mode(gated: Any, mode: str) -> None:
     gated.set_gate_mode("soft" if mode in ("stage 2", "prune") else mode)
     for gate in gated.gates().values():
@@ -106,7 +113,7 @@ def interleaved(steps: dict[Any, Callable[[], float]], rounds: int) -> dict[Any,
 def measure(base: str, modes: list[str], rounds: int, figures: dict[str, Any]) -> Iterator[list[Any]]:
     """Adds the figures of a base model; yields them as rows."""
     references = {"floor": floor(base), "LoRA": get_peft_model(load(base), LoraConfig(**OPTIONS))}
-    kept = {name: saved_tensor_bytes(model, lambda model=model: loss(model)) for name, model in references.items()}
+    kept = {name: saved_bytes(model) for name, model in references.items()}
     figures |= {name: {"bytes": number} for name, number in kept.items()}
     steps: dict[Any, Callable[[], float]] = {
         name: functools.partial(seconds, model) for name, model in references.items()
@@ -124,7 +131,7 @@ def measure(base: str, modes: list[str], rounds: int, figures: dict[str, Any]) -
         spread = (third - first) / 2 / math.sqrt(rounds)
         gated = models[granularity]
         set_mode(gated, mode)
-        number = saved_tensor_bytes(gated, lambda gated=gated: loss(gated))
+        number = saved_bytes(gated)
         step = f"{mode} ({granularity})"
         figures[step] = {"bytes": number, f"time / {against}": median, "spread": spread, "rounds": rounds}
         yield [base, step, number / 1e6, number / kept["LoRA"], number / kept["floor"], median, spread, against]

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from ..units import Granularity, unit_of
+from ..units import unit_of
 from .adapters import SAVED_PREFIX, adapter_directory, read_adapter, save_adapter, split_key
 from .lora import DECIDED_BY_SELECTION, Targets, to_lora_config
 
@@ -20,10 +21,7 @@ def lora_options(config: LoraConfig) -> dict[str, Any]:
 
 
 def to_plain_lora(
-    state_dict: dict[str, torch.Tensor],
-    config: Any,
-    lookalikes: list[str] | None = None,
-    model_type: str | None = None,
+    state_dict: dict[str, torch.Tensor], config: Any, lookalikes: Sequence[str] = ()
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """
     Turn a saved ILA adapter into an equivalent plain LoRA adapter: gates multiplied into B, closed units left out.
@@ -32,13 +30,12 @@ def to_plain_lora(
     Args:
         state_dict: The adapter's tensors as PEFT saves them; they are not changed.
         config ([`ILAConfig`]): The adapter's configuration.
-        lookalikes: The model's other modules that share the last part of their name with a target module. Without
-            them, if some units are closed, the kept modules are targeted by their full names.
-        model_type: The `model_type` of the model's configuration, if the model is at hand.
+        lookalikes: The model's other modules that share the last part of their name with a target module, if the model
+            is at hand.
 
     Returns:
         Tensors and configuration, ready to be written. The configuration is the given one without the gates; if some
-        units are closed, its targets are the kept modules.
+        units are closed, its targets are the full names of the kept modules.
 
     Raises:
         ValueError: The tensors lack the gate of a unit, or a DoRA adapter has gates between 0 and 1.
@@ -69,14 +66,9 @@ def to_plain_lora(
         return tensors, LoraConfig(**options)
     for name in DECIDED_BY_SELECTION:
         del options[name]
-    # without the model, only full names are safe
-    granularity: Granularity = "module" if lookalikes is None else config.granularity
-    modules: dict[str, list[str]] = {}
-    for name in names.values():
-        modules.setdefault(unit_of(name, granularity), []).append(name)
-    selected = list(dict.fromkeys(unit_of(names[path], granularity) for path in names if path in kept))
     ranks = dict.fromkeys(parameters.values(), 1.0)  # the ranks in the options hold
-    return tensors, to_lora_config(Targets(modules, lookalikes or (), ranks, model_type), selected, **options)
+    targets = Targets({name: [name] for name in names.values()}, lookalikes, ranks)
+    return tensors, to_lora_config(targets, [names[path] for path in names if path in kept], **options)
 
 
 def is_lora_b(key: str) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,7 @@ from .plain import is_lora_b, to_plain_lora
 
 
 def to_reduced_lora(
-    state_dict: dict[str, torch.Tensor],
-    config: Any,
-    lookalikes: list[str] | None = None,
-    model_type: str | None = None,
-    ranks: Ranks = "mixed",
+    state_dict: dict[str, torch.Tensor], config: Any, lookalikes: Sequence[str] = (), ranks: Ranks = "mixed"
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """
     Turn an ILA adapter with open gates into a plain LoRA adapter without the directions whose column of B is 0.
@@ -28,7 +25,7 @@ def to_reduced_lora(
     alone scales right too. Modules of which nothing is left are no targets.
 
     Args:
-        state_dict, config, lookalikes, model_type: See [`to_plain_lora`]. Linear modules and embeddings only.
+        state_dict, config, lookalikes: See [`to_plain_lora`]. Linear modules and embeddings only.
         ranks: `"mixed"`: each module has its own rank, by `rank_pattern`. `"uniform"`: all have the greatest, padded
             with zeros, for programs that take one rank only.
 
@@ -41,7 +38,7 @@ def to_reduced_lora(
             kept[split_key(key)[0]] = columns
     masked = copy.copy(config)  # with a mask of the modules of which something is left
     masked.granularity, masked.gate_mode, masked.gate_mask = "module", "hard", list(kept)
-    tensors, lora = to_plain_lora(state_dict, masked, lookalikes, model_type)
+    tensors, lora = to_plain_lora(state_dict, masked, lookalikes)
 
     sizes = {path: len(columns) for path, columns in kept.items()}
     most = max(sizes.values()) if ranks == "uniform" else Counter(sizes.values()).most_common(1)[0][0]

@@ -21,7 +21,19 @@ _TAGS = ("peft-ila", "arxiv:2410.17875")
 
 def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, float]]) -> None:
     """Add a section with the units and their gates, most important first, to the model card in a directory."""
-    add_section(directory, "Layer importance", _section(ranking, (Path(directory) / _PICTURE).exists()))
+    picture = (Path(directory) / _PICTURE).exists()
+    lines = [
+        f"The {len(ranking)} units of this adapter, ranked by [ILA](https://huggingface.co/papers/2410.17875) with "
+        "peft-ila. All scores and settings are in `importance.json`.",
+        "",
+        *([f"![Importance of the layers]({_PICTURE})", ""] if picture else []),
+        "| rank | unit | gate |",
+        "|---|---|---|",
+        *(f"| {rank} | {_code(unit)} | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),
+    ]
+    if len(ranking) > TOP_ROWS:
+        lines.append(f"\n… and {len(ranking) - TOP_ROWS} more.")
+    add_section(directory, "Layer importance", "\n".join(lines) + "\n")
 
 
 def add_section(directory: str | os.PathLike[str], title: str, text: str) -> None:
@@ -42,21 +54,6 @@ def add_section(directory: str | os.PathLike[str], title: str, text: str) -> Non
     card.text = f"{before.strip()}\n\n{heading}\n\n{text}{following}{after}"
     with whole_file(file) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
-
-
-def _section(ranking: Sequence[tuple[str, float]], picture: bool) -> str:
-    lines = [
-        f"The {len(ranking)} units of this adapter, ranked by [ILA](https://huggingface.co/papers/2410.17875) with "
-        "peft-ila. All scores and settings are in `importance.json`.",
-        "",
-        *([f"![Importance of the layers]({_PICTURE})", ""] if picture else []),
-        "| rank | unit | gate |",
-        "|---|---|---|",
-        *(f"| {rank} | {_code(unit)} | {gate:.3f} |" for rank, (unit, gate) in enumerate(ranking[:TOP_ROWS], start=1)),
-    ]
-    if len(ranking) > TOP_ROWS:
-        lines.append(f"\n… and {len(ranking) - TOP_ROWS} more.")
-    return "\n".join(lines) + "\n"
 
 
 def _code(name: str) -> str:

@@ -38,12 +38,6 @@ class Found:
     held_out: "HeldOut | None"
     result: Kept | None
 
-    @property
-    def share(self) -> float:
-        """The share of the parameters that is kept."""
-        sizes = self.directions.sizes
-        return float(sizes[self.gates != 0].sum() / sizes.sum())
-
 
 class Search:
     """The choice of what is kept of the trainer's active adapter, which is pruned in place."""
@@ -54,11 +48,9 @@ class Search:
         self._hides_bar = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
         self._directions = Directions(rankable(trainer))
         modules = self._directions.modules
-        self._units = torch.arange(len(modules))
-        if granularity != "component":
-            units = [unit_of(name, granularity) for name in modules]
-            number = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
-            self._units = torch.tensor([number[unit] for unit in units])
+        units = range(len(modules)) if granularity == "component" else [unit_of(name, granularity) for name in modules]
+        number = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+        self._units = torch.tensor([number[unit] for unit in units])
         self._sizes = self._by_unit(self._directions.sizes)
 
     def run(

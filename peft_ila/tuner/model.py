@@ -479,8 +479,7 @@ class ILAModel(LoraModel):
             embeddings = False
         saved = get_peft_model_state_dict(self.model, adapter_name=adapter_name, save_embedding_layers=embeddings)
         state_dict = {f"{SAVED_PREFIX}{key}": tensor.detach().cpu() for key, tensor in saved.items()}
-        importance = self.layer_importance(adapter_name)
-        known = (self.peft_config[adapter_name], importance.lookalikes, importance.metadata["model_type"])
+        known = (self.peft_config[adapter_name], self.layer_importance(adapter_name).lookalikes)
         if ranks is None:
             tensors, config = to_plain_lora(state_dict, *known)
         else:

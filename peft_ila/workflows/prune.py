@@ -193,7 +193,7 @@ def summarised(ila: ILAModel, found: Found, settings: dict[str, Any]) -> Pruning
     ranking = ila.layer_importance()
     facts = {"granularity": "module", "learn_gates": {"method": "attribution"}, "prune": settings}
     return Pruning(
-        share=found.share,
+        share=float(directions.sizes[found.gates != 0].sum() / directions.sizes.sum()),
         ranks={module: sum(row["gate"] != 0 for row in own) for module, own in by_module.items()},
         full_ranks={module: len(own) for module, own in by_module.items()},
         directions=sorted(rows, key=lambda row: -row["attribution"] / row["parameters"]),

@@ -22,7 +22,7 @@ from transformers import (
 from peft_ila import ILAConfig, LayerImportance
 from peft_ila.cli import main
 from peft_ila.export.skeleton import meta_skeleton
-from peft_ila.measure import saved_tensor_bytes
+from peft_ila.measure import saved_tensors
 from peft_ila.workflows.plan import Step, plan, table
 
 SIZES = {**SMALL, "hidden_size": 64, "vocab_size": 512, "num_hidden_layers": 3}
@@ -40,8 +40,9 @@ def kept(model, checkpointing=False) -> int:
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with torch.autocast("cpu", torch.bfloat16):  # as trainers take a step
-        return saved_tensor_bytes(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+    with saved_tensors(model) as saved, torch.autocast("cpu", torch.bfloat16):  # as trainers take a step
+        model(input_ids=IDS, labels=IDS)
+    return saved.bytes()
 
 
 def ranking(config) -> LayerImportance:
