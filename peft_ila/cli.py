@@ -405,10 +405,17 @@ def _versions() -> str:
     return "\n".join(lines)
 
 
+def _normalised(arg: str) -> str:
+    """`--top-p` is `--top_p`, as in TRL's parser. The shell leaves `~` in `--output_dir=~/OUT`."""
+    if not arg.startswith("--"):
+        return os.path.expanduser(arg)
+    flag, equals, value = arg.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{os.path.expanduser(value)}"
+
+
 def parse(argv: list[str]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A command's function and its arguments, the last of which holds what is in no dataclass of TRL or ours."""
-    # `--top-p` is `--top_p`, as in TRL's parser
-    argv = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
+    argv = [_normalised(arg) for arg in argv]
     if argv and argv[0] in TRAINING and "--help_all" in argv:
         _trl_parser(argv[0]).print_help()
         raise SystemExit(0)
@@ -418,7 +425,6 @@ def parse(argv: list[str]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     others = settings.keys() - vars(args).keys()
     args.parser.set_defaults(**{name: value for name, value in settings.items() if name not in others})
     args, unknown = parser.parse_known_args(argv)
-    _expand_paths(args)
     if args.command in TRAINING:
         _check_early(args)
         return args.run, _parse_with_trl(args.command, argv[1:], settings)
@@ -438,7 +444,7 @@ def _read_settings(path: str) -> dict[str, Any]:
         raise ValueError(f"The `--config` file is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The `--config` file {path} must map settings to values.")
-    return settings
+    return {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
 def _check_early(args: argparse.Namespace) -> None:
@@ -490,18 +496,7 @@ def _parse_with_trl(command: str, argv: list[str], settings: dict[str, Any]) -> 
     if command == "rank":
         found = vars(parser.parse_args(argv))
         others.given = {name: value for name, value in found.items() if value != defaults[name]}
-    for group in arguments:
-        _expand_paths(group)
     return tuple(arguments)
-
-
-def _expand_paths(arguments: Any) -> None:
-    """Replace `~`, which the shell leaves in `--output_dir=~/OUT` and in YAML."""
-    for name, value in vars(arguments).items():
-        if isinstance(value, str):
-            setattr(arguments, name, os.path.expanduser(value))
-        elif name == "importance" and isinstance(value, list):
-            setattr(arguments, name, [os.path.expanduser(path) for path in value])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
