@@ -8,14 +8,7 @@ if TYPE_CHECKING:
 
 
 def load_dataset(name: str, config: str | None = None, split: str = "train") -> "Dataset":
-    """
-    Load a data set by the library `datasets`.
-
-    Args:
-        name: A path that ends in `.jsonl` or `.json` (one JSON object per line), or the name of a data set on the hub.
-        config: The configuration of a data set on the hub.
-        split: The split of a data set on the hub. A file is its own train split.
-    """
+    """Load a file of JSON, which is its own train split, or a configuration and a split of a data set on the hub."""
     import datasets
 
     file = is_file(name)

@@ -25,13 +25,7 @@ def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
 
 
 def model_config(name: str, **kwargs: Any) -> Any:
-    """
-    The configuration of a model.
-
-    Args:
-        name: A directory, or a name on the hub.
-        **kwargs: Arguments of [`~transformers.AutoConfig.from_pretrained`].
-    """
+    """The configuration of a model, by [`~transformers.AutoConfig.from_pretrained`]."""
     try:
         config: Any = AutoConfig.from_pretrained(name, **kwargs)
     except ImportError:
