@@ -1,10 +1,6 @@
 """
 The command line parses arguments and prints text; `workflows` does the work. The commands import slow libraries
 themselves. `rank`, `tune` and `prune` take all arguments of TRL's scripts too, as flags or from YAML (`--config`).
-
-    peft-ila rank --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir OUT
-    peft-ila tune --importance OUT/importance.json --top_p 0.3 --model_name_or_path Qwen/Qwen2.5-0.5B \
-        --dataset_name trl-lib/Capybara --output_dir TUNED
 """
 
 import argparse
@@ -523,8 +519,6 @@ def run(argv: list[str]) -> None:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if "does not work with lora_dropout" in text:  # PEFT's message for fused experts
-        text += " Pass `--lora_dropout 0`."
     if not isinstance(error, (OSError, ValueError, TypeError, ImportError)):
         text = f"{type(error).__name__}: {text} (`{TRACEBACK}=1` shows where)"
     # it may quote a file: keep control sequences from the terminal
