@@ -168,12 +168,11 @@ def convert(args: argparse.Namespace) -> Result:
         raise ValueError(f"`--format axolotl-full` trains no LoRA: leave out {unused}.")
     chosen, options = selection.selection(), lora.lora()
     from .workflows.convert import convert as write_conversion
-    from .workflows.models import model_name
 
-    model = model_name(args.model_name_or_path) if args.model_name_or_path else None
+    model, budget = args.model_name_or_path, args.memory_budget
     with lock_directory(output_dir):
         path, units = write_conversion(
-            importance, output_dir, args.format, chosen, model, args.memory_budget, step.step(), **options
+            importance, output_dir, args.format, chosen, model, budget, step.step(), **options
         )
     return {
         "written": [str(path)],
@@ -247,11 +246,11 @@ def plan(args: argparse.Namespace) -> Result:
     """Print the GPU memory for tuning all units or a share of them, and for ranking them."""
     name = required(args.model_name_or_path, "model_name_or_path")
     importance = LayerImportance.load(args.importance) if args.importance else None
-    from .workflows.models import model_config, model_name
+    from .workflows.models import model_config
     from .workflows.plan import plan as plan_memory
     from .workflows.plan import table
 
-    config = model_config(model_name(name), trust_remote_code=False)
+    config = model_config(name, trust_remote_code=False)
     needed = plan_memory(config, importance, **_group(StepArguments, args).step(), r=args.lora_r)
     return {row: {**vars(memory), "total": memory.total} for row, memory in needed.items()}, table(needed)
 
