@@ -1,10 +1,6 @@
 """
 The command line parses arguments and prints text; `workflows` does the work. The commands import slow libraries
 themselves. `rank`, `tune` and `prune` take all arguments of TRL's scripts too, as flags or from YAML (`--config`).
-
-    peft-ila rank --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir OUT
-    peft-ila tune --importance OUT/importance.json --top_p 0.3 --model_name_or_path Qwen/Qwen2.5-0.5B \
-        --dataset_name trl-lib/Capybara --output_dir TUNED
 """
 
 import argparse
@@ -172,12 +168,11 @@ def convert(args: argparse.Namespace) -> Result:
         raise ValueError(f"`--format axolotl-full` trains no LoRA: leave out {unused}.")
     chosen, options = selection.selection(), lora.lora()
     from .workflows.convert import convert as write_conversion
-    from .workflows.models import model_name
 
-    model = model_name(args.model_name_or_path) if args.model_name_or_path else None
+    model, budget = args.model_name_or_path, args.memory_budget
     with lock_directory(output_dir):
         path, units = write_conversion(
-            importance, output_dir, args.format, chosen, model, args.memory_budget, step.step(), **options
+            importance, output_dir, args.format, chosen, model, budget, step.step(), **options
         )
     return {
         "written": [str(path)],
@@ -251,11 +246,11 @@ def plan(args: argparse.Namespace) -> Result:
     """Print the GPU memory for tuning all units or a share of them, and for ranking them."""
     name = required(args.model_name_or_path, "model_name_or_path")
     importance = LayerImportance.load(args.importance) if args.importance else None
-    from .workflows.models import model_config, model_name
+    from .workflows.models import model_config
     from .workflows.plan import plan as plan_memory
     from .workflows.plan import table
 
-    config = model_config(model_name(name), trust_remote_code=False)
+    config = model_config(name, trust_remote_code=False)
     needed = plan_memory(config, importance, **_group(StepArguments, args).step(), r=args.lora_r)
     return {row: {**vars(memory), "total": memory.total} for row, memory in needed.items()}, table(needed)
 
@@ -405,10 +400,17 @@ def _versions() -> str:
     return "\n".join(lines)
 
 
+def _normalised(arg: str) -> str:
+    """`--top-p` is `--top_p`, as in TRL's parser. The shell leaves `~` in `--output_dir=~/OUT`."""
+    if not arg.startswith("--"):
+        return os.path.expanduser(arg)
+    flag, equals, value = arg.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{os.path.expanduser(value)}"
+
+
 def parse(argv: list[str]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A command's function and its arguments, the last of which holds what is in no dataclass of TRL or ours."""
-    # `--top-p` is `--top_p`, as in TRL's parser
-    argv = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
+    argv = [_normalised(arg) for arg in argv]
     if argv and argv[0] in TRAINING and "--help_all" in argv:
         _trl_parser(argv[0]).print_help()
         raise SystemExit(0)
@@ -418,7 +420,6 @@ def parse(argv: list[str]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     others = settings.keys() - vars(args).keys()
     args.parser.set_defaults(**{name: value for name, value in settings.items() if name not in others})
     args, unknown = parser.parse_known_args(argv)
-    _expand_paths(args)
     if args.command in TRAINING:
         _check_early(args)
         return args.run, _parse_with_trl(args.command, argv[1:], settings)
@@ -438,7 +439,7 @@ def _read_settings(path: str) -> dict[str, Any]:
         raise ValueError(f"The `--config` file is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The `--config` file {path} must map settings to values.")
-    return settings
+    return {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
 def _check_early(args: argparse.Namespace) -> None:
@@ -490,18 +491,7 @@ def _parse_with_trl(command: str, argv: list[str], settings: dict[str, Any]) -> 
     if command == "rank":
         found = vars(parser.parse_args(argv))
         others.given = {name: value for name, value in found.items() if value != defaults[name]}
-    for group in arguments:
-        _expand_paths(group)
     return tuple(arguments)
-
-
-def _expand_paths(arguments: Any) -> None:
-    """Replace `~`, which the shell leaves in `--output_dir=~/OUT` and in YAML."""
-    for name, value in vars(arguments).items():
-        if isinstance(value, str):
-            setattr(arguments, name, os.path.expanduser(value))
-        elif name == "importance" and isinstance(value, list):
-            setattr(arguments, name, [os.path.expanduser(path) for path in value])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,8 +518,6 @@ def run(argv: list[str]) -> None:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if "does not work with lora_dropout" in text:  # PEFT's message for fused experts
-        text += " Pass `--lora_dropout 0`."
     if not isinstance(error, (OSError, ValueError, TypeError, ImportError)):
         text = f"{type(error).__name__}: {text} (`{TRACEBACK}=1` shows where)"
     # it may quote a file: keep control sequences from the terminal

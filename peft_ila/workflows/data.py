@@ -1,6 +1,5 @@
 """Load data sets by name: a local JSONL file, or a name on the hub. The trainer checks their content."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,21 +8,14 @@ if TYPE_CHECKING:
 
 
 def load_dataset(name: str, config: str | None = None, split: str = "train") -> "Dataset":
-    """
-    Load a data set by the library `datasets`.
-
-    Args:
-        name: A path that ends in `.jsonl` or `.json` (one JSON object per line), or the name of a data set on the hub.
-        config: The configuration of a data set on the hub.
-        split: The split of a data set on the hub. A file is its own train split.
-    """
+    """Load a file of JSON, which is its own train split, or a configuration and a split of a data set on the hub."""
     import datasets
 
-    path, file = os.path.expanduser(name), is_file(name)
+    file = is_file(name)
     try:
         if file:
-            return datasets.load_dataset("json", data_files=path, split=split)
-        return datasets.load_dataset(path, name=config, split=split)
+            return datasets.load_dataset("json", data_files=name, split=split)
+        return datasets.load_dataset(name, name=config, split=split)
     except (OSError, ImportError):
         raise
     except Exception as error:  # builders may raise anything, for an empty file a bare StopIteration
@@ -34,5 +26,4 @@ def load_dataset(name: str, config: str | None = None, split: str = "train") -> 
 
 def is_file(name: str) -> bool:
     """Whether a name is a file, not a directory or a data set on the hub."""
-    path = Path(name).expanduser()
-    return path.suffix in (".jsonl", ".json") or path.is_file()
+    return name.endswith((".jsonl", ".json")) or Path(name).is_file()

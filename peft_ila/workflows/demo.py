@@ -20,15 +20,7 @@ _PRUNING = "--min_kept 0.9 --measure_steps 8 --rounds 2 --gate_steps 12".split()
 
 
 def demo_commands(output_dir: Path) -> list[tuple[str, list[str]]]:
-    """
-    Write the demo's data, and its model to the cache.
-
-    Args:
-        output_dir: Where the data and the results of all commands go.
-
-    Returns:
-        The commands, each with what it shows.
-    """
+    """Write the demo's data, and its model to the cache. Return the commands, each with what it shows."""
     check_matplotlib()
     train, held_out = str(output_dir / "train.jsonl"), str(output_dir / "held_out.jsonl")
     rows = dialogues()

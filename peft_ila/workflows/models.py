@@ -1,6 +1,5 @@
 """Base models by name, a directory or a repository, with checks of their configuration."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ _MOST_LAYERS = 10_000  # far above real models
 
 def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
     """The name of a model for `from_pretrained`, after checks of its files."""
-    name = os.path.expanduser(required(value, flag))
+    name = required(value, flag)
     directory = Path(name)
     if not directory.is_dir() and (directory.exists() or name.startswith((".", "/"))):
         raise FileNotFoundError(f"There is no model directory {name}.")
@@ -26,13 +25,7 @@ def model_name(value: str | None, flag: str = "model_name_or_path") -> str:
 
 
 def model_config(name: str, **kwargs: Any) -> Any:
-    """
-    The configuration of a model.
-
-    Args:
-        name: A directory, or a name on the hub.
-        **kwargs: Arguments of [`~transformers.AutoConfig.from_pretrained`].
-    """
+    """The configuration of a model, by [`~transformers.AutoConfig.from_pretrained`]."""
     try:
         config: Any = AutoConfig.from_pretrained(name, **kwargs)
     except ImportError:

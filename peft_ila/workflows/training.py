@@ -36,11 +36,8 @@ def lock_output_dir(directory: Path) -> Iterator[None]:
 
 def check_free(args: TrainingArguments, *results: str) -> None:
     """
-    Refuse an output directory with an earlier run, unless it is resumed: no file of it is ever replaced.
-
-    Args:
-        args: The training arguments.
-        results: The files and directories, besides checkpoints, that a run writes.
+    Refuse an output directory with checkpoints or results of an earlier run, unless it is resumed: no file of it is
+    ever replaced.
     """
     directory = Path(str(args.output_dir))
     ours = (directory / _RUN).exists()
@@ -54,11 +51,8 @@ def check_free(args: TrainingArguments, *results: str) -> None:
 
 def start_run(trainer: Trainer, facts: dict[str, Any]) -> None:
     """
-    Record the settings that decide the result, or check that a resumed run has the same. All processes call it.
-
-    Args:
-        trainer: Its model has at most one adapter.
-        facts: Settings besides the trainer's, such as the data set's name; JSON values.
+    Record the settings that decide the result, or check that a resumed run has the same. `facts` are those besides the
+    trainer's, such as the data set's name. All processes call it.
     """
     path = Path(str(trainer.args.output_dir)) / _RUN
     if trainer.is_world_process_zero():
@@ -90,11 +84,9 @@ def _settings(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
 
 def train_or_resume(trainer: Any) -> bool:
     """
-    Train from the start, or from the checkpoint in the trainer's arguments.
-
-    Returns:
-        Whether it trained. For a run that had ended, the weights (of the best checkpoint if the arguments ask for it)
-        and the state are loaded, since the trainer would take one step too many.
+    Train from the start, or from the checkpoint in the trainer's arguments, and return whether it trained. Of a run
+    that had ended, the weights (of the best checkpoint if the arguments ask for it) and the state are loaded instead,
+    since the trainer would take one step too many.
     """
     checkpoint = _checkpoint(trainer.args)
     if checkpoint:

@@ -16,7 +16,7 @@ from ..files import PARTIAL, whole_directory
 from ..ranking.importance import LayerImportance
 from .arguments import TuneArguments, given, required
 from .budget import select_within
-from .models import model_config, model_name
+from .models import model_config
 from .sft import lora_config, sft_trainer
 from .training import check_free, lock_output_dir, start_run, train_or_resume
 
@@ -89,7 +89,7 @@ def _lora_of_selection(
     for decided in ("peft_type", *DECIDED_BY_SELECTION):
         del options[decided]
     ranked = model_config(
-        model_name(model_args.model_name_or_path),
+        model_args.model_name_or_path,
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )

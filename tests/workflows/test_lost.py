@@ -185,7 +185,8 @@ def test_the_home_directory(workspace, tmp_path, monkeypatch):
     shutil.copytree(workspace / "ranked", tmp_path / "ranked")
     main(["convert", "~/ranked/importance.json", "--top_k", "1", "--output_dir=~/lora"])
     main(["export", "~/ranked/adapter", "--output_dir", "~/plain"])
-    main(["plot", "~/ranked/importance.json", "--output", "~/picture.png"])
+    (tmp_path / "ranked" / "plot.yaml").write_text("output: ~/picture.png\n")
+    main(["plot", "~/ranked/importance.json", "--config=~/ranked/plot.yaml"])
     main(["compare", "~/ranked/importance.json", "~/ranked/importance.json", "--mean", "~/mean.json"])
     assert {path.name for path in tmp_path.iterdir()} == {"ranked", "lora", "plain", "picture.png", "mean.json"}
 
