@@ -137,13 +137,12 @@ def _run(
     for step in measurement.steps():
         wanted = len(losses) < loss_batches
         opened = measurement.loss(step, closed=False) if wanted and method != "untrained" else None
-        sample, loss = search.measure(measurement, step)
+        loss = search.step(measurement, step)
         if wanted:
             closed = measurement.loss(step, closed=True) if method == "descent" else loss
             losses.append((closed, closed if opened is None else opened))
             if len(losses) == loss_batches:
                 _means(losses, method)  # fails before more work is done
-        search.step(sample)
         bar.update()
         every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
         if args.logging_strategy == "steps" and search.taken % every == 0 and args.process_index == 0:
