@@ -159,13 +159,11 @@ class ILAModel(LoraModel):
         tuner.__class__ = cls
         model.peft_type = PeftType("ILA")
         tuner.peft_config.update(configs)  # the dict is shared by the model, the tuner and the base model
-        targets = [(key, layer) for key, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)]
-        key: str
-        layer: Any
-        for key, layer in targets:
-            for name in configs:
-                if name in layer.r and (isinstance(layer, ParamWrapper) or ".base_layer." not in key):
-                    tuner._add_gate(layer, target_name(key, layer), name)
+        for key, layer in list(tuner.model.named_modules()):
+            if isinstance(layer, LoraLayer) and (isinstance(layer, ParamWrapper) or ".base_layer." not in key):
+                for name in configs:
+                    if name in layer.r:
+                        tuner._add_gate(layer, target_name(key, layer), name)
         for name in configs:
             tuner._settle(name)
         return model
@@ -271,14 +269,15 @@ class ILAModel(LoraModel):
         the layers.
 
         The mode is "soft", also of an adapter that was loaded for inference, and the gates of mode "joint" are folded
-        into B. At the end all gates are open. After an error the adapter is as before.
+        into B. At the end all gates are open. After an error the adapter is as before, whatever the block has done to
+        the scores, or to A and B if B is in `trained`.
         """
         (name,) = self.active_adapters
         config = self.peft_config[name]
         mode = config.gate_mode
         weights = [gate.weight for gate in self.gates(name).values()]
-        if mode == "joint":
-            weights += [b for *_, b in self.factors(name)]
+        if mode == "joint" or "lora_B" in trained:
+            weights += [weight for *_, a, b in self.factors(name) for weight in (a, b)]
         before = [(weight, weight.detach().clone()) for weight in weights]
         try:
             if mode == "joint":
