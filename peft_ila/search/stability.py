@@ -69,7 +69,7 @@ class EpsilonStability(TrainerCallback):
         self._reset()
         for log in state.log_history:  # of a resumed run
             if "loss" in log:
-                self._observe(log["loss"], log["step"])
+                self._observe(log["loss"], int(log["step"]))
         needed = math.ceil((2 * self.window + self.patience - 1) * state.logging_steps)
         if args.logging_strategy == "steps" and needed > state.max_steps:
             logger.warning(

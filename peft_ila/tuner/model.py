@@ -28,7 +28,7 @@ from ..ranking.importance import LayerImportance
 from ..units import unit_of
 from ..version import __version__
 from .config import GateMode, ILAConfig
-from .layer import Gate, add_gate, forget, freeze, is_gated, target_name
+from .layer import Gate, GateState, add_gate, forget, freeze, is_gated, target_name
 
 _TIED = (
     "ILA does not support `ensure_weight_tying` for embeddings and a head that adapters target: tied adapters share "
@@ -252,9 +252,8 @@ class ILAModel(LoraModel):
         if config.gate_mode == "hard" and (unknown := sorted(set(kept) - gates.keys())):
             raise ValueError(f"`gate_mask` has units that the model lacks: {unknown[:5]}.")
         for unit, gate in gates.items():
-            gate.mode = config.gate_mode
-            gate.kept = unit in kept
-            gate.probed = False
+            masked: GateState = "open" if unit in kept else "closed"
+            gate.state = masked if config.gate_mode == "hard" else config.gate_mode
         for *_, layer in self._gated_layers(adapter_name):
             freeze(layer, adapter_name, trained)
         if adapter_name in self.active_adapters:
@@ -450,7 +449,7 @@ class ILAModel(LoraModel):
         for gate, (*_, b) in zip(gates, self.factors(adapter_name)):
             b.copy_(gate(b))
         for gate in gates:  # several layers may share one
-            gate.mode = "open"
+            gate.state = "open"
 
     def to_lora(
         self, output_dir: str | os.PathLike[str], adapter_name: str | None = None, ranks: Ranks | None = None
@@ -528,7 +527,7 @@ def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
         path, _, part = key.partition(".lora_")
         if key in state_dict and part and not part.startswith("gate"):
             layer: Any = model.get_submodule(path)
-            kept[path] = layer.gates[adapter_name].kept
+            kept[path] = layer.gates[adapter_name].state == "open"
             plain = type(parameter) is nn.Parameter and not parameter.is_meta
             if not (plain and torch.equal(state_dict[key].to(parameter), parameter)):
                 moved.add(path)
