@@ -5,7 +5,7 @@ import copy
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import peft
 import torch
@@ -204,11 +204,7 @@ class ILAModel(LoraModel):
         Raises:
             ValueError: The mode is unknown, the adapter does not exist or is merged, or `"hard"` has no mask.
         """
-        if mode not in get_args(GateMode):
-            raise ValueError(f"`mode` must be one of {get_args(GateMode)}, got {mode!r}.")
         for name in self._adapter_names(adapter_name):
-            if mode == "hard" and not self.peft_config[name].gate_mask:
-                raise ValueError(f"Adapter {name!r} has no mask yet; call `apply_mask(units)` instead.")
             self.check_unmerged(name)
             self._change(name, gate_mode=mode)
 
@@ -223,37 +219,34 @@ class ILAModel(LoraModel):
         Raises:
             ValueError: `units` is empty or names a unit that the adapter does not have.
         """
-        if isinstance(units, str):
-            raise TypeError(f"`units` must be a collection of unit names, got the string {units!r}.")
-        kept = set(units)
+        mask = units if isinstance(units, str) else list(units)  # a string is refused
         for name in self._adapter_names(adapter_name):
-            known = self.gates(name)
-            if unknown := sorted(kept - known.keys()):
-                raise ValueError(
-                    f"Adapter {name!r} has no units {unknown[:5]} ({len(unknown)} of {len(kept)} are unknown). It has "
-                    f"{len(known)} units, such as {next(iter(known))!r}. Was the ranking made on another model?"
-                )
-            if not kept:
-                raise ValueError("The mask keeps no unit; select at least one.")
             self.check_unmerged(name)
-            self._change(name, gate_mode="hard", gate_mask=[unit for unit in known if unit in kept])
+            self._change(name, gate_mode="hard", gate_mask=mask)
 
     def _change(self, adapter_name: str, trained: Collection[str] | None = None, **options: Any) -> None:
         """
         Bring the model to an adapter's mode, after setting these options in a copy of its configuration, which other
         models may share. What of its layers trains is `trained`, such as `lora_B`, or what the mode says.
         """
-        if options:
-            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-            vars(self.peft_config[adapter_name]).update(options)
-        config = self.peft_config[adapter_name]
+        config = copy.copy(self.peft_config[adapter_name])
+        vars(config).update(options)
+        config.check_gates()
         gates = self.gates(adapter_name)
-        kept = config.gate_mask or []
-        if config.gate_mode == "hard" and (unknown := sorted(set(kept) - gates.keys())):
-            raise ValueError(f"`gate_mask` has units that the model lacks: {unknown[:5]}.")
+        states: dict[str, GateState] = dict.fromkeys(gates, config.gate_mode)
+        if config.gate_mode == "hard":
+            kept = set(config.gate_mask)
+            if unknown := sorted(kept - gates.keys()):
+                raise ValueError(
+                    f"Adapter {adapter_name!r} has no units {unknown[:5]} ({len(unknown)} of {len(kept)} are unknown) "
+                    f"but {len(gates)} others, such as {next(iter(gates))!r}. Was the mask made on another model?"
+                )
+            config.gate_mask = [unit for unit in gates if unit in kept]
+            states = {unit: "open" if unit in kept else "closed" for unit in gates}
+        if options:
+            self.peft_config[adapter_name] = config
         for unit, gate in gates.items():
-            masked: GateState = "open" if unit in kept else "closed"
-            gate.state = masked if config.gate_mode == "hard" else config.gate_mode
+            gate.state = states[unit]
         for *_, layer in self._gated_layers(adapter_name):
             freeze(layer, adapter_name, trained)
         if adapter_name in self.active_adapters:
