@@ -262,13 +262,14 @@ class ILAModel(LoraModel):
 
         The mode is "soft", also of an adapter that was loaded for inference, and the gates of mode "joint" are folded
         into B. At the end all gates are open. After an error the adapter is as before, whatever the block has done to
-        the scores, or to A and B if B is in `trained`.
+        the scores, or to A and B of a trained adapter if B is in `trained`.
         """
         (name,) = self.active_adapters
         config = self.peft_config[name]
         mode = config.gate_mode
         weights = [gate.weight for gate in self.gates(name).values()]
-        if mode == "joint" or "lora_B" in trained:
+        # a fresh adapter is only measured, and a copy of it would count in the memory of a search without training
+        if mode == "joint" or ("lora_B" in trained and self.is_trained(name)):
             weights += [weight for *_, a, b in self.factors(name) for weight in (a, b)]
         before = [(weight, weight.detach().clone()) for weight in weights]
         try:
