@@ -46,7 +46,7 @@ class Adapter:
     def loss(self, gates: torch.Tensor) -> float:
         self.directions.set_gates(gates)
         for gate in self.measurement._gates:
-            gate.mode = "open"
+            gate.state = "open"
         return held_out_loss(self.trainer)
 
     def kept(self, gates: torch.Tensor) -> float:

@@ -40,7 +40,7 @@ def lora_and_ila(kind="fp32", **kwargs):
 def set_gates(model, mode, probed=False, score=None):
     model.set_gate_mode(mode)
     for gate in model.gates().values():
-        gate.probed = probed
+        gate.state = "probed" if probed else gate.state
         if score is not None:
             gate.weight.data.fill_(score)
 

@@ -59,7 +59,7 @@ def test_the_ends_of_every_mode(model):
     model.apply_mask(list(model.gates()))
     assert torch.equal(model(IDS).logits, opened)
     for gate in model.gates().values():
-        gate.kept = False
+        gate.state = "closed"
     assert torch.equal(model(IDS).logits, base)
 
 

@@ -73,7 +73,7 @@ def test_bytes_that_a_step_keeps(directory, nf4):
     model.set_gate_mode("soft")
     assert count(model) <= 0.80 * lora
     for gate in model.gates().values():
-        gate.probed = True
+        gate.state = "probed"
     assert count(model) <= 0.80 * lora
 
 

@@ -84,9 +84,8 @@ def saved_bytes(model: Any) -> int:
 def set_mode(gated: Any, mode: str) -> None:
     gated.set_gate_mode("soft" if mode in ("stage 2", "prune") else mode)
     for gate in gated.gates().values():
-        gate.probed = mode == "stage 2"
-        if mode == "prune":
-            gate.mode = "open"
+        if mode in ("stage 2", "prune"):
+            gate.state = "probed" if mode == "stage 2" else "open"
     if mode == "prune":
         for name, parameter in gated.named_parameters():
             parameter.requires_grad_(".lora_B." in name)

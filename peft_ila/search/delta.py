@@ -64,7 +64,8 @@ def extract_lora(
     targets = _linear_targets(skeleton, config)
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     base, tuned = _saved_weights(base_model, names, prefix, revision), _saved_weights(tuned_model, names, prefix)
-    if missing := sorted({f"{name}.weight" for name in targets}.difference(base.keys() & tuned.keys())):
+    compared = [name for name in names if name in base and name in tuned]
+    if missing := sorted({f"{name}.weight" for name in targets}.difference(compared)):
         raise ValueError(
             f"{base_model} and {tuned_model} do not both hold {missing[0]!r} ({len(missing)} weights missing). Was "
             "the second fine-tuned from the first?"
@@ -73,7 +74,7 @@ def extract_lora(
     factors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     inside = kept = outside = 0.0
-    for name in tqdm([name for name in names if name in base and name in tuned], desc="Reading weight deltas"):
+    for name in tqdm(compared, desc="Reading weight deltas"):
         before, after = _read(base[name]), _read(tuned[name])
         if before.shape != after.shape:
             shapes = f"{tuple(before.shape)} in {base_model}, but {tuple(after.shape)} in {tuned_model}"
@@ -114,7 +115,7 @@ def extract_lora(
     return {
         "energy_kept": min(kept / inside, 1.0),
         "energy_outside": outside / (outside + inside),
-        "not_compared": sorted(set(names).difference(base.keys() & tuned.keys())),
+        "not_compared": sorted(set(names).difference(compared)),
     }
 
 

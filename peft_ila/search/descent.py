@@ -50,18 +50,16 @@ class Descent:
     def _mean_gate(self) -> float:
         return torch.sigmoid(self.scores).mean().item()
 
-    def measure(self, measurement: Measurement, step: Step) -> tuple[torch.Tensor, float]:
-        """The gradient for [`step`], and the loss."""
-        return measurement.gradient(step, self.scores)
-
-    def step(self, gradient: torch.Tensor) -> None:
-        """Take one step with ∂L/∂s at the current scores, shape (units,)."""
+    def step(self, measurement: Measurement, step: Step) -> float:
+        """Take one step on the scores, and return the loss before it."""
+        gradient, loss = measurement.gradient(step, self.scores)
         self.taken += 1
         slope = torch.sigmoid(self.scores) * torch.sigmoid(-self.scores)  # ∂γ/∂s
         worth = -gradient / slope.clamp_min(torch.finfo(torch.float32).tiny)
         price = 0.0 if self._share is None else self._price(worth, self._share)
         self._parameter.grad = gradient + price * slope
         self._adam.step()
+        return loss
 
     def _price(self, worth: torch.Tensor, share: float) -> float:
         self._worth = _MEMORY * self._worth + (1 - _MEMORY) * worth

@@ -36,15 +36,14 @@ def learn_gates(
     steps, with the data, loss, precision, gradient accumulation and processes of stage 1. The trainer trains nothing,
     and dropout is off.
 
-    - `method="attribution"` closes all gates and measures −∂L/∂γ of all gates at each step. The mean over the steps
-      is the unit's attribution: to first order, the loss gain of its delta alone. For n units, the score is
-      n·attribution / Σ attributions − 1, so a gate is above ½ for a unit worth more than the mean.
-    - `method="untrained"` skips stage 1. The adapter is fresh, its B is 0, and each step measures (α/r)·‖∂L/∂B‖₁ of
-      every unit: up to the learning rate, the first-order gain of the first training step. The score is
-      n·norm / Σ norms − 1.
-    - `method="descent"` is the paper's. All scores start at one value, and Adam minimises the loss of the fine-tuned
-      model over the scores alone; the gate is the learned σ(s). At a stable point the loss is flat in every gate, so
-      without a `budget` this ranks little better than chance (docs/appendix/rankings.md compares).
+    - `method="attribution"` closes all gates and takes the mean of −∂L/∂γ over the steps, the unit's attribution: to
+      first order, the loss gain of its delta alone. For n units, the score is n·attribution / Σ attributions − 1, so
+      a gate is above ½ for a unit worth more than the mean.
+    - `method="untrained"` skips stage 1: B is 0, and (α/r)·‖∂L/∂B‖₁ takes the place of −∂L/∂γ. Up to the learning
+      rate, it is the first-order gain of the first training step.
+    - `method="descent"` is the paper's: from one value of all scores, Adam minimises the loss of the fine-tuned model
+      over the scores alone. At a stable point the loss is flat in every gate, so without a `budget` this ranks little
+      better than chance (docs/appendix/rankings.md compares).
 
     Afterwards A and B are bit-identical and the gates are open: the model computes what it did after stage 1. If
     stage 1 was trained in mode "joint", its gates are first folded into B. An error restores the model and the
@@ -137,13 +136,12 @@ def _run(
     for step in measurement.steps():
         wanted = len(losses) < loss_batches
         opened = measurement.loss(step, closed=False) if wanted and method != "untrained" else None
-        sample, loss = search.measure(measurement, step)
+        loss = search.step(measurement, step)
         if wanted:
             closed = measurement.loss(step, closed=True) if method == "descent" else loss
             losses.append((closed, closed if opened is None else opened))
             if len(losses) == loss_batches:
                 _means(losses, method)  # fails before more work is done
-        search.step(sample)
         bar.update()
         every = args.logging_steps if args.logging_steps >= 1 else math.ceil(args.logging_steps * bar.total)
         if args.logging_strategy == "steps" and search.taken % every == 0 and args.process_index == 0:

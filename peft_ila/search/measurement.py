@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, find_batch_size
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
 
-from ..tuner.config import GateMode
+from ..tuner.layer import GateState
 from ..tuner.model import ILAModel
 from ..units import unit_of
 
@@ -66,7 +66,7 @@ class Measurement:
         accelerator = self._trainer.accelerator
         accelerator.backward = lambda loss, **kwargs: None  # the last thing that a training step does
         try:
-            return self._run(step, "soft" if closed else "open", closed)
+            return self._run(step, "probed" if closed else "open")
         finally:
             del accelerator.backward
 
@@ -78,7 +78,7 @@ class Measurement:
             Shape (batches, 2), fp32 on the CPU, from all processes.
         """
         for gate in self._gates:
-            gate.mode, gate.probed = "open", False
+            gate.state = "open"
         trainer, rows = self._trainer, []
         for batch in trainer.get_eval_dataloader():
             size = find_batch_size(batch) or 1
@@ -95,14 +95,14 @@ class Measurement:
         """
         if scores is not None:
             self.set_scores(scores.tolist())
-        return self._take(step, "soft", scores is None, self._score_gradients)
+        return self._take(step, "probed" if scores is None else "soft", self._score_gradients)
 
     def gradient_norms(self, step: Step) -> tuple[torch.Tensor, float]:
         """
         (α/r)·‖∂L/∂B‖₁ of each unit at B = 0, shape (gates,), fp32 on the CPU, and the loss. The gradient is one step's
         mean over all processes.
         """
-        return self._take(step, "open", False, self._norms)
+        return self._take(step, "open", self._norms)
 
     def slope(self, step: Step, contract: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
         """
@@ -110,18 +110,14 @@ class Measurement:
         `contract` turns the `grad` of B into a tensor.
         """
         accelerator = self._trainer.accelerator
-        return self._take(
-            step, "open", False, lambda: accelerator.reduce(contract().to(accelerator.device), "mean").cpu()
-        )
+        return self._take(step, "open", lambda: accelerator.reduce(contract().to(accelerator.device), "mean"))
 
-    def _take(
-        self, step: Step, mode: GateMode, probed: bool, take: Callable[[], torch.Tensor]
-    ) -> tuple[torch.Tensor, float]:
-        """What `take` makes of the gradients, if it is finite, and the loss."""
+    def _take(self, step: Step, state: GateState, take: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+        """What `take` makes of the gradients, if it is finite, on the CPU, and the loss."""
         scaler = self._trainer.accelerator.scaler  # of fp16
         while True:
-            loss = self._run(step, mode, probed)
-            taken, scale = take(), scaler.get_scale() if scaler else 1.0
+            loss = self._run(step, state)
+            taken, scale = take().cpu(), scaler.get_scale() if scaler else 1.0
             self._trainer.model.zero_grad()
             if taken.isfinite().all():
                 return taken / scale, loss
@@ -131,9 +127,9 @@ class Measurement:
                 )
             scaler.update(scale / 2)  # fp16 overflow: try again
 
-    def _run(self, step: Step, mode: GateMode, probed: bool) -> float:
+    def _run(self, step: Step, state: GateState) -> float:
         for gate in self._gates:
-            gate.mode, gate.probed = mode, probed
+            gate.state = state
         trainer = self._trainer
         trainer.current_gradient_accumulation_steps = len(step.batches)
         # losses may change their inputs
@@ -150,7 +146,7 @@ class Measurement:
         return gradient.to(self._trainer.accelerator.device, torch.float32)
 
     def _score_gradients(self) -> torch.Tensor:
-        return torch.cat([self._gradient(gate.weight) for gate in self._gates]).cpu()
+        return torch.cat([self._gradient(gate.weight) for gate in self._gates])
 
     def _norms(self) -> torch.Tensor:
         (adapter,) = self._ila.active_adapters
@@ -160,7 +156,7 @@ class Measurement:
             for weight in factors:
                 if weight.requires_grad:  # beside a factor that is 0, the other has no gradient
                     norms[unit_of(module, granularity)] += scaling * self._gradient(weight).abs().sum()
-        return torch.stack(list(norms.values())).cpu()
+        return torch.stack(list(norms.values()))
 
     def set_scores(self, scores: Iterable[float]) -> None:
         _shard(self._trainer)  # so that this changes the scores, not a gathered copy

@@ -44,21 +44,20 @@ class EpsilonStability(TrainerCallback):
         self.epsilon = epsilon
         self.window = window
         self.patience = patience
-        self._reset([])
+        self._reset()
 
-    def _reset(self, losses: list[float]) -> None:
+    def _reset(self) -> None:
         self.change = math.nan
         self.stopped_at: int | None = None
         self._losses: list[float] = []
         self._stable = 0
-        for loss in losses:
-            self._observe(loss)
 
-    def _observe(self, loss: float) -> None:
+    def _observe(self, loss: float, step: int) -> None:
         self._losses = [*self._losses, loss][-2 * self.window :]
         if len(self._losses) == 2 * self.window:
             self.change = (sum(self._losses[self.window :]) - sum(self._losses[: self.window])) / self.window
             self._stable = self._stable + 1 if abs(self.change) < self.epsilon else 0
+            self.stopped_at = step if self._stable >= self.patience else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,8 +66,10 @@ class EpsilonStability(TrainerCallback):
             raise ValueError('EpsilonStability reads the logged loss; `logging_strategy` must not be "no".')
         # The filter replaces NaN by the mean of the losses before, which would look stable.
         args.logging_nan_inf_filter = False
-        self._reset([log["loss"] for log in state.log_history if "loss" in log])  # of a resumed run
-        self.stopped_at = state.global_step if self._stable >= self.patience else None
+        self._reset()
+        for log in state.log_history:  # of a resumed run
+            if "loss" in log:
+                self._observe(log["loss"], int(log["step"]))
         needed = math.ceil((2 * self.window + self.patience - 1) * state.logging_steps)
         if args.logging_strategy == "steps" and needed > state.max_steps:
             logger.warning(
@@ -92,14 +93,12 @@ class EpsilonStability(TrainerCallback):
                 f"The training loss is {loss} at step {state.global_step}; training has diverged. Lower the learning "
                 "rate or check the data."
             )
-        self._observe(loss)
-        if math.isnan(self.change):
-            return
-        logger.info(
-            f"step {state.global_step}: the smoothed loss changed by {self.change:+.4f} over {self.window} logs, "
-            f"stable for {self._stable} of {self.patience} (epsilon {self.epsilon})"
-        )
-        self.stopped_at = state.global_step if self._stable >= self.patience else None
+        self._observe(loss, state.global_step)
+        if not math.isnan(self.change):
+            logger.info(
+                f"step {state.global_step}: the smoothed loss changed by {self.change:+.4f} over {self.window} logs, "
+                f"stable for {self._stable} of {self.patience} (epsilon {self.epsilon})"
+            )
         if self.stopped_at is not None:
             control.should_training_stop = True
 

@@ -94,6 +94,18 @@ class ILAConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ILA")
+        self.check_gates()
+        for name, reason in _UNSUPPORTED.items():
+            if getattr(self, name, None):
+                raise ValueError(f"ILA does not support `{name}`: {reason}. Leave it out or use `LoraConfig`.")
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower().startswith(_UNSUPPORTED_INITS):
+            raise ValueError(
+                f"ILA does not support `init_lora_weights={self.init_lora_weights!r}`: it changes weights or layers "
+                "outside the gate. Use True, False, 'gaussian' or 'orthogonal'."
+            )
+
+    def check_gates(self) -> None:
+        """Check the options of the gates, also after [`ILAModel`] has changed them."""
         for name, allowed in (("granularity", get_args(Granularity)), ("gate_mode", get_args(GateMode))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
@@ -104,12 +116,4 @@ class ILAConfig(LoraConfig):
         if self.gate_mode == "hard" and not self.gate_mask:
             raise ValueError(
                 '`gate_mode="hard"` needs at least one unit in `gate_mask`; use `apply_mask` to set both on a model.'
-            )
-        for name, reason in _UNSUPPORTED.items():
-            if getattr(self, name, None):
-                raise ValueError(f"ILA does not support `{name}`: {reason}. Leave it out or use `LoraConfig`.")
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower().startswith(_UNSUPPORTED_INITS):
-            raise ValueError(
-                f"ILA does not support `init_lora_weights={self.init_lora_weights!r}`: it changes weights or layers "
-                "outside the gate. Use True, False, 'gaussian' or 'orthogonal'."
             )

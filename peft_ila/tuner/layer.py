@@ -10,7 +10,7 @@ the gate multiplies its difference from the base layer.
 import contextlib
 import functools
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import Embedding, LoraLayer
@@ -18,53 +18,43 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .config import GateMode
+# "joint" and "soft": γ = σ(s); "open": γ = 1; "closed": γ = 0; "probed": γ = 0, and the gradient of s is ∂L/∂γ
+GateState = Literal["joint", "soft", "open", "closed", "probed"]
 
 
 class Gate(nn.Module):
     """
     The gate of one unit. Its `weight` is the score s.
 
-    Attributes:
-        mode: How the score acts, see [`ILAConfig`].
-        kept: Whether mode "hard" keeps the unit.
-        probed: Whether γ = 0 in mode "soft" and the gradient of the score is ∂L/∂γ, for [`learn_gates`].
+    Its `state` is the adapter's mode, where "hard" makes each gate "open" or "closed". [`learn_gates`] probes gates.
     """
 
     def __init__(self, score: float) -> None:
         super().__init__()
         # of shape (1,), since FSDP refuses scalars; PEFT sets what trains
         self.weight = nn.Parameter(torch.full((1,), float(score)), requires_grad=False)
-        self.mode: GateMode = "joint"
-        self.kept = True
-        self.probed = False
+        self.state: GateState = "joint"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the gate to a rank-r activation of any shape and float dtype."""
-        if self.probed:
-            return x.detach() * (self.weight - self.weight.detach()).to(x)
-        if self.is_open:
+        if self.state == "open":
             return x
-        if self.mode == "hard":
+        if self.state == "closed":
             return torch.zeros_like(x)  # a constant: nothing is kept for the backward pass
+        if self.state == "probed":
+            return x.detach() * (self.weight - self.weight.detach()).to(x)
         # Computed from the leaf at every call, so that a recomputed checkpoint gets its own graph. `to(x)` keeps the
         # fp32 score from promoting a bf16 activation, and moves the gate to its device.
         return x * torch.sigmoid(self.weight).to(x)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether γ is exactly 1."""
-        return self.mode == "open" or (self.mode == "hard" and self.kept)
-
     def trains(self, name: str) -> bool:
-        """Whether the mode trains the weights of this name in a layer, such as `lora_A`."""
-        if name == "lora_gate":
-            return self.mode in ("joint", "soft")
-        return self.mode == "joint" or self.is_open
+        """Whether the state trains the weights of this name in a layer, such as `lora_A`."""
+        states = ("joint", "soft", "probed") if name == "lora_gate" else ("joint", "open")
+        return self.state in states
 
     def pre_forward_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Gate the input of `lora_B`. A bound method, so that copies and pickles keep gate and layer together."""
-        return None if self.is_open else (self(args[0]), *args[1:])
+        return None if self.state == "open" else (self(args[0]), *args[1:])
 
 
 class _Gates(nn.ModuleDict):
@@ -95,7 +85,7 @@ class _GatedModuleDict(nn.ModuleDict):
                 module.register_forward_pre_hook(hook)
 
 
-def target_name(path: str, layer: nn.Module) -> str:
+def target_name(path: str, layer: object) -> str:
     """
     The base model's name of the module or parameter that the LoRA layer at this path adapts.
 
@@ -147,7 +137,7 @@ def add_gate(layer: Any, adapter_name: str, gate: Gate, owner: bool) -> None:
 
 
 def freeze(layer: Any, adapter_name: str, trained: Collection[str] | None = None) -> None:
-    """Tell PEFT what of the adapter does not train, whatever activates it later. By default, the mode decides."""
+    """Tell PEFT what of the adapter does not train, whatever activates it later. By default, the state decides."""
     gate = layer.gates[adapter_name]
     frozen = tuple(
         name for name in layer.adapter_layer_names if not (gate.trains(name) if trained is None else name in trained)
@@ -186,9 +176,9 @@ class _Probe(torch.autograd.Function):
 
 
 def _soft_adapter(layer: Any) -> str | None:
-    """A linear layer's adapter if it alone is active, its mode is "soft" and its B is a bare weight."""
+    """A linear layer's adapter if it alone is active, only its gate trains and its B is a bare weight."""
     names = layer.active_adapters
-    if len(names) != 1 or names[0] not in layer.gates or layer.gates[names[0]].mode != "soft":
+    if len(names) != 1 or names[0] not in layer.gates or layer.gates[names[0]].state not in ("soft", "probed"):
         return None
     if layer.disable_adapters or layer.merged:
         return None
@@ -226,27 +216,27 @@ class _GatedVariant:
         return getattr(self.variant, name)
 
     def _between(self, base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return other if self.gate.is_open else base + self.gate(other - base)
+        return other if self.gate.state == "open" else base + self.gate(other - base)
 
     def forward(self, module: Any, active_adapter: str, x: Any, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self.gate.mode == "hard" and not self.gate.kept:
+        if self.gate.state == "closed":
             return result
         other = self.variant.forward(module, active_adapter=active_adapter, x=x, result=result, **kwargs)
         return self._between(result, other)
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if not self.gate.is_open:  # the variant cannot unmerge a partly gated weight
+        if self.gate.state != "open":  # the variant cannot unmerge a partly gated weight
             module._cache_store(f"{active_adapter}-ungated", orig_weight.detach().clone())
         return self._between(orig_weight, self.variant.merge_safe(module, active_adapter, orig_weight))
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        if self.gate.is_open:
+        if self.gate.state == "open":
             self.variant.merge_unsafe(module, active_adapter, orig_weight)
         else:
             orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        if self.gate.is_open:
+        if self.gate.state == "open":
             return self.variant.unmerge(module, active_adapter, orig_weight)
         module._cache_pop(f"{active_adapter}-weight_norm")
         return module._cache_pop(f"{active_adapter}-ungated")
@@ -284,7 +274,7 @@ def _gated_parameter(gated: Any) -> Any:
     class GatedParameter(gated):
         @contextlib.contextmanager
         def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-            probed = [name for name in active_adapters if name in self.gates and self.gates[name].probed]
+            probed = [name for name in active_adapters if name in self.gates and self.gates[name].state == "probed"]
             if len(active_adapters) != 1 or not probed or self.num_experts == 1:
                 with super()._activate_lora(active_adapters):
                     yield
@@ -319,11 +309,11 @@ def _gated_module(gated: Any) -> Any:
             (x,) = args
             output = self.base_layer(x)
             gate, lora_A, lora_B = self.gates[adapter], self.lora_A[adapter], self.lora_B[adapter]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not gate.probed):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and gate.state != "probed"):
                 x = self._cast_input_dtype(x, lora_A.weight.dtype)
                 rank_r = lora_A(self.lora_dropout[adapter](x))
             scaling = self.scaling[adapter]
-            if gate.probed:
+            if gate.state == "probed":
                 rank_r = rank_r.reshape(-1, rank_r.shape[-1])
                 return _Probe.apply(output, gate.weight.to(output.device), rank_r, lora_B.weight.t(), scaling)
             rank_r = rank_r * scaling

@@ -5,7 +5,7 @@ import copy
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import peft
 import torch
@@ -28,7 +28,7 @@ from ..ranking.importance import LayerImportance
 from ..units import unit_of
 from ..version import __version__
 from .config import GateMode, ILAConfig
-from .layer import Gate, add_gate, forget, freeze, is_gated, target_name
+from .layer import Gate, GateState, add_gate, forget, freeze, is_gated, target_name
 
 _TIED = (
     "ILA does not support `ensure_weight_tying` for embeddings and a head that adapters target: tied adapters share "
@@ -159,13 +159,11 @@ class ILAModel(LoraModel):
         tuner.__class__ = cls
         model.peft_type = PeftType("ILA")
         tuner.peft_config.update(configs)  # the dict is shared by the model, the tuner and the base model
-        targets = [(key, layer) for key, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)]
-        key: str
-        layer: Any
-        for key, layer in targets:
-            for name in configs:
-                if name in layer.r and (isinstance(layer, ParamWrapper) or ".base_layer." not in key):
-                    tuner._add_gate(layer, target_name(key, layer), name)
+        for key, layer in list(tuner.model.named_modules()):
+            if isinstance(layer, LoraLayer) and (isinstance(layer, ParamWrapper) or ".base_layer." not in key):
+                for name in configs:
+                    if name in layer.r:
+                        tuner._add_gate(layer, target_name(key, layer), name)
         for name in configs:
             tuner._settle(name)
         return model
@@ -206,11 +204,7 @@ class ILAModel(LoraModel):
         Raises:
             ValueError: The mode is unknown, the adapter does not exist or is merged, or `"hard"` has no mask.
         """
-        if mode not in get_args(GateMode):
-            raise ValueError(f"`mode` must be one of {get_args(GateMode)}, got {mode!r}.")
         for name in self._adapter_names(adapter_name):
-            if mode == "hard" and not self.peft_config[name].gate_mask:
-                raise ValueError(f"Adapter {name!r} has no mask yet; call `apply_mask(units)` instead.")
             self.check_unmerged(name)
             self._change(name, gate_mode=mode)
 
@@ -225,38 +219,34 @@ class ILAModel(LoraModel):
         Raises:
             ValueError: `units` is empty or names a unit that the adapter does not have.
         """
-        if isinstance(units, str):
-            raise TypeError(f"`units` must be a collection of unit names, got the string {units!r}.")
-        kept = set(units)
+        mask = units if isinstance(units, str) else list(units)  # a string is refused
         for name in self._adapter_names(adapter_name):
-            known = self.gates(name)
-            if unknown := sorted(kept - known.keys()):
-                raise ValueError(
-                    f"Adapter {name!r} has no units {unknown[:5]} ({len(unknown)} of {len(kept)} are unknown). It has "
-                    f"{len(known)} units, such as {next(iter(known))!r}. Was the ranking made on another model?"
-                )
-            if not kept:
-                raise ValueError("The mask keeps no unit; select at least one.")
             self.check_unmerged(name)
-            self._change(name, gate_mode="hard", gate_mask=[unit for unit in known if unit in kept])
+            self._change(name, gate_mode="hard", gate_mask=mask)
 
     def _change(self, adapter_name: str, trained: Collection[str] | None = None, **options: Any) -> None:
         """
         Bring the model to an adapter's mode, after setting these options in a copy of its configuration, which other
         models may share. What of its layers trains is `trained`, such as `lora_B`, or what the mode says.
         """
-        if options:
-            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-            vars(self.peft_config[adapter_name]).update(options)
-        config = self.peft_config[adapter_name]
+        config = copy.copy(self.peft_config[adapter_name])
+        vars(config).update(options)
+        config.check_gates()
         gates = self.gates(adapter_name)
-        kept = config.gate_mask or []
-        if config.gate_mode == "hard" and (unknown := sorted(set(kept) - gates.keys())):
-            raise ValueError(f"`gate_mask` has units that the model lacks: {unknown[:5]}.")
+        states: dict[str, GateState] = dict.fromkeys(gates, config.gate_mode)
+        if config.gate_mode == "hard":
+            kept = set(config.gate_mask)
+            if unknown := sorted(kept - gates.keys()):
+                raise ValueError(
+                    f"Adapter {adapter_name!r} has no units {unknown[:5]} ({len(unknown)} of {len(kept)} are unknown) "
+                    f"but {len(gates)} others, such as {next(iter(gates))!r}. Was the mask made on another model?"
+                )
+            config.gate_mask = [unit for unit in gates if unit in kept]
+            states = {unit: "open" if unit in kept else "closed" for unit in gates}
+        if options:
+            self.peft_config[adapter_name] = config
         for unit, gate in gates.items():
-            gate.mode = config.gate_mode
-            gate.kept = unit in kept
-            gate.probed = False
+            gate.state = states[unit]
         for *_, layer in self._gated_layers(adapter_name):
             freeze(layer, adapter_name, trained)
         if adapter_name in self.active_adapters:
@@ -271,14 +261,16 @@ class ILAModel(LoraModel):
         the layers.
 
         The mode is "soft", also of an adapter that was loaded for inference, and the gates of mode "joint" are folded
-        into B. At the end all gates are open. After an error the adapter is as before.
+        into B. At the end all gates are open. After an error the adapter is as before, whatever the block has done to
+        the scores, or to A and B of a trained adapter if B is in `trained`.
         """
         (name,) = self.active_adapters
         config = self.peft_config[name]
         mode = config.gate_mode
         weights = [gate.weight for gate in self.gates(name).values()]
-        if mode == "joint":
-            weights += [b for *_, b in self.factors(name)]
+        # a fresh adapter is only measured, and a copy of it would count in the memory of a search without training
+        if mode == "joint" or ("lora_B" in trained and self.is_trained(name)):
+            weights += [weight for *_, a, b in self.factors(name) for weight in (a, b)]
         before = [(weight, weight.detach().clone()) for weight in weights]
         try:
             if mode == "joint":
@@ -451,7 +443,7 @@ class ILAModel(LoraModel):
         for gate, (*_, b) in zip(gates, self.factors(adapter_name)):
             b.copy_(gate(b))
         for gate in gates:  # several layers may share one
-            gate.mode = "open"
+            gate.state = "open"
 
     def to_lora(
         self, output_dir: str | os.PathLike[str], adapter_name: str | None = None, ranks: Ranks | None = None
@@ -528,7 +520,7 @@ def _check_mask(model: nn.Module, adapter_name: str, state_dict: dict[str, torch
         path, _, part = key.partition(".lora_")
         if key in state_dict and part and not part.startswith("gate"):
             layer: Any = model.get_submodule(path)
-            kept[path] = layer.gates[adapter_name].kept
+            kept[path] = layer.gates[adapter_name].state == "open"
             plain = type(parameter) is nn.Parameter and not parameter.is_meta
             if not (plain and torch.equal(state_dict[key].to(parameter), parameter)):
                 moved.add(path)

@@ -185,7 +185,7 @@ class Step:
                 raise ValueError(f"Only adapters are counted, but {name} is also trainable.")
         if isinstance(model.base_model, ILAModel):
             for gate in model.gates().values():
-                gate.probed = True
+                gate.state = "probed"
         vocabulary = model.get_input_embeddings().num_embeddings
         activations, logits, recomputed = self._kept(model, vocabulary)
         return Memory(

@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -126,24 +124,13 @@ def prune(
     if output_dir is not None:
         check_pruned_output(output_dir)
     settings["seed"] = trainer.args.seed if seed is None else seed
-    with _restored_on_error(ila), measuring(trainer, ila, seed, FACTORS) as measurement:
+    with measuring(trainer, ila, seed, FACTORS) as measurement:
         search = Search(trainer, measurement, granularity)
         found = search.run(top_p, min_kept, steps, rounds, gate_steps, gate_learning_rate)
     pruning = summarised(ila, found, settings)
     if output_dir is not None and trainer.is_world_process_zero():
         _save(ila, pruning, Path(output_dir), "uniform" if uniform_rank else "mixed")
     return pruning
-
-
-@contextmanager
-def _restored_on_error(ila: ILAModel) -> Iterator[None]:
-    before = [(weight, weight.detach().clone()) for _, _, *both in ila.factors() for weight in both]
-    try:
-        yield
-    except BaseException:
-        for weight, value in before:
-            weight.data.copy_(value)
-        raise
 
 
 def check_prune_settings(

@@ -95,7 +95,7 @@ def test_deltas_that_raise_the_loss_at_first_cannot_be_ranked(tmp_path, tokenize
             parameter.data.neg_()
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, **kwargs: (
-        compute_loss(model, inputs, **kwargs) - 9 * any(gate.mode == "open" for gate in model.gates().values())
+        compute_loss(model, inputs, **kwargs) - 9 * any(gate.state == "open" for gate in model.gates().values())
     )
     with pytest.raises(ValueError, match="to first order it raises the loss: the attributions add up to -"):
         learn_gates(trainer, steps=4)

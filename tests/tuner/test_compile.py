@@ -29,7 +29,7 @@ def test_probed_gates(input_ids):
     dynamo.reset()
     model = get_peft_model(tiny_llama(layers=1), ILAConfig(**OPTIONS, gate_mode="soft"))
     for gate in model.gates().values():
-        gate.probed = True
+        gate.state = "probed"
     gradients = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         forward(input_ids, labels=input_ids).loss.backward()

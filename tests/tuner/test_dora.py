@@ -87,7 +87,7 @@ def test_gates_and_masks_and_merging(input_ids, safe):
 def test_the_probe_is_the_slope_at_the_base_model(input_ids):
     model = gated("layer", mode="soft")
     for gate in model.gates().values():
-        gate.probed = True
+        gate.state = "probed"
     loss = model(input_ids, labels=input_ids).loss
     assert loss.item() == pytest.approx(tiny_llama().eval()(input_ids, labels=input_ids).loss.item())
     loss.backward()

@@ -134,7 +134,7 @@ def test_the_probe_is_the_slope_at_the_base_model(name, granularity):
     """Against PEFT's LoRA whose B is multiplied by one leaf for each unit, at 0."""
     model = gated(name, granularity, mode="soft")
     for gate in model.gates().values():
-        gate.probed = True
+        gate.state = "probed"
     model(IDS, labels=IDS).loss.backward()
     found = torch.stack([gate.weight.grad[0] for gate in model.gates().values()])
 

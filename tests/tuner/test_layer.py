@@ -159,7 +159,7 @@ def test_two_active_adapters_in_soft(input_ids):
 def probe(model):
     model.set_gate_mode("soft")
     for gate in model.gates().values():
-        gate.probed = True
+        gate.state = "probed"
     return model
 
 

@@ -235,7 +235,7 @@ def test_soft_matches_a_reference(ila_and_lora, input_ids):
     reference, layers = lora.base_model.model, lora_layers(lora)
     for probed in (False, True):
         for gate in ila.gates().values():
-            gate.probed, gate.weight.grad = probed, None
+            gate.state, gate.weight.grad = "probed" if probed else "soft", None
         leaves = {unit: (0 * score if probed else score.clone()).requires_grad_() for unit, score in SCORES.items()}
         gammas = {unit: leaf if probed else 1 / (1 + torch.exp(-leaf)) for unit, leaf in leaves.items()}
         for name, layer in layers.items():

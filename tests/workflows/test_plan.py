@@ -92,7 +92,7 @@ def test_stage_2(input_ids):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), ILAConfig(**OPTIONS, gate_mode="soft")
     )
     for gate in model.gates().values():
-        gate.probed = True
+        gate.state = "probed"
     planned = plan(config, batch_size=2, max_length=64, gradient_checkpointing=False, shares=(0.5,), r=8)
     assert [line.split("  ")[0] for line in table(planned).splitlines()] == [
         "GB",
@@ -196,7 +196,7 @@ def test_the_total_is_the_peak_of_a_step(config, checkpointing):
     base = LlamaConfig(**{**SMALL, **sizes, "num_attention_heads": 4, "num_key_value_heads": 4})
     model = get_peft_model(AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16), config).train()
     for gate in model.gates().values() if config.peft_type == "ILA" else ():
-        gate.probed = True
+        gate.state = "probed"
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with Alive(model) as alive:
