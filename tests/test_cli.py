@@ -548,6 +548,22 @@ def test_compare_takes_published_rankings(capsys):
     assert f"{name}  {name}         1.00         1.00      1.00" in capsys.readouterr().out
 
 
+def test_compare_shows_overlaps_and_correlation(tmp_path, capsys):
+    one = LayerImportance([f"layers.{i}" for i in range(20)], [float(i) for i in range(20)])
+    two = dataclasses.replace(one, scores=[(i * 7 % 20) / 2 for i in range(20)])
+    paths = [str(tmp_path / name) for name in ("one.json", "two.json")]
+    for ranking, path in zip((one, two), paths):
+        ranking.save(path)
+    main(["compare", *paths, "--json"])
+    figures = {
+        "overlap_75": one.overlap(two, 0.75),
+        "overlap_30": one.overlap(two, 0.3),
+        "spearman": one.spearman(two),
+    }
+    assert len({*figures.values(), one.overlap(two, 0.5)}) == 4
+    assert json.loads(capsys.readouterr().out) == {"pairs": [{"a": paths[0], "b": paths[1], **figures}]}
+
+
 TESTS = str(Path(__file__).parent)
 
 
