@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 
 from ..units import unit_of
 from .adapters import SAVED_PREFIX, adapter_directory, read_adapter, save_adapter, split_key
@@ -41,8 +42,8 @@ def to_plain_lora(
         ValueError: The tensors lack the gate of a unit, or a DoRA adapter has gates between 0 and 1.
     """
     parameters = config.gated_parameters or {}
-    units = _units(state_dict, config)
-    names = {path: parameters.get(path, path) for path in units}
+    names = _target_names(state_dict, config)
+    units = {path: unit_of(name, config.granularity) for path, name in names.items()}
     if unknown := sorted(set(config.gate_mask or ()) - set(units.values())):
         raise ValueError(f"`gate_mask` has {unknown[0][:80]!r}, which is not a unit of the adapter.")
     kept = {path for path, unit in units.items() if config.gate_mode != "hard" or unit in config.gate_mask}
@@ -68,7 +69,8 @@ def to_plain_lora(
         del options[name]
     ranks = dict.fromkeys(parameters.values(), 1.0)  # the ranks in the options hold
     targets = Targets({name: [name] for name in names.values()}, lookalikes, ranks)
-    return tensors, to_lora_config(targets, [names[path] for path in names if path in kept], **options)
+    selected = list(dict.fromkeys(name for path, name in names.items() if path in kept))
+    return tensors, to_lora_config(targets, selected, **options)
 
 
 def is_lora_b(key: str) -> bool:
@@ -76,11 +78,12 @@ def is_lora_b(key: str) -> bool:
     return split_key(key)[2].startswith(("B", "embedding_B"))
 
 
-def _units(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, str]:
-    """The unit of each LoRA layer, by its path."""
+def _target_names(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, str]:
+    """The module or parameter that each LoRA layer adapts, by the layer's path."""
     parameters = config.gated_parameters or {}
     paths = [path for path, is_lora, _ in map(split_key, state_dict) if is_lora]
-    return {path: unit_of(parameters.get(path, path), config.granularity) for path in paths}
+    # `MultiheadAttention` holds a second LoRA layer, its output projection
+    return {path: parameters.get(path, path.partition(".base_layer.")[0]) for path in paths}
 
 
 def _gates(state_dict: dict[str, torch.Tensor], units: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -129,15 +132,23 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
 
 
 def _check_layers(tensors: dict[str, torch.Tensor], config: Any) -> None:
-    """Check that PEFT makes these LoRA layers from the configuration, and that each unit has its gate."""
-    units = _units(tensors, config)
-    _gates(tensors, units)
-    for path in units:
-        # `MultiheadAttention` holds a second LoRA layer, its output projection
-        name = path.partition(".base_layer.")[0]
+    """Check that PEFT makes these layers of these ranks from the configuration, and that each unit has its gate."""
+    names = _target_names(tensors, config)
+    _gates(tensors, {path: unit_of(name, config.granularity) for path, name in names.items()})
+    ranks = {}
+    for key, tensor in tensors.items():
+        path, _, part = split_key(key)
+        if part.removeprefix("embedding_").removesuffix(".weight") == "A":
+            ranks[path] = list(tensor.shape[:1])
+    for path, name in names.items():
+        if path in (config.gated_parameters or ()):
+            continue
         try:
-            by_name = config.target_modules and check_target_module_exists(config, name)
+            is_target = config.target_modules and check_target_module_exists(config, name)
+            rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
         except re.error as error:
             raise ValueError(f"The adapter's configuration has an invalid regular expression: {error}.") from error
-        if not by_name and path not in (config.gated_parameters or ()):
+        if not is_target:
             raise ValueError(f"{path!r} is not a target of the adapter's configuration.")
+        if ranks[path] != [rank]:
+            raise ValueError(f"{path!r} has the rank {ranks[path]}, but the adapter's configuration says {rank}.")

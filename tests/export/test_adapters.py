@@ -1,5 +1,7 @@
 """Adapters that PEFT writes are read, whatever is in them."""
 
+import json
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -56,6 +58,19 @@ def test_what_peft_writes_is_read(tmp_path, name, kind):
     model.save_pretrained(tmp_path, save_embedding_layers=name == "resized" or "auto")
     config, tensors = read_adapter(tmp_path)
     assert type(config) is kind and any("lora_" in key for key in tensors)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_only_an_adapter_of_the_ranks_in_its_configuration_is_exported(tmp_path, name):
+    make, options = ADAPTERS[name]
+    model = get_peft_model(make(), ILAConfig(r=2, gate_mode="open", **options))
+    model.save_pretrained(tmp_path, save_embedding_layers=name == "resized" or "auto")
+    assert export_adapter(tmp_path, tmp_path / "plain").r == 2
+    if model.peft_config["default"].target_modules:
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**12, "rank_pattern": {}}))
+        with pytest.raises(ValueError, match=r"has the rank \[\d\], but the adapter's configuration says 10{12}"):
+            export_adapter(tmp_path, tmp_path / "again")
 
 
 def test_without_a_module_the_exported_adapter_computes_the_same(tmp_path, input_ids):
