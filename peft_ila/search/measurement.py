@@ -137,16 +137,16 @@ class Measurement:
         return trainer.accelerator.gather(torch.stack(losses).sum().reshape(1)).mean().item()
 
     def _gradient(self, weight: torch.nn.Parameter) -> torch.Tensor:
-        """The mean over the processes, in fp32 on one device."""
+        """In fp32 on one device: this process's own, or under FSDP2 the mean over all."""
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # no batch may reach an expert
-        if isinstance(gradient, DTensor):
-            gradient = gradient.full_tensor()  # FSDP2 has taken the mean
-        else:
-            gradient = self._trainer.accelerator.reduce(gradient, "mean")
-        return gradient.to(self._trainer.accelerator.device, torch.float32)
+        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        return whole.to(self._trainer.accelerator.device, torch.float32)
 
     def _score_gradients(self) -> torch.Tensor:
-        return torch.cat([self._gradient(gate.weight) for gate in self._gates])
+        # one exchange for all gates; the mean of FSDP2's equal means is the same
+        return self._trainer.accelerator.reduce(
+            torch.cat([self._gradient(gate.weight) for gate in self._gates]), "mean"
+        )
 
     def _norms(self) -> torch.Tensor:
         (adapter,) = self._ila.active_adapters
@@ -155,7 +155,8 @@ class Measurement:
         for module, scaling, *factors in self._ila.factors():
             for weight in factors:
                 if weight.requires_grad:  # beside a factor that is 0, the other has no gradient
-                    norms[unit_of(module, granularity)] += scaling * self._gradient(weight).abs().sum()
+                    gradient = self._trainer.accelerator.reduce(self._gradient(weight), "mean")
+                    norms[unit_of(module, granularity)] += scaling * gradient.abs().sum()
         return torch.stack(list(norms.values()))
 
     def set_scores(self, scores: Iterable[float]) -> None:
