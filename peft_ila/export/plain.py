@@ -42,7 +42,7 @@ def to_plain_lora(
         ValueError: The tensors lack the gate of a unit, or a DoRA adapter has gates between 0 and 1.
     """
     parameters = config.gated_parameters or {}
-    names = _target_names(state_dict, config)
+    names = target_names(state_dict, config)
     units = {path: unit_of(name, config.granularity) for path, name in names.items()}
     if unknown := sorted(set(config.gate_mask or ()) - set(units.values())):
         raise ValueError(f"`gate_mask` has {unknown[0][:80]!r}, which is not a unit of the adapter.")
@@ -78,7 +78,7 @@ def is_lora_b(key: str) -> bool:
     return split_key(key)[2].startswith(("B", "embedding_B"))
 
 
-def _target_names(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, str]:
+def target_names(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, str]:
     """The module or parameter that each LoRA layer adapts, by the layer's path."""
     parameters = config.gated_parameters or {}
     paths = [path for path, is_lora, _ in map(split_key, state_dict) if is_lora]
@@ -133,7 +133,7 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
 
 def _check_layers(tensors: dict[str, torch.Tensor], config: Any) -> None:
     """Check that PEFT makes these layers of these ranks from the configuration, and that each unit has its gate."""
-    names = _target_names(tensors, config)
+    names = target_names(tensors, config)
     _gates(tensors, {path: unit_of(name, config.granularity) for path, name in names.items()})
     ranks = {}
     for key, tensor in tensors.items():

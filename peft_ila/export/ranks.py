@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from ..choices import Ranks
 from .adapters import split_key
-from .plain import is_lora_b, to_plain_lora
+from .plain import is_lora_b, target_names, to_plain_lora
 
 
 def to_reduced_lora(
@@ -32,34 +32,40 @@ def to_reduced_lora(
     Returns:
         Tensors and configuration, ready to be written.
     """
-    kept: dict[str, torch.Tensor] = {}  # by the path of a LoRA layer, which rows of A and columns of B
-    for key, tensor in state_dict.items():
-        if is_lora_b(key) and len(columns := tensor.any(0).nonzero().flatten()):
-            kept[split_key(key)[0]] = columns
+    names = target_names(state_dict, config)
+    kept = {  # by the path of a LoRA layer, which rows of A and columns of B
+        split_key(key)[0]: tensor.any(0).nonzero().flatten() for key, tensor in state_dict.items() if is_lora_b(key)
+    }
+    sizes: dict[str, int] = {}  # by target, since all layers of `MultiheadAttention` have one rank
+    for path, columns in kept.items():
+        if len(columns):
+            sizes[names[path]] = max(len(columns), sizes.get(names[path], 0))
     masked = copy.copy(config)  # with a mask of the modules of which something is left
-    masked.granularity, masked.gate_mode, masked.gate_mask = "module", "hard", list(kept)
+    masked.granularity, masked.gate_mode, masked.gate_mask = "module", "hard", list(sizes)
     tensors, lora = to_plain_lora(state_dict, masked, lookalikes)
 
-    sizes = {path: len(columns) for path, columns in kept.items()}
     most = max(sizes.values()) if ranks == "uniform" else Counter(sizes.values()).most_common(1)[0][0]
-    length = most if ranks == "uniform" else 0
     for key, tensor in tensors.items():
-        path, _, part = split_key(key)
+        path, is_lora, part = split_key(key)
+        if not is_lora:
+            continue
+        name = names[path]
+        length = most if ranks == "uniform" else sizes[name]
         if is_lora_b(key):
-            scaled = (tensor.float() * _scaling(path, tensor.shape[1], config)).to(tensor.dtype)
+            scaled = (tensor.float() * _scaling(name, tensor.shape[1], config)).to(tensor.dtype)
             tensors[key] = _padded(scaled[:, kept[path]], 1, length)
         elif part.startswith(("A", "embedding_A")):
             tensors[key] = _padded(tensor[kept[path]], 0, length)
     # PEFT reads the keys as regular expressions for the end of a name
-    own = {f"^{re.escape(path)}": size for path, size in sizes.items() if ranks == "mixed" and size != most}
+    own = {f"^{re.escape(name)}": size for name, size in sizes.items() if ranks == "mixed" and size != most}
     lora.r = lora.lora_alpha = most
     lora.rank_pattern, lora.alpha_pattern = own, dict(own)
     lora.use_rslora = False
     return tensors, lora
 
 
-def _scaling(path: str, rank: int, config: Any) -> float:
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.lora_alpha)
+def _scaling(name: str, rank: int, config: Any) -> float:
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 

@@ -1,5 +1,6 @@
 """Adapters that PEFT writes are read, whatever is in them."""
 
+import copy
 import json
 
 import pytest
@@ -107,3 +108,21 @@ def test_tokens_that_are_trained_have_weights(tmp_path, indices):
     save_file({key: t for key, t in tensors.items() if "token" not in key}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="lacks the weights of the tokens in `trainable_token_indices`"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", ["mixed", "uniform"])
+def test_both_layers_of_an_attention_module_get_one_rank(tmp_path, ranks):
+    """PEFT adapts its output projection by a second layer."""
+    torch.manual_seed(0)
+    network = Network()
+    options = {"r": 3, "target_modules": ["attn", "head"], "gate_mode": "open", "init_lora_weights": False}
+    model = get_peft_model(copy.deepcopy(network), ILAConfig(**options))
+    inner, outer = (model.get_submodule(f"base_model.model.attn{part}") for part in (".base_layer.out_proj", ""))
+    inner.lora_B["default"].weight.data[:, :2] = 0
+    outer.lora_B["default"].weight.data[:, 0] = 0
+    config = model.base_model.to_lora(tmp_path, ranks=ranks)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(network), tmp_path)
+    assert config.r == {"mixed": 2, "uniform": 3}[ranks]
+    x = torch.randn(4, 2, 8)
+    expected, found = (m.eval().base_model.model.attn(x, x, x)[0] for m in (model, loaded))
+    torch.testing.assert_close(found, expected)
