@@ -1,4 +1,4 @@
-"""peft-ila: which layers does fine-tuning change? Importing it registers the method ILA with PEFT."""
+"""peft-ila prunes adapters and ranks what fine-tuning changed. Importing it registers the method ILA with PEFT."""
 
 import sys
 from typing import TYPE_CHECKING

@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     """The parser of the command line, which knows our own arguments, not TRL's."""
     top = argparse.ArgumentParser(
         prog="peft-ila",
-        description="Rank the layers of a model and tune the important ones.",
+        description="Prune a trained LoRA adapter, and measure which layers fine-tuning changed.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

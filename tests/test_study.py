@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
+from benchmarks import pruning
+from benchmarks.study import tables
 from benchmarks.study.arms import (
     ALIGNMENT,
     ARMS,
@@ -26,7 +28,6 @@ from benchmarks.study.claims import Claim
 from benchmarks.study.figures import Estimate, Figures, difference, estimate
 from benchmarks.study.problem import HELD_OUT, Example, Problem, adapted_modules
 from benchmarks.study.rankings import attribution, rounded, untrained
-from benchmarks.study.tables import insert
 from peft_ila import learn_gates
 
 
@@ -50,6 +51,18 @@ def test_the_searches_are_those_of_learn_gates(problem, tmp_path):
         found = torch.tensor(own[method])
         assert importance.units == list(sizes)
         torch.testing.assert_close(torch.tensor(importance.scores), found / found.mean() - 1, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_of_several_examples_has_the_loss_of_each_alone():
+    base = tiny_llama().requires_grad_(False)
+    examples = [Example([5, 9, 3, 7, 2, 8], 2), Example([4, 6, 1], 1), Example([8, 8, 2, 5, 9], 4)]
+    alone = [
+        base(input_ids=torch.tensor([x.tokens]), labels=torch.tensor([[-100] * x.prompt + x.tokens[x.prompt :]])).loss
+        * (len(x.tokens) - x.prompt)
+        for x in examples
+    ]
+    packed = Problem(base, examples, seed=0).loss(base, examples)
+    assert packed == pytest.approx(float(sum(alone)) / 7, abs=1e-5)
 
 
 @pytest.mark.parametrize("way", ["lora", "full", "eva", "adalora"])
@@ -131,8 +144,17 @@ def test_the_seeds_of_a_set_are_no_independent_runs():
 
 
 def test_the_tables_are_those_of_the_figures():
-    models = [Figures.load(Path("benchmarks/results") / name) for name in ("study", "study_gemma")]
-    for path in (Path("README.md"), Path("docs/reproduction.md")):
-        page = path.read_text(encoding="utf-8")
-        assert "made by benchmarks/study/tables.py" in page
-        assert insert(models, page) == page
+    for module, figures, names, paths in (
+        (tables, Figures, ("study", "study_gemma"), ("docs/reproduction.md",)),
+        (
+            pruning.tables,
+            pruning.figures.Figures,
+            ("pruning", "pruning_gemma"),
+            ("README.md", "docs/choosing.md", "docs/reproduction.md", "docs/appendix/pruning.md"),
+        ),
+    ):
+        models = [figures.load(Path("benchmarks/results") / name) for name in names]
+        for path in paths:
+            page, made_by = Path(path).read_text(encoding="utf-8"), f"{module.__name__.replace('.', '/')}.py"
+            assert made_by in page
+            assert tables.insert(page, models, module.TABLES, made_by) == page

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
@@ -49,7 +51,7 @@ class Example:
     prompt: int
 
 
-def read_examples(path: Path, model: Path) -> list[Example]:
+def read_examples(path: Path, model: Path, max_length: int = MAX_LENGTH, prompt_length: int = PROMPT) -> list[Example]:
     """The dialogues of a JSONL file with `messages`. Their order does not depend on the seed of a run."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
@@ -58,8 +60,8 @@ def read_examples(path: Path, model: Path) -> list[Example]:
         messages = row["messages"]
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
         whole = tokenizer.apply_chat_template(messages, return_dict=True)
-        if len(prompt["input_ids"]) <= PROMPT:
-            found.append(Example(whole["input_ids"][:MAX_LENGTH], len(prompt["input_ids"])))
+        if len(prompt["input_ids"]) <= prompt_length:
+            found.append(Example(whole["input_ids"][:max_length], len(prompt["input_ids"])))
     random.Random(0).shuffle(found)
     return found
 
@@ -84,16 +86,16 @@ class Problem:
     """
     A data set and a seed, on a base model that every run leaves as it was.
 
-    The seed decides the order of the data and the draw of A. Padding is on the right. There it cannot reach a token of
-    a causal model, so no mask is needed. A GPU takes the examples of a step at once. A CPU takes them one by one and
-    adds up their gradients, since padding costs it more than calls.
+    The seed decides the order of the data and the draw of A. On a GPU, padding is on the right. There it cannot reach
+    a token of a causal model, so no mask is needed. A CPU gets the examples of a batch as one row without padding.
     """
 
     def __init__(self, base: Any, examples: list[Example], seed: int) -> None:
         self.base, self.seed = base, seed
         self.train, self.held_out = examples[:-HELD_OUT], examples[-HELD_OUT:]
         self.on_gpu = base.device.type == "cuda"
-        self.at_once = BATCH if self.on_gpu else 1
+        if not self.on_gpu:
+            base.config._attn_implementation = PACKED
 
     def batches(self, number: int) -> Iterator[Batch]:
         """Batches in the order of the seed."""
@@ -109,7 +111,9 @@ class Problem:
             del queue[:BATCH]
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Pad on the right; `labels` are those of the answers."""
+        """A batch; its `labels` are those of the answers."""
+        if not self.on_gpu:
+            return _packed(examples)
         length = max(len(example.tokens) for example in examples)
         if self.on_gpu:
             length = math.ceil(length / MULTIPLE) * MULTIPLE
@@ -120,6 +124,13 @@ class Problem:
             ids[row, : len(tokens)] = tokens
             labels[row, example.prompt : len(tokens)] = tokens[example.prompt :]
         return {"input_ids": ids.to(self.base.device), "labels": labels.to(self.base.device)}
+
+    def mean_loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Over the answers' tokens of a batch."""
+        if self.on_gpu:
+            return model(**batch, use_cache=False).loss
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        return _loss_of_packed(model(**inputs, use_cache=False), batch["labels"])
 
     def lora(self, units: list[str], rank: int = RANK) -> Adapted:
         """The base model with LoRA at these modules."""
@@ -143,7 +154,9 @@ class Problem:
         model = get_peft_model(self.base, config, low_cpu_mem_usage=eva)
         try:
             if eva:
-                initialize_lora_eva_weights(model, list(self.batches(16)), show_progress_bar=False)
+                initialize_lora_eva_weights(
+                    model, list(self.batches(16)), forward_fn=self.mean_loss, show_progress_bar=False
+                )
             yield model.train()
         finally:
             model.unload()
@@ -177,7 +190,9 @@ class Problem:
             use_cpu=not self.on_gpu,
         )
         data: dict[str, Any] = {"train_dataset": self.train, "eval_dataset": self.held_out}
-        return Trainer(gated, arguments, self.collate, **data)
+        return Trainer(
+            gated, arguments, self.collate, compute_loss_func=None if self.on_gpu else _loss_of_packed, **data
+        )
 
     def fit(self, model: Any, learning_rate: float, steps: int) -> Iterator[int]:
         """Train as `transformers.Trainer` does by default, with a warm-up; yields the number of steps taken."""
@@ -189,7 +204,7 @@ class Problem:
 
         def update(parts: Parts) -> None:
             for batch, share in parts:
-                (model(**batch, use_cache=False).loss * share).backward()
+                (self.mean_loss(model, batch) * share).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
@@ -209,13 +224,13 @@ class Problem:
         model.eval()  # there is no dropout here, but AdaLoRA adds a regulariser in training
         examples = self.held_out if examples is None else examples
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        total = sum(float(base(**batch, use_cache=False).loss) * share for batch, share in self._parts(examples))
+        total = sum(float(self.mean_loss(base, batch)) * share for batch, share in self._parts(examples))
         model.train()
         return total
 
     def _parts(self, examples: list[Example]) -> Parts:
         """Some examples at a time, each part with its share of all the answers' tokens."""
-        parts = [examples[i : i + self.at_once] for i in range(0, len(examples), self.at_once)]
+        parts = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
         answers = [sum(len(example.tokens) - example.prompt for example in part) for part in parts]
         return ((self.collate(part), tokens / sum(answers)) for part, tokens in zip(parts, answers))
 
@@ -253,6 +268,42 @@ class Recorded:
         graph.replay()
 
 
+PACKED = "packed"  # the name of this attention
+
+
+def _packed(examples: list[Example]) -> Batch:
+    """Examples in one row. Logits are computed for the answers' tokens alone."""
+    lengths = torch.tensor([len(example.tokens) for example in examples])
+    ends = lengths.cumsum(0).tolist()
+    before = [range(end - len(x.tokens) + x.prompt - 1, end - 1) for end, x in zip(ends, examples)]
+    return {
+        "input_ids": torch.tensor([[token for example in examples for token in example.tokens]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+        "cu_seq_lens_q": torch.tensor([0, *ends]),  # what transformers passes to FlashAttention
+        "logits_to_keep": torch.tensor([place for places in before for place in places]),
+        "labels": torch.tensor([[t for x in examples for t in [IGNORED] * x.prompt + x.tokens[x.prompt :]]]),
+    }
+
+
+def _loss_of_packed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return F.cross_entropy(outputs.logits[0].float(), labels[labels != IGNORED])
+
+
+def _attend_packed(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each example of a row, which is shorter than any sliding window."""
+    lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    grouped = query.shape[1] > key.shape[1]
+    attend = F.scaled_dot_product_attention
+    outputs = [attend(q, k, v, is_causal=True, scale=kwargs["scaling"], enable_gqa=grouped) for q, k, v in parts]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(PACKED, _attend_packed)
+
+
 def _options(units: list[str], rank: int) -> dict[str, Any]:
     return {"lora_alpha": SCALE * rank, "target_modules": units, "task_type": "CAUSAL_LM"}
 
@@ -270,9 +321,9 @@ def gemma(directory: Path) -> Path:
     return directory
 
 
-def load_base(directory: Path, device: str) -> Any:
-    """A causal language model in fp32, frozen."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device)
+def load_base(directory: Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model, frozen."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
     return model.requires_grad_(False)
 
 

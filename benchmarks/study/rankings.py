@@ -21,7 +21,7 @@ def untrained(problem: Problem, sizes: dict[str, int]) -> Scores:
     All adapters of one rank have one alpha, so the factor α/r is left out.
     """
     with problem.lora(list(sizes)) as model:
-        gradients = [_gradients_of_b(model, batch) for batch in problem.batches(max(UNTRAINED))]
+        gradients = [_gradients_of_b(problem, model, batch) for batch in problem.batches(max(UNTRAINED))]
     norms = torch.stack([torch.stack([g.norm(1) for g in batch]) for batch in gradients])
     return {f"untrained, {number} batches": rounded(norms[:number].mean(0)) for number in UNTRAINED}
 
@@ -45,7 +45,7 @@ def attribution(model: PeftModel, problem: Problem) -> torch.Tensor:
         for weight in weights:
             weight.data.zero_()
         for batch in problem.batches(ATTRIBUTION):
-            total -= torch.stack([(g * b).sum() for g, b in zip(_gradients_of_b(model, batch), trained)])
+            total -= torch.stack([(g * b).sum() for g, b in zip(_gradients_of_b(problem, model, batch), trained)])
     finally:
         for weight, value in zip(weights, trained):
             weight.data.copy_(value)
@@ -61,6 +61,6 @@ def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_B") and len(module.lora_B)]
 
 
-def _gradients_of_b(model: Any, batch: Batch) -> Sequence[torch.Tensor]:
+def _gradients_of_b(problem: Problem, model: Any, batch: Batch) -> Sequence[torch.Tensor]:
     weights = [layer.lora_B["default"].weight for layer in _layers(model)]
-    return torch.autograd.grad(model(**batch, use_cache=False).loss, weights)
+    return torch.autograd.grad(problem.mean_loss(model, batch), weights)

@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.study.figures import LORA, NAMES, RUNS, Figures, Run, difference
 from benchmarks.study.run import TEXTS
 from peft_ila.files import whole_file
 
-BEGIN, END = "<!-- {}, made by benchmarks/study/tables.py -->\n", "<!-- end -->"
+BEGIN, END = "<!-- {}, made by {} -->\n", "<!-- end -->"
 INTRODUCTION = """
 "Gained" is the gain in held-out loss as a share of the gain of LoRA on all modules (r = 8). A run is one data set with
 one seed. Means are taken over the seeds of a set, then over the sets. ± is the standard error over the sets, of which
@@ -238,10 +239,13 @@ def every_table(models: list[Figures]) -> None:
         rates(figures)
 
 
-def insert(models: list[Figures], page: str) -> str:
+TABLES = {"the summary": summary, "the claims": verdicts, "the tables": every_table}
+
+
+def insert(page: str, models: list[Any], tables: dict[str, Callable[[list[Any]], None]], made_by: str) -> str:
     """A page with the tables that it has marks for."""
-    for name, write in (("the summary", summary), ("the claims", verdicts), ("the tables", every_table)):
-        begin = BEGIN.format(name)
+    for name, write in tables.items():
+        begin = BEGIN.format(name, made_by)
         before, found, rest = page.partition(begin)
         if not found:
             continue
@@ -259,7 +263,7 @@ def main() -> None:
     args = parser.parse_args()
     models = [Figures.load(results) for results in args.results]
     for path in args.into:
-        page = insert(models, path.read_text(encoding="utf-8"))
+        page = insert(path.read_text(encoding="utf-8"), models, TABLES, "benchmarks/study/tables.py")
         with whole_file(path) as temporary:
             temporary.write_text(page, encoding="utf-8")
 

@@ -25,6 +25,7 @@ def accuracies(model: PreTrainedModel, directory: Path, data: Path, limit: int |
     from lm_eval.models.huggingface import HFLM
 
     model.eval()
+    model.set_attn_implementation("sdpa")  # lm-eval pads
     tokenizer = AutoTokenizer.from_pretrained(directory)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, max_length=512)
     found = simple_evaluate(wrapped, tasks=_tasks(data), limit=limit, bootstrap_iters=0, log_samples=False)

@@ -24,7 +24,7 @@ def write_card(directory: str | os.PathLike[str], ranking: Sequence[tuple[str, f
     picture = (Path(directory) / _PICTURE).exists()
     lines = [
         f"The {len(ranking)} units of this adapter, ranked by [ILA](https://huggingface.co/papers/2410.17875) with "
-        "peft-ila. All scores and settings are in `importance.json`.",
+        "peft-ila, which also prunes adapters. All scores and settings are in `importance.json`.",
         "",
         *([f"![Importance of the layers]({_PICTURE})", ""] if picture else []),
         "| rank | unit | gate |",

@@ -1,0 +1,244 @@
+r"""
+What does pruning keep of an adapter's gain, and what do its rivals? See `docs/appendix/pruning.md`.
+
+LoRA on all modules is trained on a data set, and its directions are kept by several rules, with and without learned
+gates. The rivals are LoRA trained at a lower rank or on a selection, and the whole adapter times a factor.
+
+    python -m benchmarks.pruning.run --data ../shared/data --work WORK --output_dir benchmarks/results/pruning
+    python -m benchmarks.pruning.tables
+
+On the CPU, in bfloat16 with adapters in fp32. A call resumes where the last one stopped: every figure is written as
+soon as it is there. Jobs have the order of `JOBS`.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from benchmarks.pruning.adapter import Adapter, adapter, losses
+from benchmarks.record import read_lines, save
+from benchmarks.study.arms import layers_within, modules_within
+from benchmarks.study.problem import Example, Problem, adapted_modules, gemma, load_base, read_examples, read_text
+from benchmarks.study.rankings import untrained
+from peft_ila.embedded import smollm2
+
+STEPS, RANK = 60, 8
+MAX_LENGTH, PROMPT = 96, 72  # tokens
+SETS = ("sft_alpaca_gpt4", "sft_lima", "sft_dolly", "reason_gsm8k", "reason_math")
+TEXTS = ("text_wikitext2", "text_c4")
+RATES = {"smollm2": 2e-3, "gemma": 1e-3}  # the study's best for LoRA on all modules
+FACTORS = (0.7, 0.85, 1.15, 1.3)
+
+Losses = Callable[[], dict[str, Any]]
+Arms = Iterator[tuple[str, float, Losses]]  # a name, the share of the adapter's parameters, and how to measure it
+_worker: dict[str, Any] = {}
+
+
+class Run:
+    """A data set and a seed on one model; adapters are kept in a directory."""
+
+    def __init__(self, data: str, seed: int) -> None:
+        self.problem = Problem(_worker["base"], _worker["examples"][data], seed)
+        self.sizes = adapted_modules(_worker["base"])
+        self.rate = RATES[_worker["model"]]
+        self.directory = _worker["work"] / f"{_worker['model']}-{data}-{seed}"
+
+    def trained(self, rank: int, rate: float, units: list[str] | None = None) -> dict[str, Any]:
+        """The losses after LoRA. On all modules, the adapter is kept."""
+        problem, steps = self.problem, STEPS
+        with problem.lora(units or list(self.sizes), rank) as model:
+            for _ in problem.fit(model, rate, steps):
+                pass
+            if units is None:
+                model.save_pretrained(self.path(rank, rate))
+            return {"losses": losses(problem, model)}
+
+    def path(self, rank: int, rate: float) -> Path:
+        """Of an adapter on all modules."""
+        return self.directory / f"r{rank}-{rate:g}"
+
+    def adapter(self) -> Any:
+        """The one that is pruned."""
+        if not (self.path(RANK, self.rate) / SAFETENSORS_WEIGHTS_NAME).exists():
+            self.trained(RANK, self.rate)
+        return adapter(self.problem, self.path(RANK, self.rate))
+
+    def bars(self) -> Arms:
+        """What the bars are about."""
+        with self.adapter() as own:
+            yield "base", 0.0, lambda: {"losses": own.losses(own.none), "tokens": self.tokens()}
+            yield "whole", 1.0, lambda: {"losses": own.losses(own.all), "worth": figures(own.worth)}
+            yield from self.chosen(own, {"attribution": own.attribution}, (0.05, 0.125))
+            yield from self.chosen(own, {"singular value": own.singular_value}, (0.05, 0.125), gates=True)
+            yield from self.chosen(own, {"rounds": own.rounds}, (0.05, 0.125), gates=True)
+            yield from self.chosen(own, {"same rank": own.same_rank}, (0.125,))
+            for factor in FACTORS:
+                yield f"times {factor}", 1.0, lambda factor=factor: {"losses": own.losses(factor * own.all)}
+
+    def curve(self) -> Arms:
+        """The other shares."""
+        with self.adapter() as own:
+            more = (0.02, 0.25, 0.5, 0.75)
+            yield from self.chosen(own, {"attribution": own.attribution, "singular value": own.singular_value}, more)
+            yield from self.chosen(own, {"same rank": own.same_rank}, more[1:])
+            modules = functools.partial(own.units, "module")
+            yield from self.chosen(own, {"whole modules": modules}, (0.05, 0.125, *more[1:]))
+            yield from self.chosen(own, {"whole layers": functools.partial(own.units, "layer")}, (0.125, *more[1:]))
+            yield from self.chosen(own, {"random": own.random}, (0.05, 0.125, 0.5))
+            yield "all, gates", 1.0, lambda: {"losses": own.losses(own.learn(own.all))}
+            yield from self.chosen(own, {"rounds": own.rounds}, (0.25,), gates=True)
+            for batches in (4, 8, 32):
+                by = functools.partial(own.attribution, batches=batches)
+                yield from self.chosen(own, {f"attribution, {batches} batches": by}, (0.05,))
+
+    def chosen(
+        self, own: Adapter, rules: dict[str, Callable[[float], torch.Tensor]], shares: tuple[float, ...], gates=False
+    ) -> Arms:
+        """What rules keep at each share, and with learned gates too."""
+        for (name, rule), share in itertools.product(rules.items(), shares):
+
+            def measured(rule: Any = rule, share: float = share, learned: bool = False) -> dict[str, Any]:
+                kept = rule(share)
+                used = float(own.sizes[kept > 0].sum() / own.sizes.sum())
+                own_losses = own.losses(own.learn(kept) if learned else kept)
+                return {"losses": own_losses, "used": round(used, 5), "ranks": own.ranks(kept)}
+
+            yield name, share, measured
+            if gates:
+                yield f"{name}, gates", share, functools.partial(measured, learned=True)
+
+    def rank(self, rank: int, times: float = 1.0) -> Arms:
+        """LoRA that is trained at a lower rank, at a multiple of the rate."""
+        rate = times * self.rate
+        yield f"rank {rank} at {rate:g}", rank / RANK, functools.partial(self.trained, rank, rate)
+
+    def parts(self, *choices: tuple[str, float, float]) -> Arms:
+        """LoRA at r = 8 on a part of the modules: which, their share of the parameters, and a multiple of the rate."""
+        everything = sum(self.sizes.values())
+
+        def part(name: str, share: float, rate: float) -> dict[str, Any]:
+            if name == "best modules":
+                (scores,) = (v for k, v in untrained(self.problem, self.sizes).items() if k == "untrained, 16 batches")
+                units = modules_within(share * everything, dict(zip(self.sizes, scores)), self.sizes)
+            else:
+                places = range(len(self.sizes)) if name == "last layers" else range(len(self.sizes), 0, -1)
+                units = layers_within(share * everything, dict(zip(self.sizes, places)), self.sizes)
+            used = sum(self.sizes[unit] for unit in units) / everything
+            return {**self.trained(RANK, rate, units), "used": round(used, 5)}
+
+        for name, share, times in choices:
+            rate = times * self.rate
+            yield f"{name} at {rate:g}", share, functools.partial(part, name, share, rate)
+
+    def forgetting(self) -> Arms:
+        """The loss on plain text, of what was pruned."""
+        with self.adapter() as own:
+            for name, share, gates in (
+                ("base", 0.0, lambda: own.none),
+                ("whole", 1.0, lambda: own.all),
+                ("times 0.7", 1.0, lambda: 0.7 * own.all),
+                ("rounds, gates", 0.125, lambda: own.learn(own.rounds(0.125))),
+                ("attribution", 0.125, lambda: own.attribution(0.125)),
+                ("attribution", 0.25, lambda: own.attribution(0.25)),
+            ):
+                yield f"{name} on text", share, functools.partial(self.texts, own, gates)
+
+    def texts(self, own: Adapter, gates: Callable[[], torch.Tensor]) -> dict[str, Any]:
+        """The loss on plain text."""
+        chosen = gates()
+        own.losses(chosen)
+        return {"texts": {text: self.problem.loss(own.model, _worker["examples"][text]) for text in TEXTS}}
+
+    def tokens(self) -> list[int]:
+        """The answers' tokens of both halves of the held-out examples."""
+        from benchmarks.pruning.adapter import HALF
+
+        counts = [len(example.tokens) - example.prompt for example in self.problem.held_out[: 2 * HALF]]
+        return [sum(counts[:HALF]), sum(counts[HALF:])]
+
+
+def figures(values: torch.Tensor) -> list[float]:
+    """For the output."""
+    return [float(f"{value:.4g}") for value in values.tolist()]
+
+
+PHASES: dict[str, Callable[[Run], Arms]] = {
+    "bars": Run.bars,
+    "curve": Run.curve,
+    "rank 1": lambda run: run.rank(1),
+    "rank 1, twice": lambda run: run.rank(1, 2.0),
+    "rank 2": lambda run: run.rank(2),
+    "rank 4": lambda run: run.rank(4),
+    "parts": lambda run: run.parts(("last layers", 0.3, 2.0), ("best modules", 0.3, 2.0)),
+    "parts, others": lambda run: run.parts(
+        ("last layers", 0.3, 4.0), ("first layers", 0.3, 2.0), ("best modules", 0.1, 2.0)
+    ),
+    "forgetting": Run.forgetting,
+}
+
+
+def start(
+    model: str, directory: Path, examples: dict[str, list[Example]], work: Path, output: Path, done: set[str]
+) -> None:
+    """Make a process ready for jobs."""
+    torch.set_num_threads(1)
+    base = load_base(directory, "cpu", torch.bfloat16)
+    _worker.update(model=model, base=base, examples=examples, work=work, output=output, done=done)
+
+
+def work(data: str, seed: int, phase: str) -> None:
+    """Measure the arms that are not there yet, and write each when it is done."""
+    for arm, share, measure in PHASES[phase](Run(data, seed)):
+        key = f"{data}|{seed}|{arm}|{share:g}"
+        if key in _worker["done"]:
+            continue
+        began = time.perf_counter()
+        row = {"key": key, "data": data, "seed": seed, "arm": arm, "share": share, **measure()}
+        row["seconds"] = round(time.perf_counter() - began, 1)
+        with _worker["output"].open("ab", buffering=0) as file:  # one call, so processes do not mix their lines
+            file.write((json.dumps(row) + "\n").encode())
+        print(time.strftime("%H:%M"), key, row.get("losses"), row["seconds"], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
+    parser.add_argument("--work", type=Path, required=True, help="where trained adapters are kept")
+    parser.add_argument("--gemma", type=Path, help="instead of SmolLM2-135M-Instruct: a directory for Gemma-3-270m")
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+    model, directory = ("gemma", gemma(args.gemma)) if args.gemma else ("smollm2", smollm2())
+    examples = {
+        data: read_examples(args.data / f"{data}.jsonl", directory, MAX_LENGTH, PROMPT) for data in args.sets
+    } | {text: read_text(args.data / f"{text}.jsonl", directory) for text in TEXTS}
+    units = adapted_modules(load_base(directory, "cpu"))
+    save(args.output_dir / "made_by.json", {"model": directory.name, "steps": STEPS, "units": units})
+    output = args.output_dir / "figures.jsonl"
+    done = {row["key"] for row in read_lines(output)}
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        args.processes, context, start, (model, directory, examples, args.work, output, done)
+    ) as pool:
+        jobs = itertools.product(args.phases, args.seeds, args.sets)
+        futures = [pool.submit(work, data, seed, phase) for phase, seed, data in jobs]
+        for future in as_completed(futures):
+            if error := future.exception():
+                print(repr(error), flush=True)  # the other jobs go on; this one is tried by the next call
+
+
+if __name__ == "__main__":
+    main()

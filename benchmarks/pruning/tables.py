@@ -1,0 +1,395 @@
+"""
+Write the tables and pictures of pruning into the pages that have marks for them.
+
+    python -m benchmarks.pruning.tables benchmarks/results/pruning benchmarks/results/pruning_gemma \
+        --into README.md docs/choosing.md docs/reproduction.md docs/appendix/pruning.md --pictures docs
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pruning.figures import BOTH, REPORTED, Arm, Figures, less
+from benchmarks.pruning.run import FACTORS, RANK, TEXTS
+from benchmarks.record import table
+from benchmarks.study.claims import Claim
+from benchmarks.study.figures import NAMES, Estimate, Run, Value, estimate
+from benchmarks.study.tables import insert
+from peft_ila.files import whole_file
+from peft_ila.ranking.comparison import spearman
+from peft_ila.ranking.plotting import heatmap, new_figure, write
+
+MADE_BY = "benchmarks/pruning/tables.py"
+SHARES = (0.02, 0.05, 0.125, 0.25, 0.5, 0.75)
+COST = Path("benchmarks/results/pruning_cost.json")
+WHOLE, TWENTIETH, EIGHTH = ("whole", 1.0), 0.05, 0.125
+PRUNED = "rounds, gates"  # what `peft-ila prune` does
+CURVES = {
+    PRUNED: "directions by attribution, three rounds, learned gates (`peft-ila prune`)",
+    "rounds": "the same, gates of 1",
+    "attribution": "directions by attribution, one round, gates of 1",
+    "singular value, gates": "directions by singular value over all modules, learned gates",
+    "singular value": "the same, gates of 1",
+    "same rank": "the largest directions of every module: one rank for all",
+    "whole modules": "whole modules by attribution",
+    "whole layers": "whole decoder layers by attribution",
+    "random": "random directions",
+}
+DRAWN = {
+    PRUNED: "prune: attribution, learned gates",
+    "attribution": "attribution",
+    "singular value, gates": "singular value, learned gates",
+    "singular value": "singular value",
+    "same rank": "same rank everywhere",
+    "whole modules": "whole modules",
+    "whole layers": "whole layers",
+    "random": "random",
+}
+KEPT = ("rounds", EIGHTH)
+TIMES: list[Arm] = [WHOLE, *((f"times {factor}", 1.0) for factor in FACTORS)]
+CLOSED: list[Arm] = [WHOLE, *(("attribution", share) for share in SHARES)]
+
+
+def curves(models: list[Figures]) -> None:
+    """What each rule keeps at each share."""
+    for figures in models:
+        print(f"**{figures.made_by['model']}**\n")
+
+        def row(arm: str, figures: Figures = figures) -> list[Any]:
+            return [CURVES[arm], *(figures.estimate((arm, share)) for share in SHARES)]
+
+        table(["kept of the gain, at this share of the parameters", *map(percent, SHARES)], filled(map(row, CURVES)))
+
+
+def by_set(models: list[Figures]) -> None:
+    """The main arms, a column for each set."""
+    arms: list[Arm] = [
+        (PRUNED, TWENTIETH),
+        ("rounds", TWENTIETH),
+        ("singular value, gates", TWENTIETH),
+        ("singular value", TWENTIETH),
+        (PRUNED, EIGHTH),
+        ("same rank", EIGHTH),
+        ("all, gates", 1.0),
+        *TIMES[1:],
+    ]
+    for figures in models:
+        arms_of = [*arms, *(arm for rank in (1, 2, 4) for arm in figures.trained(f"rank {rank}", rank / RANK))]
+
+        def cell(arm: Arm, run: Run, figures: Figures = figures) -> str | None:
+            own = figures.kept(arm, run)
+            return None if own is None else f"{own:.3f}"
+
+        losses = [[figures.loss(arm, run, (0, 1)) for run in figures.runs] for arm in (("base", 0.0), WHOLE)]
+        rows: list[list[Any]] = [["held-out loss without the adapter", "", *losses[0], None]]
+        rows.append(["held-out loss with it", "", *losses[1], None])
+        rows += [
+            [arm[0], percent(arm[1]), *(cell(arm, run) for run in figures.runs), figures.estimate(arm)]
+            for arm in arms_of
+        ]
+        names = [NAMES[data] + (f", seed {seed}" if seed else "") for data, seed in figures.runs]
+        print(f"**{figures.made_by['model']}**\n")
+        table(["kept of the gain", "parameters", *names, "mean"], (x for x in rows if any(x[2:])))
+
+
+def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
+    """The bars, with what was found."""
+
+    def kept(name: str, share: float, halves: tuple[int, ...] = BOTH) -> Value:
+        return lambda run: figures.kept((name, share), run, halves)
+
+    def minus(rule: str, rival: str, share: float) -> Value:
+        return less(kept(rule, share), kept(rival, share))
+
+    def best(arms: list[Arm]) -> Value:
+        return functools.partial(figures.best, arms)
+
+    value, gated = "singular value", "singular value, gates"
+    rank_1 = best(figures.trained("rank 1", EIGHTH))
+    found: list[tuple[str, float, Value]] = [
+        ("5 % of an adapter's parameters keep 0.95 of its gain", 0.95, kept(PRUNED, TWENTIETH)),
+        ("12.5 % keep all of it", 1.0, kept(PRUNED, EIGHTH)),
+        ("5 %: by attribution minus by singular value, gates of 1", 0.0, minus("rounds", value, TWENTIETH)),
+        ("5 %: the same, gates learned on both sides", 0.0, minus(PRUNED, gated, TWENTIETH)),
+        ("12.5 %: by attribution minus by singular value, gates of 1", 0.0, minus("rounds", value, EIGHTH)),
+        ("12.5 %: the same, gates learned on both sides", 0.0, minus(PRUNED, gated, EIGHTH)),
+        ("12.5 %: minus one rank for all modules, gates of 1", 0.0, minus("rounds", "same rank", EIGHTH)),
+        ("12.5 %: pruned minus LoRA trained at rank 1", 0.0, less(kept(PRUNED, EIGHTH, REPORTED), rank_1)),
+        ("the best share of directions minus the best factor on all", 0.0, less(best(CLOSED), best(TIMES))),
+    ]
+    return [(Claim(text, "", lambda _: None, target), estimate(value, figures.runs)) for text, target, value in found]
+
+
+def verdicts(models: list[Figures]) -> None:
+    """Whether each bar is met."""
+    columns = [[(own, claim.verdict(own) if own else "") for claim, own in claims_of(figures)] for figures in models]
+    rows = []
+    for (claim, _), *cells in zip(claims_of(models[0]), *columns):
+        shown = [f"{own} ({own.runs})" if own else "not run" for own, _ in cells]
+        rows.append(
+            [claim.text, f"above {claim.target:g}", *shown, "; ".join(dict.fromkeys(v for _, v in cells if v))]
+        )
+    table(["claim", "bar", *(f"{figures.made_by['model']} (runs)" for figures in models), "verdict"], rows)
+
+
+def parts(models: list[Figures]) -> None:
+    """LoRA trained on a part of the modules or at a lower rank, against pruning."""
+    figures = models[0]
+    rows = []
+    for name, share in (
+        *((f"rank {rank}", rank / RANK) for rank in (1, 2, 4)),
+        ("last layers", 0.3),
+        ("first layers", 0.3),
+        ("best modules", 0.3),
+        ("best modules", 0.1),
+    ):
+        for arm in figures.trained(name, share):
+            own = figures.estimate(arm)
+            rows.append([*arm[0].split(" at "), percent(share), own.runs if own else 0, own])
+    table(["LoRA trained on", "learning rate", "parameters", "runs", "gained, of LoRA on all"], rows)
+
+
+def texts(models: list[Figures]) -> None:
+    """The perplexity of plain text, in per cent of the base model's."""
+    figures = models[0]
+    arms = list(dict.fromkeys(key[:2] for key, row in figures.rows.items() if "texts" in row))
+
+    def change(arm: Arm, text: str, run: Run) -> float | None:
+        rows = [figures.rows.get((*own, *run)) for own in (arm, ("base on text", 0.0))]
+        own, base = (row and row["texts"][text] for row in rows)
+        return None if own is None or base is None else 100 * math.expm1(own - base)
+
+    def row(arm: Arm) -> list[Any]:
+        cells = [estimate(functools.partial(change, arm, text), figures.runs) for text in TEXTS]
+        return [arm[0].removesuffix(" on text"), percent(arm[1]), cells[0] and cells[0].runs, *cells]
+
+    table(["adapter", "parameters", "runs", *(f"{NAMES[text]}, %" for text in TEXTS)], map(row, arms[1:]))
+
+
+def structure(models: list[Figures]) -> None:
+    """Do the kept directions lie in the same modules?"""
+    rows: list[list[Any]] = []
+    for figures in models:
+        model = figures.made_by["model"]
+        for label, pairs in figures.pairs().items():
+            for arm in (KEPT, ("attribution", 0.25)):
+                if found := agreement(figures, arm, pairs):
+                    rows.append([model, label, percent(arm[1]), len(found), statistics.mean(found), min(found)])
+        own = [value for run in figures.runs if (value := with_worth(figures, run)) is not None]
+        rows.append([model, "its worth, a parameter", percent(EIGHTH), len(own), statistics.mean(own), min(own)])
+    table(["model", "kept rank of a module, and", "parameters", "n", "Spearman, mean", "least"], rows)
+    print(f"The mean kept rank by kind of module, with {percent(EIGHTH)} of the parameters kept (at rank {RANK}):\n")
+    found_ranks = [ranks(figures) for figures in models]
+    kinds = dict.fromkeys(name.rsplit(".", 1)[1] for name in found_ranks[0])
+
+    def row(kind: str) -> list[Any]:
+        means = (statistics.mean(v for name, v in own.items() if name.endswith(f".{kind}")) for own in found_ranks)
+        return [f"`{kind}`", *(f"{mean:.2f}" for mean in means)]
+
+    table(["module", *(figures.made_by["model"] for figures in models)], map(row, kinds))
+
+
+def agreement(figures: Figures, arm: Arm, pairs: list[tuple[Run, Run]]) -> list[float]:
+    """Spearman correlations between the kept ranks of the modules in two runs."""
+    known = [(figures.ranks(arm, one), figures.ranks(arm, other)) for one, other in pairs]
+    return [spearman(one, other) for one, other in known if one and other]
+
+
+def with_worth(figures: Figures, run: Run) -> float | None:
+    """Spearman between the kept rank of the modules and the sum of their directions' worth, for each parameter."""
+    kept, whole = figures.ranks(KEPT, run), figures.rows.get((*WHOLE, *run))
+    if kept is None or whole is None:
+        return None
+    worth = whole["worth"]
+    sums = [sum(worth[i * RANK : (i + 1) * RANK]) for i in range(len(kept))]
+    return spearman(kept, [own / size for own, size in zip(sums, figures.made_by["units"].values())])
+
+
+def ranks(figures: Figures) -> dict[str, float]:
+    """The mean kept rank of each module over the runs."""
+    found = [own for run in figures.runs if (own := figures.ranks(KEPT, run))]
+    return {name: statistics.mean(values) for name, values in zip(figures.made_by["units"], zip(*found))}
+
+
+def draw(models: list[Figures], directory: Path) -> None:
+    """The curves of the first model, and where its kept directions lie."""
+    figures = models[0]
+    path = directory / "pruning.png"
+    figure = new_figure(path)
+    figure.set_size_inches(7, 4)
+    axes = figure.subplots()
+    for number, (arm, label) in enumerate(DRAWN.items()):
+        points = [(100 * share, own) for share in SHARES if (own := figures.estimate((arm, share)))]
+        style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 2.5 if arm == PRUNED else 1.2}
+        x, y = [x for x, _ in points], [own.mean for _, own in points]
+        axes.errorbar(x, y, [own.error or 0 for _, own in points], label=label, capsize=2, **style)
+    if own := estimate(functools.partial(figures.best, figures.trained("rank 1", EIGHTH)), figures.runs):
+        axes.errorbar([12.5], [own.mean], [own.error or 0], fmt="k*", markersize=9, label="LoRA trained at rank 1")
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
+    axes.minorticks_off()
+    axes.set_ylim(0.2, 1.05)
+    axes.set_xlabel("kept of the adapter's parameters, %")
+    axes.set_ylabel("kept of its gain in held-out loss")
+    sets = len({data for data, _ in figures.runs})
+    axes.set_title(f"{figures.made_by['model']}, LoRA r = {RANK}, {sets} data sets", fontsize=10)
+    axes.legend(fontsize=7, loc="lower right")
+    write(figure, path)
+    found = ranks(figures)
+    title = f"Kept rank of each module, {percent(EIGHTH)} of the parameters, mean of {len(figures.runs)} runs"
+    heatmap(found, f"kept of {RANK} directions", title, directory / "ranks.png")
+
+
+def draw_prices(figures: Figures, path: Path) -> None:
+    """The gain against the cost of a step, with what no other part beats at its cost."""
+    costs = json.loads(COST.read_text())["steps"]
+    points = {name: gain for name, _, gain in prices(figures) if gain}
+    figure = new_figure(path)
+    figure.set_size_inches(8, 3.2)
+    for axes, what, label in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), ("bytes kept", "time")):
+        for name, gain in points.items():
+            axes.errorbar(costs[name][what], gain.mean, gain.error or 0, fmt="o", capsize=2, color="C0")
+            axes.annotate(name, (costs[name][what], gain.mean), (5, -11), textcoords="offset points", fontsize=7)
+        front = [
+            (costs[name][what], gain.mean)
+            for name, gain in points.items()
+            if all(other.mean <= gain.mean or costs[n][what] > costs[name][what] for n, other in points.items())
+        ]
+        axes.step(*zip(*sorted(front)), where="post", color="grey", linewidth=0.8)
+        axes.set_xlim(0, 1.15)
+        axes.set_xlabel(f"{label} by a step, of LoRA on all modules", fontsize=8)
+    figure.axes[0].set_ylabel("held-out gain, of LoRA on all", fontsize=8)
+    write(figure, path)
+
+
+def percent(share: float) -> str:
+    """As text."""
+    return f"{100 * share:g} %"
+
+
+def filled(rows: Any) -> Any:
+    """Those with a figure."""
+    return (row for row in rows if any(row[1:]))
+
+
+def choice(models: list[Figures]) -> None:
+    """What to do, by what a user has."""
+    figures = models[0]
+    cost = json.loads(COST.read_text())["steps"]
+
+    def gained(name: str, share: float) -> str:
+        runs = functools.partial(figures.best, figures.trained(name, share))
+        return str(estimate(runs, figures.runs))
+
+    def costs(name: str) -> str:
+        return f"{cost[name]['bytes']:.2f} of the bytes and {cost[name]['time']:.2f} of the time"
+
+    last, best = gained("last layers", 0.3), gained("best modules", 0.3)
+    rows = [
+        [
+            "**a trained LoRA adapter**",
+            "[prune it](docs/howto/prune.md): `peft-ila prune`",
+            f"5 % of its parameters keep {figures.estimate((PRUNED, TWENTIETH))} of its gain, 12.5 % keep "
+            f"{figures.estimate((PRUNED, EIGHTH))}, after 72 training steps on its gates",
+        ],
+        [
+            "**a limit on memory or time**",
+            "[plan it](docs/howto/memory.md); NF4 and checkpointing first, then LoRA on the last layers",
+            f"the last 30 % of the layers gain {last} of LoRA on all for {costs('last layers')}; "
+            f"the best 30 % of the modules gain {best} for {costs('best modules')}",
+        ],
+        [
+            "**a budget of parameters**",
+            "LoRA on all modules at a lower rank, or train r = 8 and prune",
+            f"rank 1 has 12.5 % of the parameters of r = 8, and gains {gained('rank 1', EIGHTH)} of it",
+        ],
+        [
+            "**the wish to understand**",
+            "[rank the adapter](docs/howto/adapter.md): `peft-ila rank --adapter`",
+            f"a heatmap of what fine-tuning changed; on two data sets, the kept ranks of the modules have a Spearman "
+            f"correlation of {statistics.mean(agreement(figures, KEPT, figures.pairs()['two sets'])):.2f}",
+        ],
+    ]
+    table(["you have", "do this", "what to expect"], rows)
+
+
+def price(models: list[Figures]) -> None:
+    """What LoRA on a part gains, and what a step of it costs."""
+    cost = json.loads(COST.read_text())["steps"]
+    table(
+        ["LoRA on", "parameters", "gained, of LoRA on all", "bytes kept by a step", "its time"],
+        (
+            [name, percent(share), gain or "not run", f"{cost[name]['bytes']:.2f}", f"{cost[name]['time']:.2f}"]
+            for name, share, gain in prices(models[0])
+        ),
+    )
+
+
+def prices(figures: Figures) -> list[tuple[str, float, Estimate | None]]:
+    """Parts whose step was measured: their shares of the parameters, and the gain at the best rate."""
+    names = (("rank 1", EIGHTH), ("best modules", 0.3), ("last layers", 0.3), ("first layers", 0.3))
+    return [("all", 1.0, figures.estimate(WHOLE))] + [
+        (*arm, estimate(functools.partial(figures.best, figures.trained(*arm)), figures.runs)) for arm in names
+    ]
+
+
+def serving(models: list[Figures]) -> None:
+    """What an adapter costs that is not merged."""
+    costs = json.loads(COST.read_text())["served"]
+    rows = (
+        [
+            name,
+            own.get("modules", 0),
+            f"{own.get('bytes', 0) / 1e6:.2f}",
+            f"{own['prompt']:.2f}",
+            f"{own['token']:.2f}",
+        ]
+        for name, own in costs.items()
+    )
+    table(["adapter", "modules", "file, MB", "time of a prompt", "of a token"], rows)
+
+
+TABLES = {
+    "the price": price,
+    "serving": serving,
+    "the choice": choice,
+    "the pruning bars": verdicts,
+    "the curves": curves,
+    "the sets": by_set,
+    "the parts": parts,
+    "plain text": texts,
+    "the structure": structure,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="directories of results, one per model")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="the pages with the marks")
+    parser.add_argument("--pictures", type=Path, help="the directory for the pictures")
+    args = parser.parse_args()
+    models = [Figures.load(results) for results in args.results]
+    for path in args.into:
+        page = insert(path.read_text(encoding="utf-8"), models, TABLES, MADE_BY)
+        with whole_file(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    if args.pictures:
+        draw(models, args.pictures)
+        draw_prices(models[0], args.pictures / "prices.png")
+    if not args.into:
+        for name, write_table in TABLES.items():
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                write_table(models)
+            print(f"## {name}\n\n{output.getvalue()}")
+
+
+if __name__ == "__main__":
+    main()
