@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
+from peft import PeftConfig
 
 from peft_ila import LayerImportance
 from peft_ila.cli import parse
@@ -36,11 +37,12 @@ def printed_last(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_python_example_runs(printed_last):
+def test_the_python_example_runs(printed_last, tmp_path):
     (example,) = blocks("python")
-    ranking, layers = printed_last(example).removesuffix("]").split("] [")
-    assert ranking.count("model.layers.") == 5
+    kept, layers = printed_last(example).removesuffix("]").split(" [")
+    assert kept.startswith("Kept(share=0.1, ")
     assert layers.count(",") == 8  # nine of thirty layers
+    assert PeftConfig.from_pretrained(str(tmp_path / "SMALL")).peft_type == "LORA"
 
 
 def test_the_example_of_the_quick_start_runs(printed_last, tmp_path):

@@ -145,12 +145,18 @@ def test_the_seeds_of_a_set_are_no_independent_runs():
 
 def test_the_tables_are_those_of_the_figures():
     for module, figures, names, paths in (
-        (tables, Figures, ("study", "study_gemma"), ("docs/reproduction.md",)),
+        (tables, Figures, ("study", "study_gemma"), ("docs/choosing.md", "docs/reproduction.md")),
         (
             pruning.tables,
             pruning.figures.Figures,
             ("pruning", "pruning_gemma"),
-            ("README.md", "docs/choosing.md", "docs/reproduction.md", "docs/appendix/pruning.md"),
+            (
+                "README.md",
+                "docs/choosing.md",
+                "docs/reproduction.md",
+                "docs/appendix/pruning.md",
+                "docs/appendix/cost.md",
+            ),
         ),
     ):
         models = [figures.load(Path("benchmarks/results") / name) for name in names]

@@ -15,7 +15,6 @@ from peft_ila.search.measurement import measuring
 from peft_ila.units import unit_of
 
 BATCHES, ROUNDS, GATE_STEPS, GATE_RATE = 16, 3, 24, 0.05  # the defaults of `peft-ila prune`
-MEASURED = 32  # batches, so that fewer and more than the default can be compared
 HALF = 32  # held-out examples: on the first half shares and factors are chosen, on the second they are reported
 
 
@@ -39,9 +38,9 @@ class Adapter:
         self.sizes = self.directions.sizes.float()
         self.none, self.all = torch.zeros(len(self.sizes)), torch.ones(len(self.sizes))
         if not cache.exists():
-            torch.save(torch.stack([self._slope(self.none) for _ in range(MEASURED)]), cache)
+            torch.save(torch.stack([self._slope(self.none) for _ in range(BATCHES)]), cache)
         self.slopes: torch.Tensor = torch.load(cache, weights_only=True)  # of each batch
-        self.worth = -self.slopes[:BATCHES].mean(0)
+        self.worth = -self.slopes.mean(0)
 
     def _slope(self, gates: torch.Tensor) -> torch.Tensor:
         return self.directions.slope(self.measurement, next(self.steps), gates)

@@ -45,9 +45,10 @@ class Figures:
         losses = {arm: loss for arm in arms if (loss := self.loss(arm, run, (0,))) is not None}
         return self.kept(min(losses, key=lambda arm: losses[arm]), run, REPORTED) if losses else None
 
-    def estimate(self, arm: Arm) -> Estimate | None:
-        """Over the sets."""
-        return estimate(functools.partial(self.kept, arm), self.runs)
+    def estimate(self, arm: Arm, beside: Arm = ("whole", 1.0)) -> Estimate | None:
+        """Over the sets on which another arm was measured too."""
+        runs = [run for run in self.runs if self.kept(beside, run) is not None]
+        return estimate(functools.partial(self.kept, arm), runs)
 
     def trained(self, name: str, share: float) -> list[Arm]:
         """What was trained by this name, at every rate."""

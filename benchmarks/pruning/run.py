@@ -73,33 +73,38 @@ class Run:
             self.trained(RANK, self.rate)
         return adapter(self.problem, self.path(RANK, self.rate))
 
-    def bars(self) -> Arms:
+    def bars(self, shares: tuple[float, ...] = (0.05, 0.125), factors: tuple[float, ...] = FACTORS) -> Arms:
         """What the bars are about."""
         with self.adapter() as own:
             yield "base", 0.0, lambda: {"losses": own.losses(own.none), "tokens": self.tokens()}
             yield "whole", 1.0, lambda: {"losses": own.losses(own.all), "worth": figures(own.worth)}
-            yield from self.chosen(own, {"attribution": own.attribution}, (0.05, 0.125))
-            yield from self.chosen(own, {"singular value": own.singular_value}, (0.05, 0.125), gates=True)
-            yield from self.chosen(own, {"rounds": own.rounds}, (0.05, 0.125), gates=True)
-            yield from self.chosen(own, {"same rank": own.same_rank}, (0.125,))
-            for factor in FACTORS:
+            yield from self.chosen(own, {"attribution": own.attribution}, shares)
+            yield from self.chosen(own, {"singular value": own.singular_value}, shares, gates=True)
+            yield from self.chosen(own, {"rounds": own.rounds}, shares, gates=True)
+            yield from self.chosen(own, {"same rank": own.same_rank}, tuple(s for s in shares if s >= 1 / RANK))
+            for factor in factors:
                 yield f"times {factor}", 1.0, lambda factor=factor: {"losses": own.losses(factor * own.all)}
 
     def curve(self) -> Arms:
-        """The other shares."""
+        """The other shares and rules."""
         with self.adapter() as own:
-            more = (0.02, 0.25, 0.5, 0.75)
-            yield from self.chosen(own, {"attribution": own.attribution, "singular value": own.singular_value}, more)
-            yield from self.chosen(own, {"same rank": own.same_rank}, more[1:])
-            modules = functools.partial(own.units, "module")
-            yield from self.chosen(own, {"whole modules": modules}, (0.05, 0.125, *more[1:]))
-            yield from self.chosen(own, {"whole layers": functools.partial(own.units, "layer")}, (0.125, *more[1:]))
-            yield from self.chosen(own, {"random": own.random}, (0.05, 0.125, 0.5))
+            modules, layers = (functools.partial(own.units, granularity) for granularity in ("module", "layer"))
+            yield from self.chosen(own, {"attribution": own.attribution}, (0.02, 0.25, 0.5, 0.75))
+            yield from self.chosen(own, {"singular value": own.singular_value}, (0.02, 0.25, 0.5))
+            yield from self.chosen(own, {"same rank": own.same_rank}, (0.25, 0.5))
+            yield from self.chosen(own, {"whole modules": modules}, (0.05, 0.25, 0.5, 0.75))
+            yield from self.chosen(own, {"whole layers": layers}, (0.25, 0.5, 0.75))
+            yield from self.chosen(own, {"random": own.random}, (0.05, 0.5))
             yield "all, gates", 1.0, lambda: {"losses": own.losses(own.learn(own.all))}
-            yield from self.chosen(own, {"rounds": own.rounds}, (0.25,), gates=True)
-            for batches in (4, 8, 32):
+            yield from self.chosen(own, {"rounds": own.rounds}, (0.02,), gates=True)
+            for batches in (4, 8):
                 by = functools.partial(own.attribution, batches=batches)
                 yield from self.chosen(own, {f"attribution, {batches} batches": by}, (0.05,))
+
+    def quarter(self) -> Arms:
+        """What `peft-ila prune` keeps at 25 %."""
+        with self.adapter() as own:
+            yield from self.chosen(own, {"rounds": own.rounds}, (0.25,), gates=True)
 
     def chosen(
         self, own: Adapter, rules: dict[str, Callable[[float], torch.Tensor]], shares: tuple[float, ...], gates=False
@@ -174,7 +179,9 @@ def figures(values: torch.Tensor) -> list[float]:
 
 PHASES: dict[str, Callable[[Run], Arms]] = {
     "bars": Run.bars,
+    "bars at 5 %": lambda run: run.bars((0.05,), ()),
     "curve": Run.curve,
+    "quarter": Run.quarter,
     "rank 1": lambda run: run.rank(1),
     "rank 1, twice": lambda run: run.rank(1, 2.0),
     "rank 2": lambda run: run.rank(2),

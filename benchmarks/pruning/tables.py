@@ -2,7 +2,8 @@
 Write the tables and pictures of pruning into the pages that have marks for them.
 
     python -m benchmarks.pruning.tables benchmarks/results/pruning benchmarks/results/pruning_gemma \
-        --into README.md docs/choosing.md docs/reproduction.md docs/appendix/pruning.md --pictures docs
+        --into README.md docs/choosing.md docs/reproduction.md docs/appendix/pruning.md \
+        docs/appendix/cost.md --pictures docs
 """
 
 import argparse
@@ -30,41 +31,32 @@ SHARES = (0.02, 0.05, 0.125, 0.25, 0.5, 0.75)
 COST = Path("benchmarks/results/pruning_cost.json")
 WHOLE, TWENTIETH, EIGHTH = ("whole", 1.0), 0.05, 0.125
 PRUNED = "rounds, gates"  # what `peft-ila prune` does
-CURVES = {
-    PRUNED: "directions by attribution, three rounds, learned gates (`peft-ila prune`)",
-    "rounds": "the same, gates of 1",
-    "attribution": "directions by attribution, one round, gates of 1",
-    "singular value, gates": "directions by singular value over all modules, learned gates",
-    "singular value": "the same, gates of 1",
-    "same rank": "the largest directions of every module: one rank for all",
-    "whole modules": "whole modules by attribution",
-    "whole layers": "whole decoder layers by attribution",
-    "random": "random directions",
-}
-DRAWN = {
-    PRUNED: "prune: attribution, learned gates",
-    "attribution": "attribution",
-    "singular value, gates": "singular value, learned gates",
-    "singular value": "singular value",
-    "same rank": "same rank everywhere",
-    "whole modules": "whole modules",
-    "whole layers": "whole layers",
-    "random": "random",
+LABELS = {
+    PRUNED: "attribution, three rounds, learned gates (`peft-ila prune`)",
+    "rounds": "attribution, three rounds, gates of 1",
+    "attribution": "attribution, one round, gates of 1",
+    "singular value, gates": "singular values, learned gates",
+    "singular value": "singular values, gates of 1",
+    "same rank": "one rank for all modules, gates of 1",
+    "whole modules": "whole modules by attribution, gates of 1",
+    "whole layers": "whole decoder layers by attribution, gates of 1",
+    "random": "random directions, gates of 1",
+    "all, gates": "all directions, learned gates",
 }
 KEPT = ("rounds", EIGHTH)
+QUARTER = ("attribution", 0.25)  # measured where all of the curve is
 TIMES: list[Arm] = [WHOLE, *((f"times {factor}", 1.0) for factor in FACTORS)]
 CLOSED: list[Arm] = [WHOLE, *(("attribution", share) for share in SHARES)]
 
 
 def curves(models: list[Figures]) -> None:
     """What each rule keeps at each share."""
-    for figures in models:
-        print(f"**{figures.made_by['model']}**\n")
+    figures = models[0]
 
-        def row(arm: str, figures: Figures = figures) -> list[Any]:
-            return [CURVES[arm], *(figures.estimate((arm, share)) for share in SHARES)]
+    def row(arm: str) -> list[Any]:
+        return [LABELS[arm], *(figures.estimate((arm, share), beside=QUARTER) for share in SHARES)]
 
-        table(["kept of the gain, at this share of the parameters", *map(percent, SHARES)], filled(map(row, CURVES)))
+    table(["kept of the gain, at this share of the parameters", *map(percent, SHARES)], filled(map(row, LABELS)))
 
 
 def by_set(models: list[Figures]) -> None:
@@ -90,7 +82,12 @@ def by_set(models: list[Figures]) -> None:
         rows: list[list[Any]] = [["held-out loss without the adapter", "", *losses[0], None]]
         rows.append(["held-out loss with it", "", *losses[1], None])
         rows += [
-            [arm[0], percent(arm[1]), *(cell(arm, run) for run in figures.runs), figures.estimate(arm)]
+            [
+                LABELS.get(arm[0], arm[0]),
+                percent(arm[1]),
+                *(cell(arm, run) for run in figures.runs),
+                figures.estimate(arm),
+            ]
             for arm in arms_of
         ]
         names = [NAMES[data] + (f", seed {seed}" if seed else "") for data, seed in figures.runs]
@@ -178,7 +175,7 @@ def structure(models: list[Figures]) -> None:
     for figures in models:
         model = figures.made_by["model"]
         for label, pairs in figures.pairs().items():
-            for arm in (KEPT, ("attribution", 0.25)):
+            for arm in (KEPT, QUARTER):
                 if found := agreement(figures, arm, pairs):
                     rows.append([model, label, percent(arm[1]), len(found), statistics.mean(found), min(found)])
         own = [value for run in figures.runs if (value := with_worth(figures, run)) is not None]
@@ -224,21 +221,29 @@ def draw(models: list[Figures], directory: Path) -> None:
     figure = new_figure(path)
     figure.set_size_inches(7, 4)
     axes = figure.subplots()
-    for number, (arm, label) in enumerate(DRAWN.items()):
-        points = [(100 * share, own) for share in SHARES if (own := figures.estimate((arm, share)))]
+
+    def kept(arm: str, share: float) -> Estimate | None:
+        return figures.estimate(("all, gates", 1.0) if share == 1 else (arm, share), beside=QUARTER)
+
+    for number, (arm, label) in enumerate(LABELS.items()):
+        shares = (*SHARES, 1.0) if arm == PRUNED else SHARES
+        points = [(100 * share, own) for share in shares if (own := kept(arm, share))]
+        if not points:
+            continue
         style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 2.5 if arm == PRUNED else 1.2}
         x, y = [x for x, _ in points], [own.mean for _, own in points]
-        axes.errorbar(x, y, [own.error or 0 for _, own in points], label=label, capsize=2, **style)
-    if own := estimate(functools.partial(figures.best, figures.trained("rank 1", EIGHTH)), figures.runs):
+        axes.errorbar(x, y, [own.error or 0 for _, own in points], label=label.replace("`", ""), capsize=2, **style)
+    drawn_runs = [run for run in figures.runs if figures.kept(QUARTER, run) is not None]
+    if own := estimate(functools.partial(figures.best, figures.trained("rank 1", EIGHTH)), drawn_runs):
         axes.errorbar([12.5], [own.mean], [own.error or 0], fmt="k*", markersize=9, label="LoRA trained at rank 1")
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
-    axes.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES])
+    axes.set_xticks([100 * share for share in (*SHARES, 1)], [f"{100 * share:g}" for share in (*SHARES, 1)])
     axes.minorticks_off()
     axes.set_ylim(0.2, 1.05)
     axes.set_xlabel("kept of the adapter's parameters, %")
     axes.set_ylabel("kept of its gain in held-out loss")
-    sets = len({data for data, _ in figures.runs})
+    sets = len({data for data, _ in drawn_runs})
     axes.set_title(f"{figures.made_by['model']}, LoRA r = {RANK}, {sets} data sets", fontsize=10)
     axes.legend(fontsize=7, loc="lower right")
     write(figure, path)

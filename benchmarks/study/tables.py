@@ -1,8 +1,8 @@
 """
-Write the study's tables, as Markdown, between the marks in `README.md` and `docs/reproduction.md`.
+Write the study's tables, as Markdown, between the marks in `docs/choosing.md` and `docs/reproduction.md`.
 
     python -m benchmarks.study.tables benchmarks/results/study benchmarks/results/study_gemma \
-        --into README.md docs/reproduction.md
+        --into docs/choosing.md docs/reproduction.md
 """
 
 import argparse

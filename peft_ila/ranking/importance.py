@@ -358,7 +358,7 @@ class LayerImportance:
         facts = self.metadata.get("learn_gates")
         by_descent = isinstance(facts, dict) and facts.get("method") == "descent"
         label = "gate γ = σ(s)" if by_descent else "importance σ(s)"
-        title = title_of("importance", self.metadata.get("model"))
+        title = title_of("importance of the layers", self.metadata.get("model"))
         return heatmap(dict(zip(self.units, self.gates)), label, title, path, unsure, selected)
 
     def save_card(self, directory: str | os.PathLike[str]) -> None:

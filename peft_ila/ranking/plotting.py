@@ -78,7 +78,7 @@ def heatmap(
 
 def title_of(subject: str, model: str | None) -> str:
     """The title of a heatmap of a model, by its name or path."""
-    return f"{subject} of the layers of {short(os.path.basename(model))}" if model else subject
+    return f"{subject} of {short(os.path.basename(model))}" if model else subject
 
 
 def check_matplotlib() -> None:

@@ -213,7 +213,7 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
 
 def draw(pruning: Pruning, directory: Path) -> None:
     """Draw the kept rank of each module, and with held-out data what each share keeps."""
-    title = title_of("kept rank", pruning.importance.metadata["model"])
+    title = title_of("kept rank of the modules", pruning.importance.metadata["model"])
     heatmap(pruning.ranks, "kept rank", title, directory / "ranks.png")
     if pruning.result is None:
         return
