@@ -302,11 +302,11 @@ def choice(models: list[Figures]) -> None:
             "**a trained LoRA adapter**",
             "[prune it](docs/howto/prune.md): `peft-ila prune`",
             f"5 % of its parameters keep {figures.estimate((PRUNED, TWENTIETH))} of its gain, 12.5 % keep "
-            f"{figures.estimate((PRUNED, EIGHTH))}, after 72 training steps on its gates",
+            f"{figures.estimate((PRUNED, EIGHTH))}, for the cost of 72 training steps",
         ],
         [
             "**a limit on memory or time**",
-            "[plan it](docs/howto/memory.md); NF4 and checkpointing first, then LoRA on the last layers",
+            "[plan it](docs/howto/memory.md); NF4 and checkpointing first, the last layers if nothing else fits",
             f"the last 30 % of the layers gain {last} of LoRA on all for {costs('last layers')}; "
             f"the best 30 % of the modules gain {best} for {costs('best modules')}",
         ],
@@ -316,7 +316,7 @@ def choice(models: list[Figures]) -> None:
             f"rank 1 has 12.5 % of the parameters of r = 8, and gains {gained('rank 1', EIGHTH)} of it",
         ],
         [
-            "**the wish to understand**",
+            "**a wish to understand**",
             "[rank the adapter](docs/howto/adapter.md): `peft-ila rank --adapter`",
             f"a heatmap of what fine-tuning changed; on two data sets, the kept ranks of the modules have a Spearman "
             f"correlation of {statistics.mean(agreement(figures, KEPT, figures.pairs()['two sets'])):.2f}",
