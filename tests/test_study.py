@@ -1,5 +1,6 @@
 """What the study of `benchmarks/study` computes by itself, against the package; and its tables in the docs."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from benchmarks import pruning
+from benchmarks.pruning import figures as pruning_figures
+from benchmarks.pruning import tables as pruning_tables
+from benchmarks.pruning.adapter import adapter, losses
 from benchmarks.study import tables
 from benchmarks.study.arms import (
     ALIGNMENT,
@@ -45,8 +48,8 @@ def test_the_searches_are_those_of_learn_gates(problem, tmp_path):
         trained = rounded(attribution(model, problem))
         model.save_pretrained(tmp_path / "trained")
     own = {"attribution": trained, "untrained": untrained(problem, sizes)["untrained, 8 batches"]}
-    for method, adapter in (("attribution", "trained"), ("untrained", "fresh")):
-        trainer = problem.trainer(tmp_path / adapter)
+    for method, name in (("attribution", "trained"), ("untrained", "fresh")):
+        trainer = problem.trainer(tmp_path / name)
         importance = learn_gates(trainer, steps=4, method=method, min_agreement=None, loss_batches=1)
         found = torch.tensor(own[method])
         assert importance.units == list(sizes)
@@ -75,6 +78,21 @@ def test_every_way_of_tuning_lowers_the_loss_and_leaves_the_base_model_as_it_was
         assert problem.loss(model) < loss
     assert before.keys() == problem.base.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in problem.base.state_dict().items())
+
+
+def test_pruned_adapters_have_the_losses_and_the_sizes_that_they_claim(problem, tmp_path):
+    with problem.lora(list(adapted_modules(problem.base)), 4) as model:
+        list(problem.fit(model, 1e-2, 10))
+        whole = losses(problem, model)
+        model.save_pretrained(tmp_path)
+    with adapter(problem, tmp_path) as own:
+        assert own.losses(own.all) == pytest.approx(whole, abs=1e-4)
+        assert own.losses(own.none) == pytest.approx(losses(problem, problem.base), abs=1e-4)
+        modules = functools.partial(own.units, "module")
+        for rule in (own.attribution, own.rounds, own.singular_value, own.same_rank, own.random, modules):
+            kept = rule(0.3)
+            assert 0.2 < own.sizes[kept > 0].sum() / own.sizes.sum() <= 0.3
+            assert sum(own.ranks(kept)) == kept.sum()
 
 
 def test_selections_fit_their_budget():
@@ -147,8 +165,8 @@ def test_the_tables_are_those_of_the_figures():
     for module, figures, names, paths in (
         (tables, Figures, ("study", "study_gemma"), ("docs/choosing.md", "docs/reproduction.md")),
         (
-            pruning.tables,
-            pruning.figures.Figures,
+            pruning_tables,
+            pruning_figures.Figures,
             ("pruning", "pruning_gemma"),
             (
                 "README.md",

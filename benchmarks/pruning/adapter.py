@@ -45,12 +45,16 @@ class Adapter:
     def _slope(self, gates: torch.Tensor) -> torch.Tensor:
         return self.directions.slope(self.measurement, next(self.steps), gates)
 
-    def losses(self, gates: torch.Tensor) -> list[float]:
-        """On both halves of the held-out examples."""
+    def gated(self, gates: torch.Tensor) -> Any:
+        """The model with these gates."""
         self.directions.set_gates(gates)
         for gate in self.measurement._gates:
             gate.state = "open"
-        return losses(self.problem, self.model)
+        return self.model
+
+    def losses(self, gates: torch.Tensor) -> list[float]:
+        """On both halves of the held-out examples."""
+        return losses(self.problem, self.gated(gates))
 
     def first(self, value: torch.Tensor, share: float, on: torch.Tensor | None = None) -> torch.Tensor:
         """Those with the most value that fit into a share, beside those that are on."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from benchmarks.pruning.adapter import Adapter, adapter, losses
+from benchmarks.pruning.adapter import HALF, Adapter, adapter, losses
 from benchmarks.record import read_lines, save
 from benchmarks.study.arms import layers_within, modules_within
 from benchmarks.study.problem import Example, Problem, adapted_modules, gemma, load_base, read_examples, read_text
@@ -151,23 +151,20 @@ class Run:
             for name, share, gates in (
                 ("base", 0.0, lambda: own.none),
                 ("whole", 1.0, lambda: own.all),
-                ("times 0.7", 1.0, lambda: 0.7 * own.all),
-                ("rounds, gates", 0.125, lambda: own.learn(own.rounds(0.125))),
                 ("attribution", 0.125, lambda: own.attribution(0.125)),
                 ("attribution", 0.25, lambda: own.attribution(0.25)),
+                ("times 0.7", 1.0, lambda: 0.7 * own.all),
+                ("rounds, gates", 0.125, lambda: own.learn(own.rounds(0.125))),
             ):
                 yield f"{name} on text", share, functools.partial(self.texts, own, gates)
 
     def texts(self, own: Adapter, gates: Callable[[], torch.Tensor]) -> dict[str, Any]:
         """The loss on plain text."""
-        chosen = gates()
-        own.losses(chosen)
-        return {"texts": {text: self.problem.loss(own.model, _worker["examples"][text]) for text in TEXTS}}
+        model = own.gated(gates())
+        return {"texts": {text: self.problem.loss(model, _worker["examples"][text]) for text in TEXTS}}
 
     def tokens(self) -> list[int]:
         """The answers' tokens of both halves of the held-out examples."""
-        from benchmarks.pruning.adapter import HALF
-
         counts = [len(example.tokens) - example.prompt for example in self.problem.held_out[: 2 * HALF]]
         return [sum(counts[:HALF]), sum(counts[HALF:])]
 
