@@ -78,10 +78,10 @@ class Run:
         with self.adapter() as own:
             yield "base", 0.0, lambda: {"losses": own.losses(own.none), "tokens": self.tokens()}
             yield "whole", 1.0, lambda: {"losses": own.losses(own.all), "worth": figures(own.worth)}
-            yield from self.chosen(own, {"attribution": own.attribution}, shares)
-            yield from self.chosen(own, {"singular value": own.singular_value}, shares, gates=True)
-            yield from self.chosen(own, {"rounds": own.rounds}, shares, gates=True)
-            yield from self.chosen(own, {"same rank": own.same_rank}, tuple(s for s in shares if s >= 1 / RANK))
+            yield from self.chosen(own, "attribution", own.attribution, shares)
+            yield from self.chosen(own, "singular value", own.singular_value, shares, gates=True)
+            yield from self.chosen(own, "rounds", own.rounds, shares, gates=True)
+            yield from self.chosen(own, "same rank", own.same_rank, tuple(s for s in shares if s >= 1 / RANK))
             for factor in factors:
                 yield f"times {factor}", 1.0, lambda factor=factor: {"losses": own.losses(factor * own.all)}
 
@@ -89,38 +89,43 @@ class Run:
         """The other shares and rules."""
         with self.adapter() as own:
             modules, layers = (functools.partial(own.units, granularity) for granularity in ("module", "layer"))
-            yield from self.chosen(own, {"attribution": own.attribution}, (0.02, 0.25, 0.5, 0.75))
-            yield from self.chosen(own, {"singular value": own.singular_value}, (0.02, 0.25, 0.5))
-            yield from self.chosen(own, {"same rank": own.same_rank}, (0.25, 0.5))
-            yield from self.chosen(own, {"whole modules": modules}, (0.05, 0.25, 0.5, 0.75))
-            yield from self.chosen(own, {"whole layers": layers}, (0.25, 0.5, 0.75))
-            yield from self.chosen(own, {"random": own.random}, (0.05, 0.5))
+            yield from self.chosen(own, "attribution", own.attribution, (0.02, 0.25, 0.5, 0.75))
+            yield from self.chosen(own, "singular value", own.singular_value, (0.02, 0.25, 0.5))
+            yield from self.chosen(own, "same rank", own.same_rank, (0.25, 0.5))
+            yield from self.chosen(own, "whole modules", modules, (0.05, 0.25, 0.5, 0.75))
+            yield from self.chosen(own, "whole layers", layers, (0.25, 0.5, 0.75))
+            yield from self.chosen(own, "random", own.random, (0.05, 0.5))
             yield "all, gates", 1.0, lambda: {"losses": own.losses(own.learn(own.all))}
-            yield from self.chosen(own, {"rounds": own.rounds}, (0.02,), gates=True)
+            yield from self.chosen(own, "rounds", own.rounds, (0.02,), gates=True)
             for batches in (4, 8):
                 by = functools.partial(own.attribution, batches=batches)
-                yield from self.chosen(own, {f"attribution, {batches} batches": by}, (0.05,))
+                yield from self.chosen(own, f"attribution, {batches} batches", by, (0.05,))
 
     def quarter(self) -> Arms:
         """What `peft-ila prune` keeps at 25 %."""
         with self.adapter() as own:
-            yield from self.chosen(own, {"rounds": own.rounds}, (0.25,), gates=True)
+            yield from self.chosen(own, "rounds", own.rounds, (0.25,), gates=True)
 
     def chosen(
-        self, own: Adapter, rules: dict[str, Callable[[float], torch.Tensor]], shares: tuple[float, ...], gates=False
+        self,
+        own: Adapter,
+        name: str,
+        rule: Callable[[float], torch.Tensor],
+        shares: tuple[float, ...],
+        gates: bool = False,
     ) -> Arms:
-        """What rules keep at each share, and with learned gates too."""
-        for (name, rule), share in itertools.product(rules.items(), shares):
+        """What a rule keeps at each share, and with learned gates too."""
 
-            def measured(rule: Any = rule, share: float = share, learned: bool = False) -> dict[str, Any]:
-                kept = rule(share)
-                used = float(own.sizes[kept > 0].sum() / own.sizes.sum())
-                own_losses = own.losses(own.learn(kept) if learned else kept)
-                return {"losses": own_losses, "used": round(used, 5), "ranks": own.ranks(kept)}
+        def measured(share: float, learned: bool) -> dict[str, Any]:
+            kept = rule(share)
+            used = float(own.sizes[kept > 0].sum() / own.sizes.sum())
+            own_losses = own.losses(own.learn(kept) if learned else kept)
+            return {"losses": own_losses, "used": round(used, 5), "ranks": own.ranks(kept)}
 
-            yield name, share, measured
+        for share in shares:
+            yield name, share, functools.partial(measured, share, False)
             if gates:
-                yield f"{name}, gates", share, functools.partial(measured, learned=True)
+                yield f"{name}, gates", share, functools.partial(measured, share, True)
 
     def rank(self, rank: int, times: float = 1.0) -> Arms:
         """LoRA that is trained at a lower rank, at a multiple of the rate."""
@@ -133,7 +138,7 @@ class Run:
 
         def part(name: str, share: float, rate: float) -> dict[str, Any]:
             if name == "best modules":
-                (scores,) = (v for k, v in untrained(self.problem, self.sizes).items() if k == "untrained, 16 batches")
+                scores = untrained(self.problem, self.sizes)["untrained, 16 batches"]
                 units = modules_within(share * everything, dict(zip(self.sizes, scores)), self.sizes)
             else:
                 places = range(len(self.sizes)) if name == "last layers" else range(len(self.sizes), 0, -1)

@@ -41,6 +41,8 @@ LABELS = {
     "whole modules": "whole modules by attribution, gates of 1",
     "whole layers": "whole decoder layers by attribution, gates of 1",
     "random": "random directions, gates of 1",
+    "attribution, 4 batches": "attribution on 4 batches instead of 16, one round, gates of 1",
+    "attribution, 8 batches": "attribution on 8 batches, one round, gates of 1",
     "all, gates": "all directions, learned gates",
 }
 KEPT = ("rounds", EIGHTH)
@@ -68,6 +70,8 @@ def by_set(models: list[Figures]) -> None:
         ("singular value", TWENTIETH),
         (PRUNED, EIGHTH),
         ("same rank", EIGHTH),
+        *((f"attribution, {batches} batches", TWENTIETH) for batches in (4, 8)),
+        ("attribution", TWENTIETH),
         ("all, gates", 1.0),
         *TIMES[1:],
     ]
@@ -171,25 +175,25 @@ def texts(models: list[Figures]) -> None:
 
 def structure(models: list[Figures]) -> None:
     """Do the kept directions lie in the same modules?"""
+    figures = models[0]
     rows: list[list[Any]] = []
-    for figures in models:
-        model = figures.made_by["model"]
-        for label, pairs in figures.pairs().items():
-            for arm in (KEPT, QUARTER):
-                if found := agreement(figures, arm, pairs):
-                    rows.append([model, label, percent(arm[1]), len(found), statistics.mean(found), min(found)])
-        own = [value for run in figures.runs if (value := with_worth(figures, run)) is not None]
-        rows.append([model, "its worth, a parameter", percent(EIGHTH), len(own), statistics.mean(own), min(own)])
-    table(["model", "kept rank of a module, and", "parameters", "n", "Spearman, mean", "least"], rows)
-    print(f"The mean kept rank by kind of module, with {percent(EIGHTH)} of the parameters kept (at rank {RANK}):\n")
-    found_ranks = [ranks(figures) for figures in models]
+    for arm in (KEPT, QUARTER):
+        if found := agreement(figures, arm, figures.pairs()["two sets"]):
+            rows.append(
+                ["the kept rank on another set", percent(arm[1]), len(found), statistics.mean(found), min(found)]
+            )
+    own = [value for run in figures.runs if (value := with_worth(figures, run)) is not None]
+    rows.append(["the module's worth for each parameter", percent(EIGHTH), len(own), statistics.mean(own), min(own)])
+    table(["kept rank of a module, and", "kept of the parameters", "n", "Spearman, mean", "least"], rows)
+    print(f"The mean kept rank by kind of module, of {RANK}, with {percent(TWENTIETH)} of the parameters kept:\n")
+    found_ranks = [ranks(own, ("rounds", TWENTIETH)) for own in models]
     kinds = dict.fromkeys(name.rsplit(".", 1)[1] for name in found_ranks[0])
 
     def row(kind: str) -> list[Any]:
         means = (statistics.mean(v for name, v in own.items() if name.endswith(f".{kind}")) for own in found_ranks)
         return [f"`{kind}`", *(f"{mean:.2f}" for mean in means)]
 
-    table(["module", *(figures.made_by["model"] for figures in models)], map(row, kinds))
+    table(["module", *(f"{own.made_by['model']} (runs: {len(own.runs)})" for own in models)], map(row, kinds))
 
 
 def agreement(figures: Figures, arm: Arm, pairs: list[tuple[Run, Run]]) -> list[float]:
@@ -208,9 +212,9 @@ def with_worth(figures: Figures, run: Run) -> float | None:
     return spearman(kept, [own / size for own, size in zip(sums, figures.made_by["units"].values())])
 
 
-def ranks(figures: Figures) -> dict[str, float]:
+def ranks(figures: Figures, arm: Arm) -> dict[str, float]:
     """The mean kept rank of each module over the runs."""
-    found = [own for run in figures.runs if (own := figures.ranks(KEPT, run))]
+    found = [own for run in figures.runs if (own := figures.ranks(arm, run))]
     return {name: statistics.mean(values) for name, values in zip(figures.made_by["units"], zip(*found))}
 
 
@@ -247,7 +251,7 @@ def draw(models: list[Figures], directory: Path) -> None:
     axes.set_title(f"{figures.made_by['model']}, LoRA r = {RANK}, {sets} data sets", fontsize=10)
     axes.legend(fontsize=7, loc="lower right")
     write(figure, path)
-    found = ranks(figures)
+    found = ranks(figures, KEPT)
     title = f"Kept rank of each module, {percent(EIGHTH)} of the parameters, mean of {len(figures.runs)} runs"
     heatmap(found, f"kept of {RANK} directions", title, directory / "ranks.png")
 
