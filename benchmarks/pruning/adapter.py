@@ -1,7 +1,6 @@
 """One trained adapter: ways to choose what of it is kept, and the held-out losses with that."""
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +40,7 @@ class Adapter:
             torch.save(torch.stack([self._slope(self.none) for _ in range(BATCHES)]), cache)
         self.slopes: torch.Tensor = torch.load(cache, weights_only=True)  # of each batch
         self.worth = -self.slopes.mean(0)
+        self._refined: dict[float, torch.Tensor] = {}  # two arms look at each
 
     def _slope(self, gates: torch.Tensor) -> torch.Tensor:
         return self.directions.slope(self.measurement, next(self.steps), gates)
@@ -68,13 +68,15 @@ class Adapter:
         """The directions that are worth most for each parameter."""
         return self.first(-self.slopes[:batches].mean(0) / self.sizes, share)
 
-    @functools.cache  # noqa: B019  one adapter at a time
     def rounds(self, share: float) -> torch.Tensor:
         """The same in equal parts. After each, the rest is measured again beside what is kept already."""
+        if share in self._refined:
+            return self._refined[share]
         gates = self.attribution(share / ROUNDS)
         for number in range(2, ROUNDS + 1):
             slopes = [self._slope(gates) for _ in range(BATCHES)]
             gates = self.first(-torch.stack(slopes).mean(0) / self.sizes, share * number / ROUNDS, gates)
+        self._refined[share] = gates
         return gates
 
     def units(self, granularity: str, share: float) -> torch.Tensor:

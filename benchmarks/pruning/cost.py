@@ -30,7 +30,7 @@ from benchmarks.study.problem import adapted_modules
 from peft_ila import LayerImportance
 
 PROMPT = 256  # tokens
-ROUNDS = 9
+ROUNDS = 7
 
 
 def parts() -> dict[str, Any]:

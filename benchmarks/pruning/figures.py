@@ -41,9 +41,9 @@ class Figures:
         return None if base is None or whole is None or own is None else (base - own) / (base - whole)
 
     def best(self, arms: Iterable[Arm], run: Run) -> float | None:
-        """What the arm that is best on the first half keeps on the second."""
+        """What the arm that is best on the first half keeps on the second. None if there was nothing to choose."""
         losses = {arm: loss for arm in arms if (loss := self.loss(arm, run, (0,))) is not None}
-        return self.kept(min(losses, key=lambda arm: losses[arm]), run, REPORTED) if losses else None
+        return self.kept(min(losses, key=lambda arm: losses[arm]), run, REPORTED) if len(losses) > 1 else None
 
     def estimate(self, arm: Arm, beside: Arm = ("whole", 1.0)) -> Estimate | None:
         """Over the sets on which another arm was measured too."""
@@ -54,6 +54,12 @@ class Figures:
         """What was trained by this name, at every rate."""
         found = {key[:2] for key in self.rows if key[0].startswith(f"{name} at ") and key[1] == share}
         return sorted(found)
+
+    def tuned(self, name: str, share: float) -> Estimate | None:
+        """What was trained by this name has gained, at the best of its rates."""
+        arms = self.trained(name, share)
+        several = functools.partial(self.best, arms)
+        return self.estimate(arms[0]) if len(arms) == 1 else estimate(several, self.runs)
 
     def ranks(self, arm: Arm, run: Run) -> list[int] | None:
         """The kept rank of each module."""

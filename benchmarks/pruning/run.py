@@ -5,7 +5,7 @@ LoRA on all modules is trained on a data set, and its directions are kept by sev
 gates. The rivals are LoRA trained at a lower rank or on a selection, and the whole adapter times a factor.
 
     python -m benchmarks.pruning.run --data ../shared/data --work WORK --output_dir benchmarks/results/pruning
-    python -m benchmarks.pruning.tables
+    python -m benchmarks.pruning.tables benchmarks/results/pruning
 
 On the CPU, in bfloat16 with adapters in fp32. A call resumes where the last one stopped: every figure is written as
 soon as it is there. Jobs have the order of `JOBS`.
@@ -81,7 +81,9 @@ class Run:
             yield from self.chosen(own, "attribution", own.attribution, shares)
             yield from self.chosen(own, "singular value", own.singular_value, shares, gates=True)
             yield from self.chosen(own, "rounds", own.rounds, shares, gates=True)
-            yield from self.chosen(own, "same rank", own.same_rank, tuple(s for s in shares if s >= 1 / RANK))
+            yield from self.chosen(
+                own, "same rank", own.same_rank, tuple(s for s in shares if s >= 1 / RANK), gates=True
+            )
             for factor in factors:
                 yield f"times {factor}", 1.0, lambda factor=factor: {"losses": own.losses(factor * own.all)}
 

@@ -23,7 +23,7 @@ from benchmarks.study.claims import Claim
 from benchmarks.study.figures import NAMES, Estimate, Run, Value, estimate
 from benchmarks.study.tables import insert
 from peft_ila.files import whole_file
-from peft_ila.ranking.comparison import spearman
+from peft_ila.ranking.comparison import mean_and_error, spearman
 from peft_ila.ranking.plotting import heatmap, new_figure, write
 
 MADE_BY = "benchmarks/pruning/tables.py"
@@ -124,7 +124,11 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
         ("12.5 %: pruned minus LoRA trained at rank 1", 0.0, less(kept(PRUNED, EIGHTH, REPORTED), rank_1)),
         ("the best share of directions minus the best factor on all", 0.0, less(best(CLOSED), best(TIMES))),
     ]
-    return [(Claim(text, "", lambda _: None, target), estimate(value, figures.runs)) for text, target, value in found]
+    rows = [(Claim(text, "", lambda _: None, target), estimate(value, figures.runs)) for text, target, value in found]
+    alike = agreement(figures, KEPT, figures.pairs()["two sets"])
+    own = Estimate(*mean_and_error(alike), len(alike)) if len(alike) > 1 else None
+    text = "12.5 %: the kept ranks of the modules agree between two data sets (Spearman; n is pairs)"
+    return [*rows, (Claim(text, "", lambda _: None, 0.9, floor=0.0), own)]
 
 
 def verdicts(models: list[Figures]) -> None:
@@ -223,16 +227,12 @@ def draw(models: list[Figures], directory: Path) -> None:
     figures = models[0]
     path = directory / "pruning.png"
     figure = new_figure(path)
-    figure.set_size_inches(7, 4)
+    figure.set_size_inches(9, 3.8)
     axes = figure.subplots()
 
-    def kept(arm: str, share: float) -> Estimate | None:
-        return figures.estimate(("all, gates", 1.0) if share == 1 else (arm, share), beside=QUARTER)
-
     for number, (arm, label) in enumerate(LABELS.items()):
-        shares = (*SHARES, 1.0) if arm == PRUNED else SHARES
-        points = [(100 * share, own) for share in shares if (own := kept(arm, share))]
-        if not points:
+        points = [(100 * share, own) for share in SHARES if (own := figures.estimate((arm, share), beside=QUARTER))]
+        if arm == "rounds" or len(points) < 2:
             continue
         style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 2.5 if arm == PRUNED else 1.2}
         x, y = [x for x, _ in points], [own.mean for _, own in points]
@@ -244,12 +244,12 @@ def draw(models: list[Figures], directory: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks([100 * share for share in (*SHARES, 1)], [f"{100 * share:g}" for share in (*SHARES, 1)])
     axes.minorticks_off()
-    axes.set_ylim(0.2, 1.05)
+    axes.set_ylim(0, 1.05)
     axes.set_xlabel("kept of the adapter's parameters, %")
     axes.set_ylabel("kept of its gain in held-out loss")
     sets = len({data for data, _ in drawn_runs})
     axes.set_title(f"{figures.made_by['model']}, LoRA r = {RANK}, {sets} data sets", fontsize=10)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write(figure, path)
     found = ranks(figures, KEPT)
     title = f"Kept rank of each module, {percent(EIGHTH)} of the parameters, mean of {len(figures.runs)} runs"
@@ -262,10 +262,13 @@ def draw_prices(figures: Figures, path: Path) -> None:
     points = {name: gain for name, _, gain in prices(figures) if gain}
     figure = new_figure(path)
     figure.set_size_inches(8, 3.2)
-    for axes, what, label in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), ("bytes kept", "time")):
+    for axes, what, label in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), ("activations", "time")):
         for name, gain in points.items():
             axes.errorbar(costs[name][what], gain.mean, gain.error or 0, fmt="o", capsize=2, color="C0")
-            axes.annotate(name, (costs[name][what], gain.mean), (5, -11), textcoords="offset points", fontsize=7)
+            place: dict[str, Any] = {"xytext": (-6, -3), "ha": "right"}
+            if name == "rank 1":  # beside the best modules
+                place = {"xytext": (0, -12), "ha": "center"}
+            axes.annotate(name, (costs[name][what], gain.mean), textcoords="offset points", fontsize=7, **place)
         front = [
             (costs[name][what], gain.mean)
             for name, gain in points.items()
@@ -273,7 +276,7 @@ def draw_prices(figures: Figures, path: Path) -> None:
         ]
         axes.step(*zip(*sorted(front)), where="post", color="grey", linewidth=0.8)
         axes.set_xlim(0, 1.15)
-        axes.set_xlabel(f"{label} by a step, of LoRA on all modules", fontsize=8)
+        axes.set_xlabel(f"{label} of a step, compared with LoRA on all modules", fontsize=8)
     figure.axes[0].set_ylabel("held-out gain, of LoRA on all", fontsize=8)
     write(figure, path)
 
@@ -293,14 +296,13 @@ def choice(models: list[Figures]) -> None:
     figures = models[0]
     cost = json.loads(COST.read_text())["steps"]
 
-    def gained(name: str, share: float) -> str:
-        runs = functools.partial(figures.best, figures.trained(name, share))
-        return str(estimate(runs, figures.runs))
-
     def costs(name: str) -> str:
-        return f"{cost[name]['bytes']:.2f} of the bytes and {cost[name]['time']:.2f} of the time"
+        return f"{cost[name]['bytes']:.2f} of the activations and {cost[name]['time']:.2f} of the time"
 
-    last, best = gained("last layers", 0.3), gained("best modules", 0.3)
+    last, best, rank_1 = (
+        figures.tuned(*arm) for arm in (("last layers", 0.3), ("best modules", 0.3), ("rank 1", EIGHTH))
+    )
+    alike = statistics.mean(agreement(figures, KEPT, figures.pairs()["two sets"]))
     rows = [
         [
             "**a trained LoRA adapter**",
@@ -311,19 +313,20 @@ def choice(models: list[Figures]) -> None:
         [
             "**a limit on memory or time**",
             "[plan it](docs/howto/memory.md); NF4 and checkpointing first, the last layers if nothing else fits",
-            f"the last 30 % of the layers gain {last} of LoRA on all for {costs('last layers')}; "
+            f"the last 30 % of the layers gain {last} of LoRA on all (two sets) for {costs('last layers')}; "
             f"the best 30 % of the modules gain {best} for {costs('best modules')}",
         ],
         [
             "**a budget of parameters**",
             "LoRA on all modules at a lower rank, or train r = 8 and prune",
-            f"rank 1 has 12.5 % of the parameters of r = 8, and gains {gained('rank 1', EIGHTH)} of it",
+            f"rank 1 has an eighth of the parameters of r = 8 and gains {rank_1} of what r = 8 gains, at twice its "
+            "learning rate",
         ],
         [
             "**a wish to understand**",
             "[rank the adapter](docs/howto/adapter.md): `peft-ila rank --adapter`",
-            f"a heatmap of what fine-tuning changed; on two data sets, the kept ranks of the modules have a Spearman "
-            f"correlation of {statistics.mean(agreement(figures, KEPT, figures.pairs()['two sets'])):.2f}",
+            "a heatmap of what fine-tuning changed *here*: on two data sets, the kept ranks of the modules have a "
+            f"Spearman correlation of {alike:.2f}",
         ],
     ]
     table(["you have", "do this", "what to expect"], rows)
@@ -333,7 +336,7 @@ def price(models: list[Figures]) -> None:
     """What LoRA on a part gains, and what a step of it costs."""
     cost = json.loads(COST.read_text())["steps"]
     table(
-        ["LoRA on", "parameters", "gained, of LoRA on all", "bytes kept by a step", "its time"],
+        ["LoRA on", "parameters", "gained, of LoRA on all", "activations of a step", "its time"],
         (
             [name, percent(share), gain or "not run", f"{cost[name]['bytes']:.2f}", f"{cost[name]['time']:.2f}"]
             for name, share, gain in prices(models[0])
@@ -344,9 +347,7 @@ def price(models: list[Figures]) -> None:
 def prices(figures: Figures) -> list[tuple[str, float, Estimate | None]]:
     """Parts whose step was measured: their shares of the parameters, and the gain at the best rate."""
     names = (("rank 1", EIGHTH), ("best modules", 0.3), ("last layers", 0.3), ("first layers", 0.3))
-    return [("all", 1.0, figures.estimate(WHOLE))] + [
-        (*arm, estimate(functools.partial(figures.best, figures.trained(*arm)), figures.runs)) for arm in names
-    ]
+    return [("all", 1.0, figures.estimate(WHOLE))] + [(*arm, figures.tuned(*arm)) for arm in names]
 
 
 def serving(models: list[Figures]) -> None:

@@ -114,9 +114,7 @@ class Problem:
         """A batch; its `labels` are those of the answers."""
         if not self.on_gpu:
             return _packed(examples)
-        length = max(len(example.tokens) for example in examples)
-        if self.on_gpu:
-            length = math.ceil(length / MULTIPLE) * MULTIPLE
+        length = math.ceil(max(len(example.tokens) for example in examples) / MULTIPLE) * MULTIPLE
         ids = torch.zeros(len(examples), length, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         for row, example in enumerate(examples):
@@ -129,6 +127,9 @@ class Problem:
         """Over the answers' tokens of a batch."""
         if self.on_gpu:
             return model(**batch, use_cache=False).loss
+        if getattr(model, "peft_type", None) == "ADALORA":  # PEFT adds a regulariser to the model's own loss
+            inputs = {name: values for name, values in batch.items() if name != "logits_to_keep"}
+            return model(**inputs, use_cache=False).loss
         inputs = {name: values for name, values in batch.items() if name != "labels"}
         return _loss_of_packed(model(**inputs, use_cache=False), batch["labels"])
 
