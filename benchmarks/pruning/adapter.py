@@ -37,13 +37,11 @@ class Adapter:
         self.sizes = self.directions.sizes.float()
         self.none, self.all = torch.zeros(len(self.sizes)), torch.ones(len(self.sizes))
         if not cache.exists():
-            torch.save(torch.stack([self._slope(self.none) for _ in range(BATCHES)]), cache)
+            steps = itertools.islice(self.steps, BATCHES)
+            torch.save(torch.stack([self.directions.slope(measurement, step, self.none) for step in steps]), cache)
         self.slopes: torch.Tensor = torch.load(cache, weights_only=True)  # of each batch
         self.worth = -self.slopes.mean(0)
         self._refined: dict[float, torch.Tensor] = {}  # two arms look at each
-
-    def _slope(self, gates: torch.Tensor) -> torch.Tensor:
-        return self.directions.slope(self.measurement, next(self.steps), gates)
 
     def gated(self, gates: torch.Tensor) -> Any:
         """The model with these gates."""
@@ -74,8 +72,9 @@ class Adapter:
             return self._refined[share]
         gates = self.attribution(share / ROUNDS)
         for number in range(2, ROUNDS + 1):
-            slopes = [self._slope(gates) for _ in range(BATCHES)]
-            gates = self.first(-torch.stack(slopes).mean(0) / self.sizes, share * number / ROUNDS, gates)
+            steps = itertools.islice(self.steps, BATCHES)
+            worth = self.directions.attributions(self.measurement, steps, gates)
+            gates = self.first(worth / self.sizes, share * number / ROUNDS, gates)
         self._refined[share] = gates
         return gates
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import read_lines
-from benchmarks.study.figures import Estimate, Run, Value, estimate
+from benchmarks.study.figures import Estimate, Run, estimate
 
 Arm = tuple[str, float]  # its name and its share of the whole adapter's parameters
 BOTH, REPORTED = (0, 1), (1,)  # halves of the held-out examples
@@ -75,13 +75,3 @@ class Figures:
             elif one[1] == other[1]:
                 found["two sets"].append((one, other))
         return found
-
-
-def less(a: Value, b: Value) -> Value:
-    """The paired difference."""
-
-    def paired(run: Run) -> float | None:
-        x, y = a(run), b(run)
-        return None if x is None or y is None else x - y
-
-    return paired

@@ -16,11 +16,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pruning.figures import BOTH, REPORTED, Arm, Figures, less
+from benchmarks.pruning.figures import BOTH, REPORTED, Arm, Figures
 from benchmarks.pruning.run import FACTORS, RANK, TEXTS
 from benchmarks.record import table
 from benchmarks.study.claims import Claim
-from benchmarks.study.figures import NAMES, Estimate, Run, Value, estimate
+from benchmarks.study.figures import NAMES, Estimate, Run, Value, estimate, less
 from benchmarks.study.tables import insert
 from peft_ila.files import whole_file
 from peft_ila.ranking.comparison import mean_and_error, spearman

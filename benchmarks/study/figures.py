@@ -135,11 +135,16 @@ def estimate(value: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
     return Estimate(*found, sum(map(len, by_set.values())))
 
 
-def difference(a: Value, b: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
-    """Of the paired differences, over the runs that have both."""
+def less(a: Value, b: Value) -> Value:
+    """The paired difference, where both are known."""
 
     def paired(run: Run) -> float | None:
         x, y = a(run), b(run)
         return None if x is None or y is None else x - y
 
-    return estimate(paired, runs)
+    return paired
+
+
+def difference(a: Value, b: Value, runs: Iterable[Run] = RUNS) -> Estimate | None:
+    """Of the paired differences, over the runs that have both."""
+    return estimate(less(a, b), runs)
