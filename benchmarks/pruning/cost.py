@@ -23,10 +23,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from benchmarks.cost.step_cost import IDS, interleaved, load, saved_bytes, seconds
 from benchmarks.pruning.figures import Figures
-from benchmarks.pruning.run import RANK
 from benchmarks.record import save, table
 from benchmarks.study.arms import layers_within, modules_within
-from benchmarks.study.problem import adapted_modules
+from benchmarks.study.problem import RANK, adapted_modules
 from peft_ila import LayerImportance
 
 PROMPT = 256  # tokens
@@ -75,7 +74,7 @@ def ratios(steps: dict[str, Any], against: str) -> dict[str, float]:
 
 def served(figures: Figures) -> dict[str, Any]:
     """Adapters with the ranks of a whole one and of pruned ones."""
-    names = list(figures.made_by["units"])
+    names = list(figures.units)
     found = {"whole": get_peft_model(load("fp32"), LoraConfig(r=RANK, target_modules=names))}
     for share in (0.25, 0.125, 0.05):
         ranks = figures.ranks(("rounds", share), figures.runs[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import read_lines
-from benchmarks.study.figures import Estimate, Run, estimate
+from benchmarks.study.figures import Estimate, Run, Value, estimate
 
 Arm = tuple[str, float]  # its name and its share of the whole adapter's parameters
 BOTH, REPORTED = (0, 1), (1,)  # halves of the held-out examples
@@ -18,7 +18,9 @@ class Figures:
     """The rows of one model, by run and arm."""
 
     def __init__(self, rows: list[dict[str, Any]], made_by: dict[str, Any]) -> None:
-        self.made_by = made_by
+        self.rank: int = made_by["rank"]
+        self.units: dict[str, int] = made_by["units"]
+        self.name = made_by["model"] + (f", r = {self.rank}" if self.rank != 8 else "")
         self.rows = {(row["arm"], row["share"], row["data"], row["seed"]): row for row in rows}
         self.runs: list[Run] = list(dict.fromkeys((row["data"], row["seed"]) for row in rows))
 
@@ -55,11 +57,17 @@ class Figures:
         found = {key[:2] for key in self.rows if key[0].startswith(f"{name} at ") and key[1] == share}
         return sorted(found)
 
-    def tuned(self, name: str, share: float) -> Estimate | None:
-        """What was trained by this name has gained, at the best of its rates."""
-        arms = self.trained(name, share)
-        several = functools.partial(self.best, arms)
-        return self.estimate(arms[0]) if len(arms) == 1 else estimate(several, self.runs)
+    def tuned(self, name: str, share: float) -> Value:
+        """What was trained by this name has gained, at the rate that is best on the first halves of all sets."""
+        arms = self.trained(name, share) or [(name, share)]
+        if len(arms) == 1:
+            return functools.partial(self.kept, arms[0])
+
+        def gained(arm: Arm) -> float:
+            return sum(self.kept(arm, run, (0,)) or 0.0 for run in tried)
+
+        tried = [run for run in self.runs if all(self.kept(arm, run) is not None for arm in arms)]
+        return functools.partial(self.kept, max(arms, key=gained), halves=REPORTED)
 
     def ranks(self, arm: Arm, run: Run) -> list[int] | None:
         """The kept rank of each module."""

@@ -28,15 +28,15 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from benchmarks.pruning.adapter import HALF, Adapter, adapter, losses
 from benchmarks.record import read_lines, save
 from benchmarks.study.arms import layers_within, modules_within
-from benchmarks.study.problem import Example, Problem, adapted_modules, gemma, load_base, read_examples, read_text
+from benchmarks.study.problem import Problem, adapted_modules, gemma, load_base, read_examples, read_text
 from benchmarks.study.rankings import untrained
 from peft_ila.embedded import smollm2
 
-STEPS, RANK = 60, 8
+STEPS = 60
 MAX_LENGTH, PROMPT = 96, 72  # tokens
 SETS = ("sft_alpaca_gpt4", "sft_lima", "sft_dolly", "reason_gsm8k", "reason_math")
 TEXTS = ("text_wikitext2", "text_c4")
-RATES = {"smollm2": 2e-3, "gemma": 1e-3}  # the study's best for LoRA on all modules
+RATES = {"smollm2": 2e-3, "gemma": 1e-3}  # the study's best for LoRA with r = 8 on all modules
 FACTORS = (0.7, 0.85, 1.15, 1.3)
 
 Losses = Callable[[], dict[str, Any]]
@@ -50,7 +50,7 @@ class Run:
     def __init__(self, data: str, seed: int) -> None:
         self.problem = Problem(_worker["base"], _worker["examples"][data], seed)
         self.sizes = adapted_modules(_worker["base"])
-        self.rate = RATES[_worker["model"]]
+        self.rank, self.rate = _worker["rank"], _worker["rate"]
         self.directory = _worker["work"] / f"{_worker['model']}-{data}-{seed}"
 
     def trained(self, rank: int, rate: float, units: list[str] | None = None) -> dict[str, Any]:
@@ -69,9 +69,9 @@ class Run:
 
     def adapter(self) -> Any:
         """The one that is pruned."""
-        if not (self.path(RANK, self.rate) / SAFETENSORS_WEIGHTS_NAME).exists():
-            self.trained(RANK, self.rate)
-        return adapter(self.problem, self.path(RANK, self.rate))
+        if not (self.path(self.rank, self.rate) / SAFETENSORS_WEIGHTS_NAME).exists():
+            self.trained(self.rank, self.rate)
+        return adapter(self.problem, self.path(self.rank, self.rate))
 
     def bars(self, shares: tuple[float, ...] = (0.05, 0.125), factors: tuple[float, ...] = FACTORS) -> Arms:
         """What the bars are about."""
@@ -82,7 +82,7 @@ class Run:
             yield from self.chosen(own, "singular value", own.singular_value, shares, gates=True)
             yield from self.chosen(own, "rounds", own.rounds, shares, gates=True)
             yield from self.chosen(
-                own, "same rank", own.same_rank, tuple(s for s in shares if s >= 1 / RANK), gates=True
+                own, "same rank", own.same_rank, tuple(s for s in shares if s >= 1 / self.rank), gates=True
             )
             for factor in factors:
                 yield f"times {factor}", 1.0, lambda factor=factor: {"losses": own.losses(factor * own.all)}
@@ -99,7 +99,7 @@ class Run:
             yield from self.chosen(own, "random", own.random, (0.05, 0.5))
             yield "all, gates", 1.0, lambda: {"losses": own.losses(own.learn(own.all))}
             yield from self.chosen(own, "rounds", own.rounds, (0.02,), gates=True)
-            for batches in (4, 8):
+            for batches in (4, 8, 32):
                 by = functools.partial(own.attribution, batches=batches)
                 yield from self.chosen(own, f"attribution, {batches} batches", by, (0.05,))
 
@@ -129,13 +129,25 @@ class Run:
             if gates:
                 yield f"{name}, gates", share, functools.partial(measured, share, True)
 
-    def rank(self, rank: int, times: float = 1.0) -> Arms:
-        """LoRA that is trained at a lower rank, at a multiple of the rate."""
+    def other_rank(self, rank: int, times: float = 1.0) -> Arms:
+        """LoRA that is trained at another rank, at a multiple of the rate."""
         rate = times * self.rate
-        yield f"rank {rank} at {rate:g}", rank / RANK, functools.partial(self.trained, rank, rate)
+        yield f"rank {rank} at {rate:g}", rank / self.rank, functools.partial(self.trained, rank, rate)
+
+    def adaptive(self, method: str, rank: int, times: float) -> Arms:
+        """Methods that choose the ranks themselves, at a mean rank and a multiple of the rate."""
+        problem, units, rate = self.problem, list(self.sizes), times * self.rate
+
+        def trained() -> dict[str, Any]:
+            with problem.eva(units, rank) if method == "EVA" else problem.adalora(units, STEPS, rank) as model:
+                for _ in problem.fit(model, rate, STEPS):
+                    pass
+                return {"losses": losses(problem, model)}
+
+        yield f"{method}, rank {rank} at {rate:g}", rank / self.rank, trained
 
     def parts(self, *choices: tuple[str, float, float]) -> Arms:
-        """LoRA at r = 8 on a part of the modules: which, their share of the parameters, and a multiple of the rate."""
+        """LoRA on a part of the modules: which, their share of the parameters, and a multiple of the rate."""
         everything = sum(self.sizes.values())
 
         def part(name: str, share: float, rate: float) -> dict[str, Any]:
@@ -146,7 +158,7 @@ class Run:
                 places = range(len(self.sizes)) if name == "last layers" else range(len(self.sizes), 0, -1)
                 units = layers_within(share * everything, dict(zip(self.sizes, places)), self.sizes)
             used = sum(self.sizes[unit] for unit in units) / everything
-            return {**self.trained(RANK, rate, units), "used": round(used, 5)}
+            return {**self.trained(self.rank, rate, units), "used": round(used, 5)}
 
         for name, share, times in choices:
             rate = times * self.rate
@@ -181,30 +193,33 @@ def figures(values: torch.Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-PHASES: dict[str, Callable[[Run], Arms]] = {
-    "bars": Run.bars,
-    "bars at 5 %": lambda run: run.bars((0.05,), ()),
-    "curve": Run.curve,
-    "quarter": Run.quarter,
-    "rank 1": lambda run: run.rank(1),
-    "rank 1, twice": lambda run: run.rank(1, 2.0),
-    "rank 2": lambda run: run.rank(2),
-    "rank 4": lambda run: run.rank(4),
-    "parts": lambda run: run.parts(("last layers", 0.3, 2.0), ("best modules", 0.3, 2.0)),
-    "parts, others": lambda run: run.parts(
-        ("last layers", 0.3, 4.0), ("first layers", 0.3, 2.0), ("best modules", 0.1, 2.0)
-    ),
-    "forgetting": Run.forgetting,
-}
+PHASES: dict[str, Callable[[Run], Arms]] = (
+    {
+        "bars": Run.bars,
+        "bars at 5 %": lambda run: run.bars((0.05,), ()),
+        "curve": Run.curve,
+        "quarter": Run.quarter,
+        "parts": lambda run: run.parts(("last layers", 0.3, 2.0), ("best modules", 0.3, 2.0)),
+        "parts, others": lambda run: run.parts(
+            ("last layers", 0.3, 4.0), ("first layers", 0.3, 2.0), ("best modules", 0.1, 2.0)
+        ),
+        "forgetting": Run.forgetting,
+    }
+    | {
+        f"rank {rank}, rate x{times:g}": functools.partial(Run.other_rank, rank=rank, times=times)
+        for rank, times in ((1, 2), (1, 1), (1, 4), (8, 2), (64, 1), (64, 0.5), (2, 1), (4, 1))
+    }
+    | {
+        f"{method}, rank 1, rate x{times:g}": functools.partial(Run.adaptive, method=method, rank=1, times=times)
+        for method, times in (("EVA", 2), ("AdaLoRA", 2), ("AdaLoRA", 4))
+    }
+)
 
 
-def start(
-    model: str, directory: Path, examples: dict[str, list[Example]], work: Path, output: Path, done: set[str]
-) -> None:
+def start(directory: Path, values: dict[str, Any]) -> None:
     """Make a process ready for jobs."""
     torch.set_num_threads(1)
-    base = load_base(directory, "cpu", torch.bfloat16)
-    _worker.update(model=model, base=base, examples=examples, work=work, output=output, done=done)
+    _worker.update(values, base=load_base(directory, "cpu", torch.bfloat16))
 
 
 def work(data: str, seed: int, phase: str) -> None:
@@ -226,6 +241,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the directory of the JSONL files")
     parser.add_argument("--work", type=Path, required=True, help="where trained adapters are kept")
     parser.add_argument("--gemma", type=Path, help="instead of SmolLM2-135M-Instruct: a directory for Gemma-3-270m")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapter that is pruned")
+    parser.add_argument("--rate", type=float, help="its learning rate; default: the best for r = 8")
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
@@ -237,13 +254,15 @@ def main() -> None:
         data: read_examples(args.data / f"{data}.jsonl", directory, MAX_LENGTH, PROMPT) for data in args.sets
     } | {text: read_text(args.data / f"{text}.jsonl", directory) for text in TEXTS}
     units = adapted_modules(load_base(directory, "cpu"))
-    save(args.output_dir / "made_by.json", {"model": directory.name, "steps": STEPS, "units": units})
+    save(
+        args.output_dir / "made_by.json", {"model": directory.name, "rank": args.rank, "steps": STEPS, "units": units}
+    )
     output = args.output_dir / "figures.jsonl"
     done = {row["key"] for row in read_lines(output)}
+    values = {"model": model, "rank": args.rank, "rate": args.rate or RATES[model]}
+    values |= {"examples": examples, "work": args.work, "output": output, "done": done}
     context = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        args.processes, context, start, (model, directory, examples, args.work, output, done)
-    ) as pool:
+    with ProcessPoolExecutor(args.processes, context, start, (directory, values)) as pool:
         jobs = itertools.product(args.phases, args.seeds, args.sets)
         futures = [pool.submit(work, data, seed, phase) for phase, seed, data in jobs]
         for future in as_completed(futures):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pruning.figures import BOTH, REPORTED, Arm, Figures
-from benchmarks.pruning.run import FACTORS, RANK, TEXTS
+from benchmarks.pruning.run import FACTORS, TEXTS
 from benchmarks.record import table
 from benchmarks.study.claims import Claim
 from benchmarks.study.figures import NAMES, Estimate, Run, Value, estimate, less
@@ -44,6 +44,7 @@ LABELS = {
     "random": "random directions, gates of 1",
     "attribution, 4 batches": "attribution on 4 batches instead of 16, one round, gates of 1",
     "attribution, 8 batches": "attribution on 8 batches, one round, gates of 1",
+    "attribution, 32 batches": "attribution on 32 batches, one round, gates of 1",
     "all, gates": "all directions, learned gates",
 }
 KEPT = ("rounds", EIGHTH)
@@ -63,7 +64,12 @@ def curves(models: list[Figures]) -> None:
 
 
 def by_set(models: list[Figures]) -> None:
-    """The main arms, a column for each set."""
+    """The main arms of each model, a column for each set: the mean over its seeds."""
+    for figures in models:
+        _by_set(figures)
+
+
+def _by_set(figures: Figures) -> None:
     arms: list[Arm] = [
         (PRUNED, TWENTIETH),
         ("rounds", TWENTIETH),
@@ -73,33 +79,35 @@ def by_set(models: list[Figures]) -> None:
         ("singular value, gates", EIGHTH),
         ("same rank, gates", EIGHTH),
         ("same rank", EIGHTH),
-        *((f"attribution, {batches} batches", TWENTIETH) for batches in (4, 8)),
+        *((f"attribution, {batches} batches", TWENTIETH) for batches in (4, 8, 32)),
         ("attribution", TWENTIETH),
         ("all, gates", 1.0),
         *TIMES[1:],
+        *trained_ranks(figures),
     ]
-    for figures in models:
-        arms_of = [*arms, *(arm for rank in (1, 2, 4) for arm in figures.trained(f"rank {rank}", rank / RANK))]
+    runs_of = {data: [run for run in figures.runs if run[0] == data] for data, _ in figures.runs}
 
-        def cell(arm: Arm, run: Run, figures: Figures = figures) -> str | None:
-            own = figures.kept(arm, run)
-            return None if own is None else f"{own:.3f}"
+    def cells(value: Value) -> list[Estimate | None]:
+        return [estimate(value, runs) for runs in runs_of.values()]
 
-        losses = [[figures.loss(arm, run, (0, 1)) for run in figures.runs] for arm in (("base", 0.0), WHOLE)]
-        rows: list[list[Any]] = [["held-out loss without the adapter", "", *losses[0], None]]
-        rows.append(["held-out loss with it", "", *losses[1], None])
-        rows += [
-            [
-                LABELS.get(arm[0], arm[0]),
-                percent(arm[1]),
-                *(cell(arm, run) for run in figures.runs),
-                figures.estimate(arm),
-            ]
-            for arm in arms_of
-        ]
-        names = [NAMES[data] + (f", seed {seed}" if seed else "") for data, seed in figures.runs]
-        print(f"**{figures.made_by['model']}**\n")
-        table(["kept of the gain", "parameters", *names, "mean"], (x for x in rows if any(x[2:])))
+    def row(arm: Arm) -> list[Any]:
+        name, share = arm
+        kept = cells(functools.partial(figures.kept, arm))
+        return [LABELS.get(name, name), percent(share), *kept, figures.estimate(arm)]
+
+    def losses(arm: Arm) -> list[Any]:
+        return [*cells(functools.partial(figures.loss, arm, halves=BOTH)), None]
+
+    rows = [["held-out loss without the adapter", "", *losses(("base", 0.0))]]
+    rows += [["held-out loss with it", "", *losses(WHOLE)], *map(row, arms)]
+    names = [f"{NAMES[data]} ({len(runs)})" for data, runs in runs_of.items()]
+    print(f"**{figures.name}** (runs)\n")
+    table(["kept of the gain", "parameters", *names, "mean"], (x for x in rows if any(x[2:])))
+
+
+def trained_ranks(figures: Figures) -> list[Arm]:
+    """LoRA on all modules at other ranks."""
+    return [arm for rank in (1, 2, 4, 64) for arm in figures.trained(f"rank {rank}", rank / figures.rank)]
 
 
 def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
@@ -114,8 +122,7 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
     def best(arms: list[Arm]) -> Value:
         return functools.partial(figures.best, arms)
 
-    value, gated = "singular value", "singular value, gates"
-    rank_1 = best(figures.trained("rank 1", EIGHTH))
+    value, gated, rank_1 = "singular value", "singular value, gates", figures.tuned("rank 1", EIGHTH)
     found: list[tuple[str, float, Value]] = [
         ("5 % of an adapter's parameters keep 0.95 of its gain", 0.95, kept(PRUNED, TWENTIETH)),
         ("12.5 % keep all of it", 1.0, kept(PRUNED, EIGHTH)),
@@ -125,7 +132,11 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
         ("12.5 %: the same, gates learned on both sides", 0.0, minus(PRUNED, gated, EIGHTH)),
         ("12.5 %: minus one rank for all modules, gates of 1", 0.0, minus("rounds", "same rank", EIGHTH)),
         ("12.5 %: the same, gates learned on both sides", 0.0, minus(PRUNED, "same rank, gates", EIGHTH)),
-        ("12.5 %: pruned minus LoRA trained at rank 1", 0.0, less(kept(PRUNED, EIGHTH, REPORTED), rank_1)),
+        (
+            "12.5 %: pruned minus LoRA trained at rank 1",
+            0.0,
+            less(kept(PRUNED, EIGHTH, REPORTED), rank_1),
+        ),
         ("the best share of directions minus the best factor on all", 0.0, less(best(CLOSED), best(TIMES))),
     ]
     rows = [(Claim(text, "", lambda _: None, target), estimate(value, figures.runs)) for text, target, value in found]
@@ -144,23 +155,17 @@ def verdicts(models: list[Figures]) -> None:
         rows.append(
             [claim.text, f"above {claim.target:g}", *shown, "; ".join(dict.fromkeys(v for _, v in cells if v))]
         )
-    table(["claim", "bar", *(f"{figures.made_by['model']} (runs)" for figures in models), "verdict"], rows)
+    table(["claim", "bar", *(f"{figures.name} (runs)" for figures in models), "verdict"], rows)
 
 
 def parts(models: list[Figures]) -> None:
     """LoRA trained on a part of the modules or at a lower rank, against pruning."""
     figures = models[0]
+    names = (("last layers", 0.3), ("first layers", 0.3), ("best modules", 0.3), ("best modules", 0.1))
     rows = []
-    for name, share in (
-        *((f"rank {rank}", rank / RANK) for rank in (1, 2, 4)),
-        ("last layers", 0.3),
-        ("first layers", 0.3),
-        ("best modules", 0.3),
-        ("best modules", 0.1),
-    ):
-        for arm in figures.trained(name, share):
-            own = figures.estimate(arm)
-            rows.append([*arm[0].split(" at "), percent(share), own.runs if own else 0, own])
+    for arm in [*trained_ranks(figures), *(arm for name in names for arm in figures.trained(*name))]:
+        own = figures.estimate(arm)
+        rows.append([*arm[0].split(" at "), percent(arm[1]), own.runs if own else 0, own])
     table(["LoRA trained on", "learning rate", "parameters", "runs", "gained, of LoRA on all"], rows)
 
 
@@ -186,14 +191,14 @@ def structure(models: list[Figures]) -> None:
     figures = models[0]
     rows: list[list[Any]] = []
     for arm in (KEPT, QUARTER):
-        if found := agreement(figures, arm, figures.pairs()["two sets"]):
-            rows.append(
-                ["the kept rank on another set", percent(arm[1]), len(found), statistics.mean(found), min(found)]
-            )
+        for pairs, label in (("two seeds of a set", "with another seed"), ("two sets", "on another set")):
+            if found := agreement(figures, arm, figures.pairs()[pairs]):
+                cells = [percent(arm[1]), len(found), statistics.mean(found), min(found)]
+                rows.append([f"the kept rank {label}", *cells])
     own = [value for run in figures.runs if (value := with_worth(figures, run)) is not None]
     rows.append(["the module's worth for each parameter", percent(EIGHTH), len(own), statistics.mean(own), min(own)])
     table(["kept rank of a module, and", "kept of the parameters", "n", "Spearman, mean", "least"], rows)
-    print(f"The mean kept rank by kind of module, of {RANK}, with {percent(TWENTIETH)} of the parameters kept:\n")
+    print(f"The mean kept rank by kind of module, with {percent(TWENTIETH)} of the parameters kept:\n")
     found_ranks = [ranks(own, ("rounds", TWENTIETH)) for own in models]
     kinds = dict.fromkeys(name.rsplit(".", 1)[1] for name in found_ranks[0])
 
@@ -201,7 +206,7 @@ def structure(models: list[Figures]) -> None:
         means = (statistics.mean(v for name, v in own.items() if name.endswith(f".{kind}")) for own in found_ranks)
         return [f"`{kind}`", *(f"{mean:.2f}" for mean in means)]
 
-    table(["module", *(f"{own.made_by['model']} (runs: {len(own.runs)})" for own in models)], map(row, kinds))
+    table(["module", *(f"{own.name} (runs: {len(own.runs)})" for own in models)], map(row, kinds))
 
 
 def agreement(figures: Figures, arm: Arm, pairs: list[tuple[Run, Run]]) -> list[float]:
@@ -216,14 +221,14 @@ def with_worth(figures: Figures, run: Run) -> float | None:
     if kept is None or whole is None:
         return None
     worth = whole["worth"]
-    sums = [sum(worth[i * RANK : (i + 1) * RANK]) for i in range(len(kept))]
-    return spearman(kept, [own / size for own, size in zip(sums, figures.made_by["units"].values())])
+    sums = [sum(worth[i * figures.rank : (i + 1) * figures.rank]) for i in range(len(kept))]
+    return spearman(kept, [own / size for own, size in zip(sums, figures.units.values())])
 
 
 def ranks(figures: Figures, arm: Arm) -> dict[str, float]:
     """The mean kept rank of each module over the runs."""
     found = [own for run in figures.runs if (own := figures.ranks(arm, run))]
-    return {name: statistics.mean(values) for name, values in zip(figures.made_by["units"], zip(*found))}
+    return {name: statistics.mean(values) for name, values in zip(figures.units, zip(*found))}
 
 
 def draw(models: list[Figures], directory: Path) -> None:
@@ -242,7 +247,7 @@ def draw(models: list[Figures], directory: Path) -> None:
         x, y = [x for x, _ in points], [own.mean for _, own in points]
         axes.errorbar(x, y, [own.error or 0 for _, own in points], label=label.replace("`", ""), capsize=2, **style)
     drawn_runs = [run for run in figures.runs if figures.kept(QUARTER, run) is not None]
-    if own := estimate(functools.partial(figures.best, figures.trained("rank 1", EIGHTH)), drawn_runs):
+    if own := estimate(figures.tuned("rank 1", EIGHTH), drawn_runs):
         axes.errorbar([12.5], [own.mean], [own.error or 0], fmt="k*", markersize=9, label="LoRA trained at rank 1")
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
@@ -252,12 +257,12 @@ def draw(models: list[Figures], directory: Path) -> None:
     axes.set_xlabel("kept of the adapter's parameters, %")
     axes.set_ylabel("kept of its gain in held-out loss")
     sets = len({data for data, _ in drawn_runs})
-    axes.set_title(f"{figures.made_by['model']}, LoRA r = {RANK}, {sets} data sets", fontsize=10)
+    axes.set_title(f"{figures.name}, LoRA r = {figures.rank}, {sets} data sets", fontsize=10)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write(figure, path)
     found = ranks(figures, KEPT)
     title = f"Kept rank of each module, {percent(EIGHTH)} of the parameters, mean of {len(figures.runs)} runs"
-    heatmap(found, f"kept of {RANK} directions", title, directory / "ranks.png")
+    heatmap(found, f"kept of {figures.rank} directions", title, directory / "ranks.png")
 
 
 def draw_prices(figures: Figures, path: Path) -> None:
@@ -304,7 +309,8 @@ def choice(models: list[Figures]) -> None:
         return f"{cost[name]['bytes']:.2f} of the activations and {cost[name]['time']:.2f} of the time"
 
     last, best, rank_1 = (
-        figures.tuned(*arm) for arm in (("last layers", 0.3), ("best modules", 0.3), ("rank 1", EIGHTH))
+        estimate(figures.tuned(*arm), figures.runs)
+        for arm in (("last layers", 0.3), ("best modules", 0.3), ("rank 1", EIGHTH))
     )
     alike = statistics.mean(agreement(figures, KEPT, figures.pairs()["two sets"]))
     rows = [
@@ -351,7 +357,9 @@ def price(models: list[Figures]) -> None:
 def prices(figures: Figures) -> list[tuple[str, float, Estimate | None]]:
     """Parts whose step was measured: their shares of the parameters, and the gain at the best rate."""
     names = (("rank 1", EIGHTH), ("best modules", 0.3), ("last layers", 0.3), ("first layers", 0.3))
-    return [("all", 1.0, figures.estimate(WHOLE))] + [(*arm, figures.tuned(*arm)) for arm in names]
+    return [("all", 1.0, figures.estimate(WHOLE))] + [
+        (*arm, estimate(figures.tuned(*arm), figures.runs)) for arm in names
+    ]
 
 
 def serving(models: list[Figures]) -> None:

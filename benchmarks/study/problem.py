@@ -137,15 +137,16 @@ class Problem:
         """The base model with LoRA at these modules."""
         return self._adapted(LoraConfig(r=rank, **_options(units, rank)))
 
-    def eva(self, units: list[str]) -> Adapted:
-        """With EVA's ranks and initial A (https://arxiv.org/abs/2410.07170), at the budget of rank 8 everywhere."""
+    def eva(self, units: list[str], rank: int = RANK) -> Adapted:
+        """With EVA's ranks and initial A (https://arxiv.org/abs/2410.07170), at the budget of one rank everywhere."""
         eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}
-        return self._adapted(LoraConfig(r=RANK, **eva, **_options(units, RANK)))
+        return self._adapted(LoraConfig(r=rank, **eva, **_options(units, rank)))
 
-    def adalora(self, units: list[str], steps: int) -> Adapted:
-        """With AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank of 8."""
+    def adalora(self, units: list[str], steps: int, rank: int = RANK) -> Adapted:
+        """With AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank."""
         times = {"tinit": steps // 10, "tfinal": steps // 2, "deltaT": max(1, steps // 50), "total_step": steps}
-        return self._adapted(AdaLoraConfig(init_r=RANK * 3 // 2, target_r=RANK, **times, **_options(units, RANK)))
+        ranks = {"init_r": max(rank + 1, rank * 3 // 2), "target_r": rank}
+        return self._adapted(AdaLoraConfig(**ranks, **times, **_options(units, rank)))
 
     @contextlib.contextmanager
     def _adapted(self, config: LoraConfig) -> Iterator[PeftModel]:
