@@ -161,13 +161,26 @@ def test_the_seeds_of_a_set_are_no_independent_runs():
     assert estimate({}.get, values) is None
 
 
+def test_a_learning_rate_is_chosen_on_the_first_halves_where_all_were_tried():
+    def row(data, arm, share, *losses):
+        return {"data": data, "seed": 0, "arm": arm, "share": share, "losses": losses, "tokens": [1, 1]}
+
+    rows = [row(data, "base", 0.0, 2.0, 2.0) for data in "ab"] + [row(data, "whole", 1.0, 1.0, 1.0) for data in "ab"]
+    rows += [row(data, "rank 1 at 0.1", 0.125, 1.4, 1.0) for data in "ab"]
+    rows += [row("b", "rank 1 at 0.2", 0.125, 1.2, 1.5)]  # better on the first half of the set that has both
+    figures = pruning_figures.Figures(rows, {"model": "m", "rank": 8, "units": {}})
+    gained = figures.tuned("rank 1", 0.125)
+    assert (gained(("a", 0)), gained(("b", 0))) == (None, 0.5)
+    assert figures.tuned("rank 2", 0.25)(("a", 0)) is None
+
+
 def test_the_tables_are_those_of_the_figures():
     for module, figures, names, paths in (
         (tables, Figures, ("study", "study_gemma"), ("docs/choosing.md", "docs/reproduction.md")),
         (
             pruning_tables,
             pruning_figures.Figures,
-            ("pruning", "pruning_gemma", "pruning_r64"),
+            ("pruning", "pruning_gemma"),
             (
                 "README.md",
                 "docs/choosing.md",
