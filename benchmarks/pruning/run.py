@@ -211,7 +211,7 @@ PHASES: dict[str, Callable[[Run], Arms]] = (
     }
     | {
         f"{method}, rank 1, rate x{times:g}": functools.partial(Run.adaptive, method=method, rank=1, times=times)
-        for method, times in (("EVA", 2), ("AdaLoRA", 2), ("AdaLoRA", 4))
+        for method, times in (("EVA", 2), ("EVA", 1), ("AdaLoRA", 2), ("AdaLoRA", 4))
     }
 )
 
