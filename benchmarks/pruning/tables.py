@@ -165,14 +165,8 @@ def verdicts(models: list[Figures]) -> None:
 def parts(models: list[Figures]) -> None:
     """LoRA trained on a part of the modules or at a lower rank, against pruning."""
     figures = models[0]
-    names = (
-        ("EVA, rank 1", EIGHTH),
-        ("AdaLoRA, rank 1", EIGHTH),
-        ("last layers", 0.3),
-        ("first layers", 0.3),
-        ("best modules", 0.3),
-        ("best modules", 0.1),
-    )
+    names = [(f"{method}, rank 1", EIGHTH) for method in ("EVA", "AdaLoRA")]
+    names += [("last layers", 0.3), ("first layers", 0.3), ("best modules", 0.3), ("best modules", 0.1)]
     rows = []
     for arm in [*trained_ranks(figures), *(arm for name in names for arm in figures.trained(*name))]:
         own = figures.estimate(arm)
@@ -334,7 +328,7 @@ def choice(models: list[Figures]) -> None:
         [
             "**a limit on memory or time**",
             "[plan it](docs/howto/memory.md); NF4 and checkpointing first, the last layers if nothing else fits",
-            f"the last 30 % of the layers gain {last} of LoRA on all (two sets) for {costs('last layers')}; "
+            f"the last 30 % of the layers gain {last} of LoRA on all for {costs('last layers')}; "
             f"the best 30 % of the modules gain {best} for {costs('best modules')}",
         ],
         [
