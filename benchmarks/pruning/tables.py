@@ -334,7 +334,7 @@ def choice(models: list[Figures]) -> None:
         [
             "**a budget of parameters**",
             "LoRA on all modules at a lower rank, or train r = 8 and prune",
-            f"rank 1 has an eighth of the parameters of r = 8 and gains {rank_1} of what r = 8 gains, at twice its "
+            f"rank 1 has an eighth of the parameters of r = 8 and gains {rank_1} of what r = 8 gains, at its own "
             "learning rate",
         ],
         [
