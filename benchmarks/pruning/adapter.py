@@ -37,15 +37,11 @@ class Adapter:
         self.sizes = self.directions.sizes.float()
         self.none, self.all = torch.zeros(len(self.sizes)), torch.ones(len(self.sizes))
         if not cache.exists():
-            torch.save(self._slopes(BATCHES), cache)
+            steps = itertools.islice(self.steps, BATCHES)
+            torch.save(torch.stack([self.directions.slope(measurement, step, self.none) for step in steps]), cache)
         self.slopes: torch.Tensor = torch.load(cache, weights_only=True)  # of each batch
         self.worth = -self.slopes.mean(0)
         self._refined: dict[float, torch.Tensor] = {}  # two arms look at each
-
-    def _slopes(self, batches: int) -> torch.Tensor:
-        """On the first batches, with all gates closed: (batches, directions)."""
-        steps = itertools.islice(self.measurement.steps(), batches)
-        return torch.stack([self.directions.slope(self.measurement, step, self.none) for step in steps])
 
     def gated(self, gates: torch.Tensor) -> Any:
         """The model with these gates."""
@@ -68,8 +64,7 @@ class Adapter:
 
     def attribution(self, share: float, batches: int = BATCHES) -> torch.Tensor:
         """The directions that are worth most for each parameter."""
-        slopes = self.slopes if batches <= BATCHES else self._slopes(batches)
-        return self.first(-slopes[:batches].mean(0) / self.sizes, share)
+        return self.first(-self.slopes[:batches].mean(0) / self.sizes, share)
 
     def rounds(self, share: float) -> torch.Tensor:
         """The same in equal parts. After each, the rest is measured again beside what is kept already."""

@@ -75,12 +75,12 @@ def ratios(steps: dict[str, Any], against: str) -> dict[str, float]:
 def served(figures: Figures) -> dict[str, Any]:
     """Adapters with the ranks of a whole one and of pruned ones."""
     names = list(figures.units)
-    found = {"whole": get_peft_model(load("fp32"), LoraConfig(r=RANK, target_modules=names))}
+    found = {"whole": get_peft_model(load("fp32"), LoraConfig(r=figures.rank, target_modules=names))}
     for share in (0.25, 0.125, 0.05):
         ranks = figures.ranks(("rounds", share), figures.runs[0])
         if ranks:
             kept = {name: rank for name, rank in zip(names, ranks) if rank}
-            config = LoraConfig(r=RANK, target_modules=list(kept), rank_pattern=kept)
+            config = LoraConfig(r=figures.rank, target_modules=list(kept), rank_pattern=kept)
             found[f"{share:.1%} kept"] = get_peft_model(load("fp32"), config)
     return found
 

@@ -58,28 +58,22 @@ class Figures:
         return sorted(found)
 
     def tuned(self, name: str, share: float) -> Value:
-        """What was trained by this name has gained, at the rate that is best on the first halves of all sets."""
-        arms = self.trained(name, share) or [(name, share)]
-        if len(arms) == 1:
-            return functools.partial(self.kept, arms[0])
-
-        def gained(arm: Arm) -> float:
-            return sum(self.kept(arm, run, (0,)) or 0.0 for run in tried)
-
+        """What was trained by this name has gained on the second halves, at the rate that is best on the first."""
+        arms = self.trained(name, share)
         tried = [run for run in self.runs if all(self.kept(arm, run) is not None for arm in arms)]
-        return functools.partial(self.kept, max(arms, key=gained), halves=REPORTED)
+        firsts = {arm: estimate(functools.partial(self.kept, arm, halves=(0,)), tried) for arm in arms}
+        best = max(arms, key=lambda arm: own.mean if (own := firsts[arm]) else 0.0, default=(name, share))
+        return functools.partial(self.kept, best, halves=REPORTED)
 
     def ranks(self, arm: Arm, run: Run) -> list[int] | None:
         """The kept rank of each module."""
         row = self.rows.get((*arm, *run))
         return None if row is None else row["ranks"]
 
-    def pairs(self) -> dict[str, list[tuple[Run, Run]]]:
-        """Pairs of runs: two seeds of a set, or two sets with one seed."""
-        found: dict[str, list[tuple[Run, Run]]] = {"two seeds of a set": [], "two sets": []}
-        for one, other in itertools.combinations(self.runs, 2):
-            if one[0] == other[0]:
-                found["two seeds of a set"].append((one, other))
-            elif one[1] == other[1]:
-                found["two sets"].append((one, other))
-        return found
+    def pairs(self) -> tuple[list[tuple[Run, Run]], ...]:
+        """Pairs of runs: two seeds of a set, two sets with one seed, and of these the pairs whose sets have two seeds."""
+        pairs = list(itertools.combinations(self.runs, 2))
+        seeds = [(one, other) for one, other in pairs if one[0] == other[0]]
+        sets = [(one, other) for one, other in pairs if one[0] != other[0] and one[1] == other[1]]
+        repeated = {one[0] for one, _ in seeds}
+        return seeds, sets, [pair for pair in sets if all(data in repeated for data, _ in pair)]

@@ -8,7 +8,7 @@ gates. The rivals are LoRA trained at a lower rank or on a selection, and the wh
     python -m benchmarks.pruning.tables benchmarks/results/pruning
 
 On the CPU, in bfloat16 with adapters in fp32. A call resumes where the last one stopped: every figure is written as
-soon as it is there. Jobs have the order of `JOBS`.
+soon as it is there. Jobs have the order of `PHASES`.
 """
 
 import argparse
@@ -55,13 +55,17 @@ class Run:
 
     def trained(self, rank: int, rate: float, units: list[str] | None = None) -> dict[str, Any]:
         """The losses after LoRA. On all modules, the adapter is kept."""
-        problem, steps = self.problem, STEPS
-        with problem.lora(units or list(self.sizes), rank) as model:
-            for _ in problem.fit(model, rate, steps):
+        adapted = self.problem.lora(units or list(self.sizes), rank)
+        return self.fitted(adapted, rate, None if units else self.path(rank, rate))
+
+    def fitted(self, adapted: Any, rate: float, path: Path | None = None) -> dict[str, Any]:
+        """The losses after training."""
+        with adapted as model:
+            for _ in self.problem.fit(model, rate, STEPS):
                 pass
-            if units is None:
-                model.save_pretrained(self.path(rank, rate))
-            return {"losses": losses(problem, model)}
+            if path:
+                model.save_pretrained(path)
+            return {"losses": losses(self.problem, model)}
 
     def path(self, rank: int, rate: float) -> Path:
         """Of an adapter on all modules."""
@@ -82,7 +86,7 @@ class Run:
             yield from self.chosen(own, "singular value", own.singular_value, shares, gates=True)
             yield from self.chosen(own, "rounds", own.rounds, shares, gates=True)
             yield from self.chosen(
-                own, "same rank", own.same_rank, tuple(s for s in shares if s >= 1 / self.rank), gates=True
+                own, "same rank", own.same_rank, tuple(s for s in shares if (s * self.rank).is_integer()), gates=True
             )
             for factor in factors:
                 yield f"times {factor}", 1.0, lambda factor=factor: {"losses": own.losses(factor * own.all)}
@@ -99,7 +103,7 @@ class Run:
             yield from self.chosen(own, "random", own.random, (0.05, 0.5))
             yield "all, gates", 1.0, lambda: {"losses": own.losses(own.learn(own.all))}
             yield from self.chosen(own, "rounds", own.rounds, (0.02,), gates=True)
-            for batches in (4, 8, 32):
+            for batches in (4, 8):
                 by = functools.partial(own.attribution, batches=batches)
                 yield from self.chosen(own, f"attribution, {batches} batches", by, (0.05,))
 
@@ -139,10 +143,9 @@ class Run:
         problem, units, rate = self.problem, list(self.sizes), times * self.rate
 
         def trained() -> dict[str, Any]:
-            with problem.eva(units, rank) if method == "EVA" else problem.adalora(units, STEPS, rank) as model:
-                for _ in problem.fit(model, rate, STEPS):
-                    pass
-                return {"losses": losses(problem, model)}
+            return self.fitted(
+                problem.eva(units, rank) if method == "EVA" else problem.adalora(units, STEPS, rank), rate
+            )
 
         yield f"{method}, rank {rank} at {rate:g}", rank / self.rank, trained
 
@@ -253,13 +256,15 @@ def main() -> None:
     examples = {
         data: read_examples(args.data / f"{data}.jsonl", directory, MAX_LENGTH, PROMPT) for data in args.sets
     } | {text: read_text(args.data / f"{text}.jsonl", directory) for text in TEXTS}
-    units = adapted_modules(load_base(directory, "cpu"))
-    save(
-        args.output_dir / "made_by.json", {"model": directory.name, "rank": args.rank, "steps": STEPS, "units": units}
-    )
+    described = {"model": directory.name, "rank": args.rank, "rate": args.rate or RATES[model], "steps": STEPS}
+    if (path := args.output_dir / "made_by.json").exists():
+        before = json.loads(path.read_text())
+        if before | described != before:
+            parser.error(f"{args.output_dir} has the figures of another study; choose another --output_dir.")
+    save(path, {**described, "units": adapted_modules(load_base(directory, "cpu"))})
     output = args.output_dir / "figures.jsonl"
     done = {row["key"] for row in read_lines(output)}
-    values = {"model": model, "rank": args.rank, "rate": args.rate or RATES[model]}
+    values = {"model": model, "rank": args.rank, "rate": described["rate"]}
     values |= {"examples": examples, "work": args.work, "output": output, "done": done}
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, start, (directory, values)) as pool:

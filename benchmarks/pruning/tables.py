@@ -44,13 +44,12 @@ LABELS = {
     "random": "random directions, gates of 1",
     "attribution, 4 batches": "attribution on 4 batches instead of 16, one round, gates of 1",
     "attribution, 8 batches": "attribution on 8 batches, one round, gates of 1",
-    "attribution, 32 batches": "attribution on 32 batches, one round, gates of 1",
     "all, gates": "all directions, learned gates",
 }
 KEPT = ("rounds", EIGHTH)
 QUARTER = ("attribution", 0.25)  # measured where all of the curve is
 TIMES: list[Arm] = [WHOLE, *((f"times {factor}", 1.0) for factor in FACTORS)]
-CLOSED: list[Arm] = [WHOLE, *(("attribution", share) for share in SHARES)]
+CLOSED: list[Arm] = [WHOLE, *((rule, share) for rule in ("attribution", "rounds", PRUNED) for share in SHARES)]
 
 
 def curves(models: list[Figures]) -> None:
@@ -79,7 +78,7 @@ def _by_set(figures: Figures) -> None:
         ("singular value, gates", EIGHTH),
         ("same rank, gates", EIGHTH),
         ("same rank", EIGHTH),
-        *((f"attribution, {batches} batches", TWENTIETH) for batches in (4, 8, 32)),
+        *((f"attribution, {batches} batches", TWENTIETH) for batches in (4, 8)),
         ("attribution", TWENTIETH),
         ("all, gates", 1.0),
         *TIMES[1:],
@@ -92,22 +91,22 @@ def _by_set(figures: Figures) -> None:
 
     def row(arm: Arm) -> list[Any]:
         name, share = arm
-        kept = cells(functools.partial(figures.kept, arm))
-        return [LABELS.get(name, name), percent(share), *kept, figures.estimate(arm)]
+        kept, mean = cells(functools.partial(figures.kept, arm)), figures.estimate(arm)
+        return [LABELS.get(name, name), percent(share), mean.runs if mean else None, *kept, mean]
 
     def losses(arm: Arm) -> list[Any]:
-        return [*cells(functools.partial(figures.loss, arm, halves=BOTH)), None]
+        return [len(figures.runs), *cells(functools.partial(figures.loss, arm, halves=BOTH)), None]
 
     rows = [["held-out loss without the adapter", "", *losses(("base", 0.0))]]
     rows += [["held-out loss with it", "", *losses(WHOLE)], *map(row, arms)]
-    names = [f"{NAMES[data]} ({len(runs)})" for data, runs in runs_of.items()]
-    print(f"**{figures.name}** (runs)\n")
-    table(["kept of the gain", "parameters", *names, "mean"], (x for x in rows if any(x[2:])))
+    print(f"**{figures.name}**\n")
+    names = [NAMES[data] for data in runs_of]
+    table(["kept of the gain", "parameters", "runs", *names, "mean"], (x for x in rows if any(x[2:])))
 
 
 def trained_ranks(figures: Figures) -> list[Arm]:
     """LoRA on all modules at other ranks."""
-    return [arm for rank in (1, 2, 4, 8, 64) for arm in figures.trained(f"rank {rank}", rank / figures.rank)]
+    return sorted({key[:2] for key in figures.rows if key[0].startswith("rank ")}, key=lambda arm: (arm[1], arm[0]))
 
 
 def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
@@ -144,7 +143,7 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
         ("the same, minus the whole adapter times the best factor", 0.0, less(closed, best(TIMES))),
     ]
     rows = [(Claim(text, "", lambda _: None, target), estimate(value, figures.runs)) for text, target, value in found]
-    alike = agreement(figures, KEPT, figures.pairs()["two sets"])
+    alike = agreement(figures, KEPT, figures.pairs()[1])
     own = Estimate(*mean_and_error(alike), len(alike)) if len(alike) > 1 else None
     text = "12.5 %: the kept ranks of the modules agree between two data sets (Spearman; n is pairs)"
     return [*rows, (Claim(text, "", lambda _: None, 0.9, floor=0.0), own)]
@@ -152,14 +151,12 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
 
 def verdicts(models: list[Figures]) -> None:
     """Whether each bar is met."""
-    columns = [[(own, claim.verdict(own) if own else "") for claim, own in claims_of(figures)] for figures in models]
     rows = []
-    for (claim, _), *cells in zip(claims_of(models[0]), *columns):
-        shown = [f"{own} ({own.runs})" if own else "not run" for own, _ in cells]
-        rows.append(
-            [claim.text, f"above {claim.target:g}", *shown, "; ".join(dict.fromkeys(v for _, v in cells if v))]
-        )
-    table(["claim", "bar", *(f"{figures.name} (runs)" for figures in models), "verdict"], rows)
+    for found in zip(*map(claims_of, models)):
+        claim = found[0][0]
+        cells = [f"{own} ({own.runs}): {claim.verdict(own)}" if own else "not run" for _, own in found]
+        rows.append([claim.text, f"above {claim.target:g}", *cells])
+    table(["claim", "bar", *(f"{figures.name} (runs)" for figures in models)], rows)
 
 
 def parts(models: list[Figures]) -> None:
@@ -167,17 +164,21 @@ def parts(models: list[Figures]) -> None:
     figures = models[0]
     names = [(f"{method}, rank 1", EIGHTH) for method in ("EVA", "AdaLoRA")]
     names += [("last layers", 0.3), ("first layers", 0.3), ("best modules", 0.3), ("best modules", 0.1)]
+    pruned = functools.partial(figures.kept, (PRUNED, EIGHTH))
     rows = []
     for arm in [*trained_ranks(figures), *(arm for name in names for arm in figures.trained(*name))]:
-        own = figures.estimate(arm)
-        rows.append([*arm[0].split(" at "), percent(arm[1]), own.runs if own else 0, own])
-    table(["LoRA trained on", "learning rate", "parameters", "runs", f"gained, of r = {figures.rank} on all"], rows)
+        kept = functools.partial(figures.kept, arm)
+        own = estimate(kept, figures.runs)
+        ahead = estimate(less(kept, pruned), figures.runs) if arm[1] == EIGHTH else None
+        rows.append([*arm[0].split(" at "), percent(arm[1]), own and own.runs, own, ahead])
+    gained = ("gained, of r = 8 on all", "minus r = 8 pruned to as much")
+    table(["LoRA trained on", "learning rate", "parameters", "runs", *gained], rows)
 
 
 def texts(models: list[Figures]) -> None:
     """The perplexity of plain text, in per cent of the base model's."""
     figures = models[0]
-    arms = list(dict.fromkeys(key[:2] for key, row in figures.rows.items() if "texts" in row))
+    arms = list(dict.fromkeys(key[:2] for key, row in figures.rows.items() if "texts" in row and key[1] > 0))
 
     def change(arm: Arm, text: str, run: Run) -> float | None:
         rows = [figures.rows.get((*own, *run)) for own in (arm, ("base on text", 0.0))]
@@ -186,20 +187,26 @@ def texts(models: list[Figures]) -> None:
 
     def row(arm: Arm) -> list[Any]:
         cells = [estimate(functools.partial(change, arm, text), figures.runs) for text in TEXTS]
-        return [arm[0].removesuffix(" on text"), percent(arm[1]), cells[0] and cells[0].runs, *cells]
+        name = arm[0].removesuffix(" on text")
+        return [LABELS.get(name, name), percent(arm[1]), cells[0] and cells[0].runs, *cells]
 
-    table(["adapter", "parameters", "runs", *(f"{NAMES[text]}, %" for text in TEXTS)], map(row, arms[1:]))
+    table(["adapter", "parameters", "runs", *(f"{NAMES[text]}, %" for text in TEXTS)], map(row, arms))
 
 
 def structure(models: list[Figures]) -> None:
     """Do the kept directions lie in the same modules?"""
     figures = models[0]
     rows: list[list[Any]] = []
-    for arm in (KEPT, QUARTER):
-        for pairs, label in (("two seeds of a set", "with another seed"), ("two sets", "on another set")):
-            if found := agreement(figures, arm, figures.pairs()[pairs]):
-                cells = [percent(arm[1]), len(found), statistics.mean(found), min(found)]
-                rows.append([f"the kept rank {label}", *cells])
+    seeds, sets, repeated = figures.pairs()
+    for arm, pairs, label in (
+        (KEPT, seeds, "with another seed"),
+        (KEPT, repeated, "on another of the sets with two seeds"),
+        (KEPT, sets, "on another set"),
+        (QUARTER, sets, "on another set"),
+    ):
+        if found := agreement(figures, arm, pairs):
+            cells = [percent(arm[1]), len(found), statistics.mean(found), min(found)]
+            rows.append([f"the kept rank {label}", *cells])
     own = [value for run in figures.runs if (value := with_worth(figures, run)) is not None]
     rows.append(["the module's worth for each parameter", percent(EIGHTH), len(own), statistics.mean(own), min(own)])
     table(["kept rank of a module, and", "kept of the parameters", "n", "Spearman, mean", "least"], rows)
@@ -317,7 +324,7 @@ def choice(models: list[Figures]) -> None:
         estimate(figures.tuned(*arm), figures.runs)
         for arm in (("last layers", 0.3), ("best modules", 0.3), ("rank 1", EIGHTH))
     )
-    alike = statistics.mean(agreement(figures, KEPT, figures.pairs()["two sets"]))
+    seeds, _, sets = (statistics.mean(agreement(figures, KEPT, pairs)) for pairs in figures.pairs())
     rows = [
         [
             "**a trained LoRA adapter**",
@@ -334,14 +341,14 @@ def choice(models: list[Figures]) -> None:
         [
             "**a budget of parameters**",
             "LoRA on all modules at a lower rank, or train r = 8 and prune",
-            f"rank 1 has an eighth of the parameters of r = 8 and gains {rank_1} of what r = 8 gains, at its own "
+            f"rank 1 has an eighth of the parameters of r = 8 and gains {rank_1} of what r = 8 gains, at a higher "
             "learning rate",
         ],
         [
             "**a wish to understand**",
             "[rank the adapter](docs/howto/adapter.md): `peft-ila rank --adapter`",
-            "a heatmap of what fine-tuning changed *here*: on two data sets, the kept ranks of the modules have a "
-            f"Spearman correlation of {alike:.2f}",
+            "a heatmap of what fine-tuning changed *here*: the kept ranks of the modules have a Spearman "
+            f"correlation of {sets:.2f} between two data sets, and of {seeds:.2f} between two seeds",
         ],
     ]
     table(["you have", "do this", "what to expect"], rows)
@@ -350,13 +357,17 @@ def choice(models: list[Figures]) -> None:
 def price(models: list[Figures]) -> None:
     """What LoRA on a part gains, and what a step of it costs."""
     cost = json.loads(COST.read_text())["steps"]
-    table(
-        ["LoRA on", "parameters", "gained, of LoRA on all", "activations of a step", "its time"],
-        (
-            [name, percent(share), gain or "not run", f"{cost[name]['bytes']:.2f}", f"{cost[name]['time']:.2f}"]
-            for name, share, gain in prices(models[0])
-        ),
+    rows = (
+        [
+            name,
+            percent(share),
+            gain and gain.runs,
+            gain or "not run",
+            *(f"{cost[name][x]:.2f}" for x in ("bytes", "time")),
+        ]
+        for name, share, gain in prices(models[0])
     )
+    table(["LoRA on", "parameters", "runs", "gained, of LoRA on all", "activations of a step", "its time"], rows)
 
 
 def prices(figures: Figures) -> list[tuple[str, float, Estimate | None]]:

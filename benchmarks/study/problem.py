@@ -138,12 +138,12 @@ class Problem:
         return self._adapted(LoraConfig(r=rank, **_options(units, rank)))
 
     def eva(self, units: list[str], rank: int = RANK) -> Adapted:
-        """With EVA's ranks and initial A (https://arxiv.org/abs/2410.07170), at the budget of one rank everywhere."""
+        """With EVA's ranks and initial A (https://arxiv.org/abs/2410.07170), at a mean rank of `rank`."""
         eva = {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)}
         return self._adapted(LoraConfig(r=rank, **eva, **_options(units, rank)))
 
     def adalora(self, units: list[str], steps: int, rank: int = RANK) -> Adapted:
-        """With AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank."""
+        """With AdaLoRA (https://arxiv.org/abs/2303.10512), which ends at a mean rank of `rank`."""
         times = {"tinit": steps // 10, "tfinal": steps // 2, "deltaT": max(1, steps // 50), "total_step": steps}
         ranks = {"init_r": max(rank + 1, rank * 3 // 2), "target_r": rank}
         return self._adapted(AdaLoraConfig(**ranks, **times, **_options(units, rank)))
