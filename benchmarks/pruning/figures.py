@@ -71,7 +71,7 @@ class Figures:
         return None if row is None else row["ranks"]
 
     def pairs(self) -> tuple[list[tuple[Run, Run]], ...]:
-        """Pairs of runs: two seeds of a set, two sets with one seed, and of these the pairs whose sets have two seeds."""
+        """Pairs of runs: two seeds of a set, two sets with one seed, and those of the latter whose sets have two."""
         pairs = list(itertools.combinations(self.runs, 2))
         seeds = [(one, other) for one, other in pairs if one[0] == other[0]]
         sets = [(one, other) for one, other in pairs if one[0] != other[0] and one[1] == other[1]]

@@ -287,8 +287,8 @@ def draw_prices(figures: Figures, path: Path) -> None:
         for name, gain in points.items():
             axes.errorbar(costs[name][what], gain.mean, gain.error or 0, fmt="o", capsize=2, color="C0")
             place: dict[str, Any] = {"xytext": (-6, -3), "ha": "right"}
-            if name == "rank 1":  # beside the best modules
-                place = {"xytext": (0, -12), "ha": "center"}
+            if name in ("all", "rank 1"):  # they lie beside each other
+                place = {"xytext": (0, 9 if name == "all" else -14), "ha": "center"}
             axes.annotate(name, (costs[name][what], gain.mean), textcoords="offset points", fontsize=7, **place)
         front = [
             (costs[name][what], gain.mean)
@@ -297,6 +297,7 @@ def draw_prices(figures: Figures, path: Path) -> None:
         ]
         axes.step(*zip(*sorted(front)), where="post", color="grey", linewidth=0.8)
         axes.set_xlim(0, 1.15)
+        axes.margins(y=0.15)
         axes.set_xlabel(f"{label} of a step, compared with LoRA on all modules", fontsize=8)
     figure.axes[0].set_ylabel("held-out gain, of LoRA on all", fontsize=8)
     write(figure, path)
