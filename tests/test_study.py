@@ -150,7 +150,9 @@ def test_a_claim_holds_or_not_by_two_standard_errors():
         (0.62, 0.02, 0.6, "does not hold"),
         (0.95, None, None, "too few runs"),
     ):
-        assert Claim("", "", lambda figures: None, 0.9, floor).verdict(Estimate(mean, error, 9)) == verdict
+        claim = Claim("", "", lambda figures: None, 0.9, floor)
+        assert claim.verdict(Estimate(mean, error, 9)) == verdict
+        assert claim.verdict(Estimate(mean, error, 2)) == "too few runs"
 
 
 def test_the_seeds_of_a_set_are_no_independent_runs():
@@ -180,7 +182,7 @@ def test_the_tables_are_those_of_the_figures():
         (
             pruning_tables,
             pruning_figures.Figures,
-            ("pruning", "pruning_gemma"),
+            ("pruning", "pruning_gemma", "pruning_r64"),
             (
                 "README.md",
                 "docs/choosing.md",

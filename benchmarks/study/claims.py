@@ -29,8 +29,8 @@ class Claim:
     floor: float | None = None
 
     def verdict(self, found: Estimate) -> str:
-        """Whether it holds, by two standard errors."""
-        if found.error is None:
+        """Whether it holds, by two standard errors of at least three runs."""
+        if found.error is None or found.runs < 3:
             return "too few runs"
         error = 2 * found.error
         if found.mean - error > self.target:
