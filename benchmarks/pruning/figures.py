@@ -48,9 +48,12 @@ class Figures:
         return self.kept(min(losses, key=lambda arm: losses[arm]), run, REPORTED) if len(losses) > 1 else None
 
     def estimate(self, arm: Arm, beside: Arm = ("whole", 1.0)) -> Estimate | None:
-        """Over the sets on which another arm was measured too."""
-        runs = [run for run in self.runs if self.kept(beside, run) is not None]
-        return estimate(functools.partial(self.kept, arm), runs)
+        """Over the runs in which another arm was measured too."""
+        return estimate(functools.partial(self.kept, arm), self.having(beside))
+
+    def having(self, *arms: Arm) -> list[Run]:
+        """The runs in which all of these were measured."""
+        return [run for run in self.runs if all(self.kept(arm, run) is not None for arm in arms)]
 
     def trained(self, name: str, share: float) -> list[Arm]:
         """What was trained by this name, at every rate."""
@@ -60,7 +63,7 @@ class Figures:
     def tuned(self, name: str, share: float) -> Value:
         """What was trained by this name has gained on the second halves, at the rate that is best on the first."""
         arms = self.trained(name, share)
-        tried = [run for run in self.runs if all(self.kept(arm, run) is not None for arm in arms)]
+        tried = self.having(*arms)
         firsts = {arm: estimate(functools.partial(self.kept, arm, halves=(0,)), tried) for arm in arms}
         best = max(arms, key=lambda arm: own.mean if (own := firsts[arm]) else 0.0, default=(name, share))
         return functools.partial(self.kept, best, halves=REPORTED)

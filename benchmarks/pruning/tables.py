@@ -92,7 +92,7 @@ def _by_set(figures: Figures) -> None:
     def row(arm: Arm) -> list[Any]:
         name, share = arm
         kept, mean = cells(functools.partial(figures.kept, arm)), figures.estimate(arm)
-        return [LABELS.get(name, name), percent(share), mean.runs if mean else None, *kept, mean]
+        return [LABELS.get(name, name), percent(share), mean and mean.runs, *kept, mean]
 
     def losses(arm: Arm) -> list[Any]:
         return [len(figures.runs), *cells(functools.partial(figures.loss, arm, halves=BOTH)), None]
@@ -118,12 +118,12 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
     def minus(rule: str, rival: str, share: float) -> Value:
         return less(kept(rule, share), kept(rival, share))
 
-    def best(arms: list[Arm]) -> Value:
-        return functools.partial(figures.best, arms)
+    whole_curve = figures.having(QUARTER)
 
     def closed(run: Run) -> float | None:
-        return None if figures.kept(QUARTER, run) is None else figures.best(CLOSED, run)  # else few shares were tried
+        return figures.best(CLOSED, run) if run in whole_curve else None  # elsewhere few shares were tried
 
+    scaled = functools.partial(figures.best, TIMES)
     value, gated, rank_1 = "singular value", "singular value, gates", figures.tuned("rank 1", EIGHTH)
     found: list[tuple[str, float, Value]] = [
         ("5 % of an adapter's parameters keep 0.95 of its gain", 0.95, kept(PRUNED, TWENTIETH)),
@@ -134,13 +134,9 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
         ("12.5 %: the same, gates learned on both sides", 0.0, minus(PRUNED, gated, EIGHTH)),
         ("12.5 %: minus one rank for all modules, gates of 1", 0.0, minus("rounds", "same rank", EIGHTH)),
         ("12.5 %: the same, gates learned on both sides", 0.0, minus(PRUNED, "same rank, gates", EIGHTH)),
-        (
-            "12.5 %: pruned minus LoRA trained at rank 1",
-            0.0,
-            less(kept(PRUNED, EIGHTH, REPORTED), rank_1),
-        ),
+        ("12.5 %: pruned minus LoRA trained at rank 1", 0.0, less(kept(PRUNED, EIGHTH, REPORTED), rank_1)),
         ("the best share of directions minus the whole adapter", 0.0, less(closed, kept(*WHOLE, REPORTED))),
-        ("the same, minus the whole adapter times the best factor", 0.0, less(closed, best(TIMES))),
+        ("the same, minus the whole adapter times the best factor", 0.0, less(closed, scaled)),
     ]
     rows = [(Claim(text, "", lambda _: None, target), estimate(value, figures.runs)) for text, target, value in found]
     alike = agreement(figures, KEPT, figures.pairs()[1])
@@ -258,7 +254,7 @@ def draw(models: list[Figures], directory: Path) -> None:
         style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 2.5 if arm == PRUNED else 1.2}
         x, y = [x for x, _ in points], [own.mean for _, own in points]
         axes.errorbar(x, y, [own.error or 0 for _, own in points], label=label.replace("`", ""), capsize=2, **style)
-    drawn_runs = [run for run in figures.runs if figures.kept(QUARTER, run) is not None]
+    drawn_runs = figures.having(QUARTER)
     if own := estimate(figures.tuned("rank 1", EIGHTH), drawn_runs):
         axes.errorbar([12.5], [own.mean], [own.error or 0], fmt="k*", markersize=9, label="LoRA trained at rank 1")
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
@@ -321,10 +317,7 @@ def choice(models: list[Figures]) -> None:
     def costs(name: str) -> str:
         return f"{cost[name]['bytes']:.2f} of the activations and {cost[name]['time']:.2f} of the time"
 
-    last, best, rank_1 = (
-        estimate(figures.tuned(*arm), figures.runs)
-        for arm in (("last layers", 0.3), ("best modules", 0.3), ("rank 1", EIGHTH))
-    )
+    gained = {name: gain for name, _, gain in prices(figures)}
     seeds, _, sets = (statistics.mean(agreement(figures, KEPT, pairs)) for pairs in figures.pairs())
     rows = [
         [
@@ -336,14 +329,14 @@ def choice(models: list[Figures]) -> None:
         [
             "**a limit on memory or time**",
             "[plan it](docs/howto/memory.md); NF4 and checkpointing first, the last layers if nothing else fits",
-            f"the last 30 % of the layers gain {last} of LoRA on all for {costs('last layers')}; "
-            f"the best 30 % of the modules gain {best} for {costs('best modules')}",
+            f"the last 30 % of the layers gain {gained['last layers']} of LoRA on all for {costs('last layers')}; "
+            f"the best 30 % of the modules gain {gained['best modules']} for {costs('best modules')}",
         ],
         [
             "**a budget of parameters**",
             "LoRA on all modules at a lower rank, or train r = 8 and prune",
-            f"rank 1 has an eighth of the parameters of r = 8 and gains {rank_1} of what r = 8 gains, at a higher "
-            "learning rate",
+            f"rank 1 has an eighth of the parameters of r = 8 and gains {gained['rank 1']} of what r = 8 gains, "
+            "at a higher learning rate",
         ],
         [
             "**a wish to understand**",
