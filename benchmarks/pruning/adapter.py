@@ -72,11 +72,15 @@ class Adapter:
             return self._refined[share]
         gates = self.attribution(share / ROUNDS)
         for number in range(2, ROUNDS + 1):
-            steps = itertools.islice(self.steps, BATCHES)
-            worth = self.directions.attributions(self.measurement, steps, gates)
-            gates = self.first(worth / self.sizes, share * number / ROUNDS, gates)
+            gates = self.measured(share * number / ROUNDS, beside=gates)
         self._refined[share] = gates
         return gates
+
+    def measured(self, share: float, batches: int = BATCHES, beside: torch.Tensor | None = None) -> torch.Tensor:
+        """By attribution on the batches that come next, beside what is on already."""
+        steps = itertools.islice(self.steps, batches)
+        worth = self.directions.attributions(self.measurement, steps, self.none if beside is None else beside)
+        return self.first(worth / self.sizes, share, beside)
 
     def units(self, granularity: str, share: float) -> torch.Tensor:
         """Whole modules or layers, by attribution for each parameter."""

@@ -1,11 +1,12 @@
 """
-What does a part cost? A training step of LoRA on it, and an adapter that is served unmerged, whole and pruned.
+What does a part cost? A step of tuning it, by LoRA or its weights, and an adapter served unmerged, whole and pruned.
 
     python -m benchmarks.pruning.cost benchmarks/results/pruning --output benchmarks/results/pruning_cost.json
 
-SmolLM2-135M in fp32. A step has r = 8 and 4×128 tokens; a prompt has 256 tokens, and 8 more follow it one by one. The
-pruned adapters have the ranks that `benchmarks/pruning/run.py` found on its first set; costs do not depend on weights.
-Times are medians of ratios to LoRA on all modules in the same round (see `cost/step_cost.py`).
+SmolLM2-135M in fp32. A step has 4×128 tokens, and LoRA r = 8. It is timed without the optimizer's part. A prompt has 256
+tokens, and 8 more follow it one by one. The pruned adapters have the ranks that `benchmarks/pruning/run.py` found on
+its first set; costs do not depend on weights. Times are medians of ratios to LoRA on all modules in the same round (see
+`cost/step_cost.py`).
 """
 
 import argparse
@@ -33,19 +34,33 @@ ROUNDS = 7
 
 
 def parts() -> dict[str, Any]:
-    """LoRA on all modules and on parts of them."""
+    """LoRA on all modules and on parts of them, and full fine-tuning of the same and of three quarters."""
     sizes = adapted_modules(load("fp32"))
     everything, places = sum(sizes.values()), range(len(sizes))
     ranking = LayerImportance.load("smollm2-135m-instruct")
+    scores = dict(zip(ranking.units, ranking.scores))
     units = {
         "all": list(sizes),
-        "best modules": modules_within(0.3 * everything, dict(zip(ranking.units, ranking.scores)), sizes),
+        "best modules": modules_within(0.3 * everything, scores, sizes),
         "last layers": layers_within(0.3 * everything, dict(zip(sizes, places)), sizes),
         "first layers": layers_within(0.3 * everything, dict(zip(sizes, (-i for i in places))), sizes),
     }
     configs = {name: LoraConfig(r=RANK, target_modules=own) for name, own in units.items()}
     configs["rank 1"] = LoraConfig(r=1, target_modules=units["all"])
-    return {name: get_peft_model(load("fp32"), config) for name, config in configs.items()}
+    models = {name: get_peft_model(load("fp32"), config) for name, config in configs.items()}
+    for name, own in (
+        ("all weights", units["all"]),
+        ("best 75 % of the weights", modules_within(0.75 * everything, scores, sizes)),
+    ):
+        models[name] = load("fp32").requires_grad_(False)
+        for unit in own:
+            models[name].get_submodule(unit).requires_grad_(True)
+    return models
+
+
+def trained(model: Any) -> int:
+    """The number of its trained parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @torch.no_grad()
@@ -81,7 +96,7 @@ def served(figures: Figures) -> dict[str, Any]:
         if ranks:
             kept = {name: rank for name, rank in zip(names, ranks) if rank}
             config = LoraConfig(r=figures.rank, target_modules=list(kept), rank_pattern=kept)
-            found[f"{share:.1%} kept"] = get_peft_model(load("fp32"), config)
+            found[f"{100 * share:g} % kept"] = get_peft_model(load("fp32"), config)
     return found
 
 
@@ -100,8 +115,11 @@ def main() -> None:
     models = parts()
     kept = {name: saved_bytes(model) for name, model in models.items()}
     taken = ratios({name: functools.partial(seconds, model) for name, model in models.items()}, "all")
-    steps = {name: {"bytes": kept[name] / kept["all"], "time": taken[name]} for name in models}
-    table(["step of LoRA on", "bytes", "time"], ([name, *own.values()] for name, own in steps.items()))
+    steps = {
+        name: {"trained": trained(model), "bytes": kept[name] / kept["all"], "time": taken[name]}
+        for name, model in models.items()
+    }
+    table(["tuned", "parameters", "bytes", "time"], ([name, *own.values()] for name, own in steps.items()))
 
     adapters = served(Figures.load(args.results))
     timed = {"none": load("fp32").eval()} | {name: model.eval() for name, model in adapters.items()}

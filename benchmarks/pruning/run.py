@@ -30,6 +30,7 @@ from benchmarks.record import read_lines, save
 from benchmarks.study.arms import layers_within, modules_within
 from benchmarks.study.problem import Problem, adapted_modules, gemma, load_base, read_examples, read_text
 from benchmarks.study.rankings import untrained
+from benchmarks.study.tasks import accuracies
 from peft_ila.embedded import smollm2
 
 STEPS = 60
@@ -38,6 +39,8 @@ SETS = ("sft_alpaca_gpt4", "sft_lima", "sft_dolly", "reason_gsm8k", "reason_math
 TEXTS = ("text_wikitext2", "text_c4")
 RATES = {"smollm2": 2e-3, "gemma": 1e-3}  # the study's best for LoRA with r = 8 on all modules
 FACTORS = (0.7, 0.85, 1.15, 1.3)
+CHECKPOINTS = (20, 30, 40, 50)  # steps
+QUESTIONS = 300  # of each task
 
 Losses = Callable[[], dict[str, Any]]
 Arms = Iterator[tuple[str, float, Losses]]  # a name, the share of the adapter's parameters, and how to measure it
@@ -107,6 +110,12 @@ class Run:
                 by = functools.partial(own.attribution, batches=batches)
                 yield from self.chosen(own, f"attribution, {batches} batches", by, (0.05,))
 
+    def more_batches(self) -> Arms:
+        """Attribution on twice as many."""
+        with self.adapter() as own:
+            by = functools.partial(own.measured, batches=32)
+            yield from self.chosen(own, "attribution, 32 batches", by, (0.05,))
+
     def quarter(self) -> Arms:
         """What `peft-ila prune` keeps at 25 %."""
         with self.adapter() as own:
@@ -167,8 +176,15 @@ class Run:
             rate = times * self.rate
             yield f"{name} at {rate:g}", share, functools.partial(part, name, share, rate)
 
-    def forgetting(self) -> Arms:
-        """The loss on plain text, of what was pruned."""
+    def checkpoints(self) -> Arms:
+        """The adapter on the way to its last step."""
+        with self.problem.lora(list(self.sizes), self.rank) as model:
+            for step in self.problem.fit(model, self.rate, STEPS):
+                if step in CHECKPOINTS:
+                    yield f"step {step}", 1.0, lambda: {"losses": losses(self.problem, model)}
+
+    def elsewhere(self, place: str, measure: Callable[[Any], dict[str, Any]]) -> Arms:
+        """What else changes, of the whole adapter and of what was pruned."""
         with self.adapter() as own:
             for name, share, gates in (
                 ("base", 0.0, lambda: own.none),
@@ -178,12 +194,16 @@ class Run:
                 ("times 0.7", 1.0, lambda: 0.7 * own.all),
                 ("rounds, gates", 0.125, lambda: own.learn(own.rounds(0.125))),
             ):
-                yield f"{name} on text", share, functools.partial(self.texts, own, gates)
+                yield f"{name} on {place}", share, lambda gates=gates: measure(own.gated(gates()))
 
-    def texts(self, own: Adapter, gates: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    def texts(self, model: Any) -> dict[str, Any]:
         """The loss on plain text."""
-        model = own.gated(gates())
         return {"texts": {text: self.problem.loss(model, _worker["examples"][text]) for text in TEXTS}}
+
+    def tasks(self, model: Any) -> dict[str, Any]:
+        """The accuracies that lm-eval finds."""
+        base = model.get_base_model()
+        return {"accuracies": accuracies(base, _worker["directory"], _worker["data"], QUESTIONS)}
 
     def tokens(self) -> list[int]:
         """The answers' tokens of both halves of the held-out examples."""
@@ -200,21 +220,35 @@ PHASES: dict[str, Callable[[Run], Arms]] = (
     {
         "bars": Run.bars,
         "bars at 5 %": lambda run: run.bars((0.05,), ()),
+        "bars at 12.5 %": lambda run: run.bars((0.125,), ()),
         "curve": Run.curve,
         "quarter": Run.quarter,
         "parts": lambda run: run.parts(("last layers", 0.3, 2.0), ("best modules", 0.3, 2.0)),
         "parts, others": lambda run: run.parts(
             ("last layers", 0.3, 4.0), ("first layers", 0.3, 2.0), ("best modules", 0.1, 2.0)
         ),
-        "forgetting": Run.forgetting,
+        "parts, lower rates": lambda run: run.parts(
+            ("last layers", 0.3, 1.0), ("best modules", 0.3, 1.0), ("first layers", 0.3, 1.0)
+        ),
+        "batches": Run.more_batches,
+        "checkpoints": Run.checkpoints,
+        "text": lambda run: run.elsewhere("text", run.texts),
+        "tasks": lambda run: run.elsewhere("tasks", run.tasks),
     }
     | {
         f"rank {rank}, rate x{times:g}": functools.partial(Run.other_rank, rank=rank, times=times)
-        for rank, times in ((1, 2), (1, 1), (1, 4), (8, 2), (64, 1), (64, 0.5), (2, 1), (4, 1))
+        for rank, times in ((1, 2), (1, 1), (1, 4), (8, 2), (16, 1), (16, 0.5), (64, 1), (64, 0.5), (2, 1), (4, 1))
     }
     | {
         f"{method}, rank 1, rate x{times:g}": functools.partial(Run.adaptive, method=method, rank=1, times=times)
-        for method, times in (("EVA", 2), ("EVA", 1), ("AdaLoRA", 2), ("AdaLoRA", 4))
+        for method, times in (
+            ("EVA", 2),
+            ("EVA", 1),
+            ("EVA", 0.5),
+            ("AdaLoRA", 2),
+            ("AdaLoRA", 4),
+            ("AdaLoRA", 8),
+        )
     }
 )
 
@@ -266,6 +300,7 @@ def main() -> None:
     done = {row["key"] for row in read_lines(output)}
     values = {"model": model, "rank": args.rank, "rate": described["rate"]}
     values |= {"examples": examples, "work": args.work, "output": output, "done": done}
+    values |= {"directory": directory, "data": args.data}
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, start, (directory, values)) as pool:
         jobs = itertools.product(args.phases, args.seeds, args.sets)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import statistics
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pruning.figures import BOTH, REPORTED, Arm, Figures
-from benchmarks.pruning.run import FACTORS, TEXTS
+from benchmarks.pruning.run import CHECKPOINTS, FACTORS, STEPS, TEXTS
 from benchmarks.record import table
 from benchmarks.study.claims import Claim
 from benchmarks.study.figures import NAMES, Estimate, Run, Value, estimate, less
+from benchmarks.study.figures import Figures as Study
 from benchmarks.study.tables import insert
 from peft_ila.files import whole_file
 from peft_ila.ranking.comparison import mean_and_error, spearman
@@ -28,7 +30,7 @@ from peft_ila.ranking.plotting import heatmap, new_figure, write
 
 MADE_BY = "benchmarks/pruning/tables.py"
 SHARES = (0.02, 0.05, 0.125, 0.25, 0.5, 0.75)
-COST = Path("benchmarks/results/pruning_cost.json")
+COST, STUDY = Path("benchmarks/results/pruning_cost.json"), Path("benchmarks/results/study")
 WHOLE, TWENTIETH, EIGHTH = ("whole", 1.0), 0.05, 0.125
 PRUNED = "rounds, gates"  # what `peft-ila prune` does
 LABELS = {
@@ -44,11 +46,22 @@ LABELS = {
     "random": "random directions, gates of 1",
     "attribution, 4 batches": "attribution on 4 batches instead of 16, one round, gates of 1",
     "attribution, 8 batches": "attribution on 8 batches, one round, gates of 1",
+    "attribution, 32 batches": "attribution on 32 batches, one round, gates of 1",
     "all, gates": "all directions, learned gates",
+} | {f"step {step}": f"the adapter after {step} of {STEPS} steps" for step in CHECKPOINTS}
+PARTS = {
+    "all": "LoRA on all modules",
+    "rank 1": "LoRA of rank 1 on all modules",
+    "best modules": "LoRA on the best modules, 30 %",
+    "last layers": "LoRA on the last layers, 30 %",
+    "first layers": "LoRA on the first layers, 30 %",
+    "all weights": "all weights (full fine-tuning)",
+    "best 75 % of the weights": "the best 75 % of the weights, the rest frozen",
 }
 KEPT = ("rounds", EIGHTH)
 QUARTER = ("attribution", 0.25)  # measured where all of the curve is
 TIMES: list[Arm] = [WHOLE, *((f"times {factor}", 1.0) for factor in FACTORS)]
+ON_THE_WAY: list[Arm] = [WHOLE, *((f"step {step}", 1.0) for step in CHECKPOINTS)]
 CLOSED: list[Arm] = [WHOLE, *((rule, share) for rule in ("attribution", "rounds", PRUNED) for share in SHARES)]
 
 
@@ -78,10 +91,11 @@ def _by_set(figures: Figures) -> None:
         ("singular value, gates", EIGHTH),
         ("same rank, gates", EIGHTH),
         ("same rank", EIGHTH),
-        *((f"attribution, {batches} batches", TWENTIETH) for batches in (4, 8)),
+        *((f"attribution, {batches} batches", TWENTIETH) for batches in (4, 8, 32)),
         ("attribution", TWENTIETH),
         ("all, gates", 1.0),
         *TIMES[1:],
+        *ON_THE_WAY[1:],
         *trained_ranks(figures),
     ]
     runs_of = {data: [run for run in figures.runs if run[0] == data] for data, _ in figures.runs}
@@ -123,7 +137,7 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
     def closed(run: Run) -> float | None:
         return figures.best(CLOSED, run) if run in whole_curve else None  # elsewhere few shares were tried
 
-    scaled = functools.partial(figures.best, TIMES)
+    scaled, on_the_way = (functools.partial(figures.best, arms) for arms in (TIMES, ON_THE_WAY))
     value, gated, rank_1 = "singular value", "singular value, gates", figures.tuned("rank 1", EIGHTH)
     found: list[tuple[str, float, Value]] = [
         ("5 % of an adapter's parameters keep 0.95 of its gain", 0.95, kept(PRUNED, TWENTIETH)),
@@ -137,6 +151,7 @@ def claims_of(figures: Figures) -> list[tuple[Claim, Estimate | None]]:
         ("12.5 %: pruned minus LoRA trained at rank 1", 0.0, less(kept(PRUNED, EIGHTH, REPORTED), rank_1)),
         ("the best share of directions minus the whole adapter", 0.0, less(closed, kept(*WHOLE, REPORTED))),
         ("the same, minus the whole adapter times the best factor", 0.0, less(closed, scaled)),
+        ("the same, minus the best checkpoint of the training", 0.0, less(closed, on_the_way)),
     ]
     rows = [(Claim(text, "", lambda _: None, target), estimate(value, figures.runs)) for text, target, value in found]
     alike = agreement(figures, KEPT, figures.pairs()[1])
@@ -187,6 +202,19 @@ def texts(models: list[Figures]) -> None:
         return [LABELS.get(name, name), percent(arm[1]), cells[0] and cells[0].runs, *cells]
 
     table(["adapter", "parameters", "runs", *(f"{NAMES[text]}, %" for text in TEXTS)], map(row, arms))
+
+
+def tasks(models: list[Figures]) -> None:
+    """The accuracies of lm-eval, in per cent."""
+    rows = [(key, row["accuracies"]) for key, row in models[0].rows.items() if "accuracies" in row]
+    columns = ("hellaswag acc_norm", "arc_easy acc", "piqa acc")
+
+    def cells(key: tuple[str, float, str, int], found: dict[str, float]) -> list[Any]:
+        name = key[0].removesuffix(" on tasks")
+        return [NAMES[key[2]], LABELS.get(name, name), percent(key[1]), *(f"{100 * found[x]:.1f}" for x in columns)]
+
+    titles = ("HellaSwag (`acc_norm`)", "ARC-easy (`acc`)", "PIQA (`acc`)")
+    table(["tuned on", "adapter", "parameters", *titles], itertools.starmap(cells, rows))
 
 
 def structure(models: list[Figures]) -> None:
@@ -276,7 +304,7 @@ def draw(models: list[Figures], directory: Path) -> None:
 def draw_prices(figures: Figures, path: Path) -> None:
     """The gain against the cost of a step, with what no other part beats at its cost."""
     costs = json.loads(COST.read_text())["steps"]
-    points = {name: gain for name, _, gain in prices(figures) if gain}
+    points = {name: gain for name, gain in prices(figures).items() if gain}
     figure = new_figure(path)
     figure.set_size_inches(8, 3.2)
     for axes, what, label in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), ("activations", "time")):
@@ -317,7 +345,7 @@ def choice(models: list[Figures]) -> None:
     def costs(name: str) -> str:
         return f"{cost[name]['bytes']:.2f} of the activations and {cost[name]['time']:.2f} of the time"
 
-    gained = {name: gain for name, _, gain in prices(figures)}
+    gained = prices(figures)
     seeds, _, sets = (statistics.mean(agreement(figures, KEPT, pairs)) for pairs in figures.pairs())
     rows = [
         [
@@ -351,25 +379,24 @@ def choice(models: list[Figures]) -> None:
 def price(models: list[Figures]) -> None:
     """What LoRA on a part gains, and what a step of it costs."""
     cost = json.loads(COST.read_text())["steps"]
-    rows = (
-        [
-            name,
-            percent(share),
-            gain and gain.runs,
-            gain or "not run",
-            *(f"{cost[name][x]:.2f}" for x in ("bytes", "time")),
-        ]
-        for name, share, gain in prices(models[0])
-    )
-    table(["LoRA on", "parameters", "runs", "gained, of LoRA on all", "activations of a step", "its time"], rows)
+    rows = []
+    for name, gain in prices(models[0]).items():
+        own = cost[name]
+        state = own["trained"] * 12 / 1e6  # a gradient and two moments in fp32
+        shown = (f"{own['trained'] / 1e6:.2f}", f"{state:.0f}", f"{own['bytes']:.2f}", f"{own['time']:.2f}")
+        rows.append([PARTS[name], gain and gain.runs, gain or "not run", *shown])
+    costs = ("trained, millions", "gradients and AdamW, MB", "activations of a step", "its time")
+    table(["tuned", "runs", "gained, of LoRA on all", *costs], rows)
 
 
-def prices(figures: Figures) -> list[tuple[str, float, Estimate | None]]:
-    """Parts whose step was measured: their shares of the parameters, and the gain at the best rate."""
-    names = (("rank 1", EIGHTH), ("best modules", 0.3), ("last layers", 0.3), ("first layers", 0.3))
-    return [("all", 1.0, figures.estimate(WHOLE))] + [
-        (*arm, estimate(figures.tuned(*arm), figures.runs)) for arm in names
-    ]
+def prices(figures: Figures) -> dict[str, Estimate | None]:
+    """The gain at the best rate of what `cost.py` measured. That of full fine-tuning is the other study's."""
+    arms = (("rank 1", EIGHTH), ("best modules", 0.3), ("last layers", 0.3), ("first layers", 0.3))
+    found = {name: estimate(figures.tuned(name, share), figures.runs) for name, share in arms}
+    study = Study.load(STUDY)
+    for name, group in (("all weights", "weights 100"), ("best 75 % of the weights", "weights 75")):
+        found[name] = estimate(functools.partial(study.gained, group, "full search"))
+    return {"all": figures.estimate(WHOLE)} | found
 
 
 def serving(models: list[Figures]) -> None:
@@ -397,6 +424,7 @@ TABLES = {
     "the sets": by_set,
     "the parts": parts,
     "plain text": texts,
+    "the tasks": tasks,
     "the structure": structure,
 }
 

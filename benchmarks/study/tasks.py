@@ -24,11 +24,13 @@ def accuracies(model: PreTrainedModel, directory: Path, data: Path, limit: int |
     from lm_eval import simple_evaluate  # for this only: pip install lm-eval
     from lm_eval.models.huggingface import HFLM
 
+    attention = model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # lm-eval pads
     tokenizer = AutoTokenizer.from_pretrained(directory)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, max_length=512)
     found = simple_evaluate(wrapped, tasks=_tasks(data), limit=limit, bootstrap_iters=0, log_samples=False)
+    model.set_attn_implementation(attention)
     model.train()
     return {
         f"{task} {metric}": round(float(own[f"{metric},none"]), 5)
