@@ -3,10 +3,10 @@ What does a part cost? A step of tuning it, by LoRA or its weights, and an adapt
 
     python -m benchmarks.pruning.cost benchmarks/results/pruning --output benchmarks/results/pruning_cost.json
 
-SmolLM2-135M in fp32. A step has 4×128 tokens, and LoRA r = 8. It is timed without the optimizer's part. A prompt has 256
-tokens, and 8 more follow it one by one. The pruned adapters have the ranks that `benchmarks/pruning/run.py` found on
-its first set; costs do not depend on weights. Times are medians of ratios to LoRA on all modules in the same round (see
-`cost/step_cost.py`).
+SmolLM2-135M in fp32. A step has 4×128 tokens, and LoRA r = 8. It is timed without the optimizer's part. A prompt has
+256 tokens, and 8 more follow it one by one. The pruned adapters have the ranks that `benchmarks/pruning/run.py` found
+on its first set; costs do not depend on weights. Times are medians of ratios to LoRA on all modules in the same round
+(see `cost/step_cost.py`).
 """
 
 import argparse
