@@ -273,10 +273,12 @@ def demo(args: argparse.Namespace) -> None:
 
 _EXIT_CODES = "Exit codes: 0 done; 1 an error, one line on stderr; 2 a wrong command line; 130 Ctrl-C."
 _TRL_SETTINGS = (
-    "All of TRL's settings are taken too, see --help_all. Most runs need of them: --learning_rate (2e-4 by default, "
-    "2e-5 with `tune --full`), --max_steps, --num_train_epochs, --per_device_train_batch_size, --max_length, "
-    "--eval_strategy, --lora_r, --lora_alpha, --lora_dropout, --load_in_4bit, --gradient_checkpointing, --seed, "
-    "--report_to, --resume_from_checkpoint."
+    "TRL's settings are accepted too (--help_all). The most common: --per_device_train_batch_size, --max_length, "
+    "--load_in_4bit, --gradient_checkpointing, --seed."
+)
+_TO_TRAIN = (
+    "For training: --learning_rate (2e-4 by default, 2e-5 with `tune --full`), --max_steps, --num_train_epochs, "
+    "--eval_strategy, --lora_r, --lora_alpha, --lora_dropout, --report_to, --resume_from_checkpoint."
 )
 _RANKING = "A ranking written by `rank`, or the name of a published one."
 _ADAPTER = "The directory, or the repository, of a trained LoRA or ILA adapter."
@@ -340,12 +342,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add(commands: Any, run: Callable[..., Any], usage: str) -> argparse.ArgumentParser:
     """Add a command with its function's name and description, and the arguments that it shares with others."""
     name, text = run.__name__, inspect.getdoc(run) or ""
+    trl = [] if name not in TRAINING else [_TRL_SETTINGS] if name == "prune" else [_TRL_SETTINGS, _TO_TRAIN]
     parser = commands.add_parser(
         name,
         help=text.splitlines()[0],
         description=text,
         usage=f"peft-ila {name} {usage} [OPTIONS]",
-        epilog=f"{_TRL_SETTINGS} {_EXIT_CODES}" if name in TRAINING else _EXIT_CODES,
+        epilog=" ".join([*trl, _EXIT_CODES]),
     )
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--config", metavar="FILE", help="A YAML file with any of the settings.")

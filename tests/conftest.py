@@ -115,7 +115,8 @@ _SUPPORT_HEAD = """\
 # What is supported
 
 `make support` writes this page from the outcomes of the tests; each row names the test file. *Refused* means an error
-at construction that says what to do. *Not run* means that a package or a device was missing on the machine.
+at construction that says what to do. *Not run* means that a package or a device was missing on this machine. CUDA
+and DeepSpeed were run elsewhere ([GPU](appendix/cost.md#qlora-on-one-gpu), [DeepSpeed](howto/gpus.md#what-was-run)).
 
 `pytest tests/test_breadth.py --size large` gates and exports the model classes of transformers on the meta device
 and compares with what plain PEFT injects. Of 562 classes of transformers 5.23.0, 515 were exact, 1 was exact, but

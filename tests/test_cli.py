@@ -88,7 +88,8 @@ def test_rank_trains_nothing_unless_asked(workspace, tmp_path, capsys):
     assert importance.metadata["stage_1"] == {"steps": 0, "stable": False}
     weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert not any(value.any() for name, value in weights.items() if "lora_B" in name)
-    assert "`--eval_strategy` evaluates stage 1" in error_of([*command, "--eval_strategy", "epoch"], capsys)
+    for flag, value in (("--eval_strategy", "epoch"), ("--eval_dataset_name", str(workspace / "data.jsonl"))):
+        assert f"`{flag}` evaluates stage 1" in error_of([*command, flag, value], capsys)
 
 
 @pytest.mark.parametrize(

@@ -277,14 +277,26 @@ def draw(models: list[Figures], directory: Path) -> None:
 
     for number, (arm, label) in enumerate(LABELS.items()):
         points = [(100 * share, own) for share in SHARES if (own := figures.estimate((arm, share), beside=QUARTER))]
-        if arm == "rounds" or len(points) < 2:
+        if arm == "rounds" or "batches" in arm or not points:
             continue
         style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 2.5 if arm == PRUNED else 1.2}
         x, y = [x for x, _ in points], [own.mean for _, own in points]
         axes.errorbar(x, y, [own.error or 0 for _, own in points], label=label.replace("`", ""), capsize=2, **style)
     drawn_runs = figures.having(QUARTER)
-    if own := estimate(figures.tuned("rank 1", EIGHTH), drawn_runs):
-        axes.errorbar([12.5], [own.mean], [own.error or 0], fmt="k*", markersize=9, label="LoRA trained at rank 1")
+    lower = [
+        (rank / figures.rank, estimate(figures.tuned(f"rank {rank}", rank / figures.rank), drawn_runs))
+        for rank in (1, 2, 4)
+    ]
+    points = [(100 * share, own) for share, own in lower if own]
+    axes.errorbar(
+        [x for x, _ in points],
+        [own.mean for _, own in points],
+        [own.error or 0 for _, own in points],
+        fmt="k*",
+        markersize=11,
+        markerfacecolor="none",
+        label="LoRA trained at rank 1, 2 and 4",
+    )
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
     axes.set_xticks([100 * share for share in (*SHARES, 1)], [f"{100 * share:g}" for share in (*SHARES, 1)])

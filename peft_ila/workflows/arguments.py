@@ -111,9 +111,13 @@ class RankArguments(EvaluationArguments):
 
 
 @dataclass
-class PruneArguments(EvaluationArguments):
+class PruneArguments:
     """Arguments of `peft-ila prune`, see [`prune`]."""
 
+    eval_dataset_name: str | None = option(
+        "Held-out data: a `.jsonl` file, or a name on the hub. They decide how much is kept; without them, nothing is "
+        "checked."
+    )
     top_p: float | None = option("The share of the adapter's parameters to keep, in (0, 1].")
     min_kept: float | None = option(
         "Keep the smallest share that keeps this part of the gain in held-out loss, in (0, 1]."

@@ -227,7 +227,7 @@ def draw(pruning: Pruning, directory: Path) -> None:
     axes.plot(shares, gains, marker="o", ms=4, label="one round, gates of 1")
     axes.plot(pruning.share, pruning.result.gain, "k*", ms=11, label="the pruned adapter")
     axes.set_xlabel("share of the adapter's parameters", fontsize=FONT)
-    axes.set_ylabel("kept of the loss gain of all", fontsize=FONT)
+    axes.set_ylabel("share of the gain kept", fontsize=FONT)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
     axes.tick_params(labelsize=FONT)

@@ -144,11 +144,15 @@ def rank_by_sft(
     except ValueError as error:  # two settings have other names on the command line
         text = str(error).replace("learning_rate", "gate_learning_rate").replace("`steps`", "`gate_steps`")
         raise ValueError(text) from error
-    if settings["method"] == "untrained" and training_args.eval_strategy != "no":
-        raise ValueError(
-            "`--eval_strategy` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
-            "`--method attribution`."
-        )
+    for name, passed in (
+        ("eval_strategy", training_args.eval_strategy != "no"),
+        ("eval_dataset_name", rank_args.eval_dataset_name),
+    ):
+        if settings["method"] == "untrained" and passed:
+            raise ValueError(
+                f"`--{name}` evaluates stage 1, which `--method untrained` does not have: leave it out, or pass "
+                "`--method attribution`."
+            )
     stability = EpsilonStability(**rank_args.stability_settings())
     model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
     lora = lora_config(model_args)
