@@ -476,8 +476,9 @@ def _parse_with_trl(command: str, argv: list[str], settings: dict[str, Any]) -> 
     from transformers.utils import is_torch_bf16_gpu_available
 
     parser = _trl_parser(command)
-    # SFTConfig's bf16 fails without a GPU, and its learning rate is for full fine-tuning; TRL advises 2e-4 for LoRA
-    parser.set_defaults(learning_rate=None, bf16=is_torch_bf16_gpu_available())
+    # SFTConfig's bf16 fails without a GPU, and at `None` it is on unless fp16 is. Its learning rate is for full
+    # fine-tuning; TRL advises 2e-4 for LoRA.
+    parser.set_defaults(learning_rate=None, bf16=None if is_torch_bf16_gpu_available() else False)
     defaults = vars(parser.parse_known_args([])[0]) if command == "rank" else {}  # before YAML changes them
     os.environ.update({name: str(value) for name, value in settings.pop("env", {}).items()})  # as TRL's scripts do
     if unknown := parser.set_defaults_with_config(**settings):

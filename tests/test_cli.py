@@ -279,6 +279,16 @@ def test_convert(ranked, tmp_path, capsys):
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
+def test_no_trained_adapter_is_overwritten(ranked, tmp_path, capsys):
+    shutil.copytree(ranked / "adapter", tmp_path / "adapter")
+    output = ["--output_dir", str(tmp_path / "adapter")]
+    before = {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    convert = ["convert", str(ranked / "importance.json"), "--top_k", "2", *output]
+    assert "holds a trained adapter (adapter_model.safetensors)" in error_of(convert, capsys)
+    assert "holds the adapter that would be replaced" in error_of(["export", output[1], *output], capsys)
+    assert {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -397,7 +407,7 @@ def test_a_masked_adapter_is_ranked_by_its_open_units(workspace, ranked, tmp_pat
     model.save_pretrained(tmp_path / "masked")
     masked = ["--adapter", str(tmp_path / "masked"), "--output_dir", str(tmp_path / "out")]
     error = error_of(["rank", *data(workspace), *masked, *TRAINING], capsys)
-    (command,) = re.findall(r"is masked.* run `peft-ila (export .*)` and pass `--adapter PLAIN`", error)
+    (command,) = re.findall(r"is masked.* Run `peft-ila (export .*)`, which leaves out", error)
     main(command.replace("PLAIN", str(tmp_path / "plain")).split())
     rank(workspace, tmp_path / "out", "--adapter", str(tmp_path / "plain"))
     assert LayerImportance.load(tmp_path / "out" / "importance.json").units == ["model.layers.0", "model.layers.2"]
@@ -602,6 +612,15 @@ def test_errors_are_one_line(arguments, message, capsys):
     error = error_of(arguments, capsys)
     assert re.search(message, error), error
     assert error.startswith(f"peft-ila {arguments[0]}: error: ") and "\n" not in error
+
+
+@pytest.mark.parametrize("flags", [[], ["--fp16", "True"], ["--bf16", "False"]])
+def test_bf16_is_the_default_on_a_gpu_unless_fp16_is_asked_for(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    command = "rank --model_name_or_path M --dataset_name D --output_dir".split()
+    _, training, *_ = parse([*command, str(tmp_path), *flags])[1]
+    assert (training.bf16, training.fp16) == (not flags, "--fp16" in flags)
 
 
 def test_what_is_not_installed(ranked, tmp_path, monkeypatch, capsys):

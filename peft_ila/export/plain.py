@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,9 +101,9 @@ def _gates(state_dict: dict[str, torch.Tensor], units: dict[str, str]) -> dict[s
 
 def _key_in_plain_lora(key: str, path: str, kept: set[str], is_parameter: bool) -> str:
     """The key of a tensor when PEFT wraps only the kept modules."""
-    if key.endswith(".base_layer.bias"):
-        module = key.removeprefix(SAVED_PREFIX).removesuffix(".base_layer.bias")
-        return key if module in kept else f"{SAVED_PREFIX}{module}.bias"
+    module, inside, part = key.removeprefix(SAVED_PREFIX).rpartition(".base_layer.")
+    if inside and part in ("bias", "weight"):  # trained biases, and embeddings that PEFT saves with the adapter
+        return key if module in kept else f"{SAVED_PREFIX}{module}.{part}"
     if is_parameter:  # the layers of several parameters of one module are nested
         module, *inner = path.split(".base_layer")
         around = sum(module + ".base_layer" * depth in kept for depth in range(len(inner)))
@@ -120,9 +121,12 @@ def export_adapter(adapter_dir: str | os.PathLike[str], output_dir: str | os.Pat
 
     Raises:
         FileNotFoundError: There is no adapter in `adapter_dir`.
-        ValueError: The adapter is not an ILA adapter, or is damaged.
+        ValueError: The adapter is not an ILA adapter, is damaged, or lies in `output_dir`.
     """
-    config, saved = read_adapter(adapter_directory(adapter_dir))
+    directory = adapter_directory(adapter_dir)
+    if directory.resolve() == Path(output_dir).resolve():
+        raise ValueError(f"{output_dir} holds the adapter that would be replaced. Choose another `output_dir`.")
+    config, saved = read_adapter(directory)
     if config.peft_type != "ILA":
         raise ValueError(f"{adapter_dir} holds a plain LoRA adapter, which has no gates. Load it as it is.")
     _check_layers(saved, config)

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,12 @@ def to_reduced_lora(
 
     Returns:
         Tensors and configuration, ready to be written.
+
+    Raises:
+        ValueError: The adapter is one of DoRA, of experts or of convolutions.
     """
     names = target_names(state_dict, config)
+    check_reducible(config, ((names[split_key(key)[0]], b) for key, b in state_dict.items() if is_lora_b(key)))
     kept = {  # by the path of a LoRA layer, which rows of A and columns of B
         split_key(key)[0]: tensor.any(0).nonzero().flatten() for key, tensor in state_dict.items() if is_lora_b(key)
     }
@@ -62,6 +66,19 @@ def to_reduced_lora(
     lora.rank_pattern, lora.alpha_pattern = own, dict(own)
     lora.use_rslora = False
     return tensors, lora
+
+
+def check_reducible(config: Any, layers: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse an adapter without directions of its own. `layers` has the module and a factor of each LoRA layer."""
+    if config.use_dora:
+        reason = "of DoRA, whose magnitudes belong to the whole delta"
+    elif config.gated_parameters:
+        reason = f"of experts ({min(config.gated_parameters.values())}), which share one rank"
+    elif convolution := next((module for module, factor in layers if factor.dim() != 2), None):
+        reason = f"of a convolution ({convolution})"
+    else:
+        return
+    raise ValueError(f"This adapter cannot be pruned: it is {reason}.")
 
 
 def _scaling(name: str, rank: int, config: Any) -> float:

@@ -74,9 +74,14 @@ def extract_lora(
     factors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     inside = kept = outside = 0.0
+    not_compared = set(names).difference(compared)
     for name in tqdm(compared, desc="Reading weight deltas"):
+        module = name.removesuffix(".weight")
         before, after = _read(base[name]), _read(tuned[name])
         if before.shape != after.shape:
+            if module not in targets:  # embeddings with more tokens
+                not_compared.add(name)
+                continue
             shapes = f"{tuple(before.shape)} in {base_model}, but {tuple(after.shape)} in {tuned_model}"
             raise ValueError(f"{name!r} has the shape {shapes}.")
         delta = after.float().sub_(before.float())
@@ -84,7 +89,6 @@ def extract_lora(
         energy = float(delta.square().sum(dtype=torch.float64))
         if not math.isfinite(energy):
             raise ValueError(f"The delta of {name!r} is not finite. Is one of the checkpoints damaged?")
-        module = name.removesuffix(".weight")
         if module in targets:
             # the weight of Conv1D is transposed
             a, b = _factorise(delta.T if isinstance(targets[module], Conv1D) else delta, rank)
@@ -115,7 +119,7 @@ def extract_lora(
     return {
         "energy_kept": min(kept / inside, 1.0),
         "energy_outside": outside / (outside + inside),
-        "not_compared": sorted(set(names).difference(compared)),
+        "not_compared": sorted(not_compared),
     }
 
 

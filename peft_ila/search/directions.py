@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..tuner.model import Factors, ILAModel
+from ..export.ranks import check_reducible
+from ..tuner.model import ILAModel
 from .measurement import Measurement, Step
 
 
@@ -31,7 +32,10 @@ class Directions:
     def __init__(self, ila: ILAModel) -> None:
         (name,) = ila.active_adapters
         self._factors = list(ila.factors())
-        _check_prunable(ila.peft_config[name], self._factors)
+        check_reducible(ila.peft_config[name], ((module, b) for module, *_, b in self._factors))
+        for module, *_, b in self._factors:
+            if isinstance(b, DTensor):
+                raise ValueError(f"{module!r} is sharded by FSDP2. Prune in one process or under DDP.")
         self._b: list[torch.Tensor] = []
         values, sizes = [], []
         for _, scaling, a, b in self._factors:
@@ -55,7 +59,7 @@ class Directions:
     def slope(self, measurement: Measurement, step: Step, gates: torch.Tensor) -> torch.Tensor:
         """∂L/∂γ of one step at these gates, both of shape (directions,), fp32 on the CPU."""
         self.set_gates(gates)
-        return measurement.slope(step, self._contracted)[0]
+        return measurement.slope(step, self._contracted)
 
     def _contracted(self) -> torch.Tensor:
         products = [
@@ -68,7 +72,13 @@ class Directions:
 
     def attributions(self, measurement: Measurement, steps: Iterable[Step], gates: torch.Tensor) -> torch.Tensor:
         """What each direction is worth beside those that are on: the mean of −∂L/∂γ, of shape (directions,)."""
-        return -torch.stack([self.slope(measurement, step, gates) for step in steps]).mean(0)
+        slopes = [self.slope(measurement, step, gates) for step in steps]
+        if not slopes:
+            raise ValueError(
+                "The training data have no batch left to measure on. Lower `steps` or `rounds`, or check that the "
+                "data fill a batch, have labels and can be read again."
+            )
+        return -torch.stack(slopes).mean(0)
 
     def learn_gates(
         self, measurement: Measurement, steps: Iterable[Step], kept: torch.Tensor, number: int, learning_rate: float
@@ -89,20 +99,6 @@ class Directions:
             adam.step()
             schedule.step()
         return gamma.detach()[kept] * on
-
-
-def _check_prunable(config: Any, factors: list[Factors]) -> None:
-    if config.use_dora:
-        reason = "of DoRA, whose magnitudes belong to the whole delta"
-    elif config.gated_parameters:
-        reason = f"of experts ({min(config.gated_parameters.values())}), which share one rank"
-    elif convolution := next((module for module, _, a, _ in factors if a.dim() != 2), None):
-        reason = f"of a convolution ({convolution})"
-    elif sharded := next((module for module, *_, b in factors if isinstance(b, DTensor)), None):
-        reason = f"sharded by FSDP2 ({sharded}); prune in one process or under DDP"
-    else:
-        return
-    raise ValueError(f"This adapter cannot be pruned: it is {reason}.")
 
 
 def singular_directions(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

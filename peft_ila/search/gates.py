@@ -107,9 +107,9 @@ def learn_gates(
     importance.spread = spread
     importance.metadata["learn_gates"] = {
         "method": method,
-        "steps": steps,
+        "steps": int(steps),  # NumPy's are no JSON
         "steps_taken": search.taken,
-        "seed": trainer.args.seed if seed is None else seed,
+        "seed": trainer.args.seed if seed is None else int(seed),
         "batch_size": trainer.get_total_train_batch_size(trainer.args),
         "loss_closed": closed,
         "loss_open": opened,
@@ -211,27 +211,35 @@ def check_trained(trained: bool, method: Method) -> None:
         )
     if method != "untrained" and not trained:
         raise ValueError(
-            f"The adapter has not been trained: its B is 0, so there is no delta to rank by {method!r}. Fine-tune "
-            'first, or use `method="untrained"`.'
+            "The adapter has not been trained: its B is 0, so there is no delta to measure. Fine-tune first. To rank "
+            'units before training, use `learn_gates(method="untrained")`.'
         )
 
 
 def rankable(trainer: Trainer) -> ILAModel:
     """The trainer's model, if [`learn_gates`] can rank it; for callers with other work to do first."""
     check_engine(trainer.accelerator)
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"The trainer splits each batch over {trainer.args.n_gpu} GPUs by `DataParallel`. Set "
+            "`CUDA_VISIBLE_DEVICES=0`, or start one process per GPU by `accelerate launch`."
+        )
     model = trainer.accelerator.unwrap_model(trainer.model)
     ila = getattr(model, "base_model", None)
     if not isinstance(ila, ILAModel):
         raise TypeError(
-            "`learn_gates` needs a trainer whose model was made by `get_peft_model(model, ILAConfig(...))`, or from a "
-            f"LoRA by `ILAModel.from_lora(model)`; got {type(model).__name__}."
+            "`learn_gates` and `prune` need a trainer whose model was made by `get_peft_model(model, "
+            f"ILAConfig(...))`, or from a LoRA by `ILAModel.from_lora(model)`; got {type(model).__name__}."
         )
     if len(ila.active_adapters) != 1:
         raise ValueError(f"Exactly one adapter must be active, got {ila.active_adapters}.")
     (name,) = ila.active_adapters
     if ila.peft_config[name].gate_mode == "hard":
-        raise ValueError('The adapter is masked (mode "hard"); call `set_gate_mode("open")` to rank all its units.')
+        raise ValueError(
+            'The adapter is masked (mode "hard"). Call `set_gate_mode("open")` to use all its units, or write the '
+            "kept ones by `to_lora` and gate that."
+        )
     if model.get_model_status().enabled is not True:
-        raise ValueError("The adapter is disabled; call `enable_adapter_layers()` on the model to rank its units.")
+        raise ValueError("The adapter is disabled; call `enable_adapter_layers()` on the model.")
     ila.check_unmerged(name)
     return ila

@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType, find_batch_size
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import set_seed
+from transformers.trainer_pt_utils import find_batch_size
 
 from ..tuner.layer import GateState
 from ..tuner.model import ILAModel
@@ -75,7 +76,7 @@ class Measurement:
         """The loss and the number of examples of each evaluation batch, with all gates open.
 
         Returns:
-            Shape (batches, 2), fp32 on the CPU, from all processes.
+            Shape (batches, 2), fp32 on the CPU, from all processes. The loss of a batch without labels is NaN.
         """
         for gate in self._gates:
             gate.state = "open"
@@ -83,7 +84,14 @@ class Measurement:
         for batch in trainer.get_eval_dataloader():
             size = find_batch_size(batch) or 1
             loss, *_ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+            if loss is None:
+                raise ValueError(
+                    f"The trainer computes no loss on the held-out data, whose batches have {sorted(batch)}. Name "
+                    "their labels by `label_names` in the training arguments."
+                )
             rows.append(torch.stack([loss.detach().float().mean(), torch.tensor(float(size), device=loss.device)]))
+        if not rows:
+            raise ValueError("The held-out data give no batch. Check the data and `dataloader_drop_last`.")
         return trainer.accelerator.gather(torch.stack(rows)).cpu()
 
     def gradient(self, step: Step, scores: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
@@ -104,13 +112,13 @@ class Measurement:
         """
         return self._take(step, "open", self._norms)
 
-    def slope(self, step: Step, contract: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    def slope(self, step: Step, contract: Callable[[], torch.Tensor]) -> torch.Tensor:
         """
-        A linear function of one step's gradient, with all gates open, and the loss, means over all processes.
-        `contract` turns the `grad` of B into a tensor.
+        A linear function of one step's gradient, with all gates open, the mean over all processes. `contract` turns
+        the `grad` of B into a tensor.
         """
         accelerator = self._trainer.accelerator
-        return self._take(step, "open", lambda: accelerator.reduce(contract().to(accelerator.device), "mean"))
+        return self._take(step, "open", lambda: accelerator.reduce(contract().to(accelerator.device), "mean"))[0]
 
     def _take(self, step: Step, state: GateState, take: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
         """What `take` makes of the gradients, if it is finite, on the CPU, and the loss."""
@@ -194,12 +202,12 @@ def measuring(
 @contextlib.contextmanager
 def _prepared(trainer: Any) -> Iterator[None]:
     """Prepare the model as `train` does: device, precision and gradient checkpointing."""
-    model, args, trained = trainer.model, trainer.args, bool(trainer.accelerator._models)
+    model, args = trainer.model, trainer.args
     _shard(trainer)
-    if not trained and not trainer.accelerator.is_fsdp2:
+    if not trainer.accelerator._models and not trainer.accelerator.is_fsdp2:
         trainer.accelerator.prepare_model(model, evaluation_mode=True)
     already = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if trained or not args.gradient_checkpointing or already:
+    if already or not args.gradient_checkpointing:
         yield
         return
     kwargs = dict(args.gradient_checkpointing_kwargs or {})
@@ -264,8 +272,8 @@ def check_engine(accelerator: Any) -> None:
     else:
         return
     raise ValueError(
-        f"`learn_gates` does not run under {engine}. Use DDP or FSDP2, or save the adapter by "
-        "`trainer.save_model(path)` and run `peft-ila rank --adapter path`."
+        f"`learn_gates` and `prune` do not run under {engine}. Use DDP or FSDP2, or save the adapter by "
+        "`trainer.save_model(path)` and run `peft-ila rank --adapter path` or `peft-ila prune path`."
     )
 
 

@@ -9,9 +9,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..choices import PruneGranularity
+from ..tuner.model import ILAModel
 from ..units import unit_of
 from .directions import Directions
-from .gates import rankable
 from .measurement import Measurement, Step
 
 # of the parameters; each costs one evaluation
@@ -42,11 +42,11 @@ class Found:
 class Search:
     """The choice of what is kept of the trainer's active adapter, which is pruned in place."""
 
-    def __init__(self, trainer: Any, measurement: Measurement, granularity: PruneGranularity) -> None:
+    def __init__(self, trainer: Any, ila: ILAModel, measurement: Measurement, granularity: PruneGranularity) -> None:
         self._measurement = measurement
         self._has_held_out = trainer.eval_dataset is not None
         self._hides_bar = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-        self._directions = Directions(rankable(trainer))
+        self._directions = Directions(ila)
         modules = self._directions.modules
         units = range(len(modules)) if granularity == "component" else [unit_of(name, granularity) for name in modules]
         number = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
@@ -128,9 +128,12 @@ class HeldOut:
             base: Without the adapter: a loss and a number of examples for each batch, of shape (batches, 2).
             losses: The same for each share of the parameters that is kept, the smallest first.
         """
-        self._weight = base[:, 1].double() / base[:, 1].double().sum()
-        self._losses = losses
-        self.base, self._whole = self._mean(base), self._mean(losses[1.0])
+        self._usable = base[:, 0].isfinite()  # a mean over no labels is NaN
+        if not self._usable.any():
+            raise ValueError("No batch of the held-out data gives a finite loss. Check that they have labels.")
+        self._weight = base[self._usable, 1].double() / base[self._usable, 1].double().sum()
+        self._losses = {share: own[self._usable] for share, own in losses.items()}
+        self.base, self._whole = self._mean(base[self._usable]), self._mean(self._losses[1.0])
         if not self._whole < self.base:
             raise ValueError(
                 f"The adapter does not lower the held-out loss ({self.base:.4f} without it, {self._whole:.4f} with "
@@ -142,7 +145,7 @@ class HeldOut:
 
     def point(self, share: float, losses: torch.Tensor | None = None) -> Kept:
         """What this share keeps."""
-        loss = self._mean(self._losses[share] if losses is None else losses)
+        loss = self._mean(self._losses[share] if losses is None else losses[self._usable])
         return Kept(share, loss, (self.base - loss) / (self.base - self._whole))
 
     def curve(self) -> list[Kept]:

@@ -462,8 +462,16 @@ class ILAModel(LoraModel):
 
         Returns:
             [`~peft.LoraConfig`]: The written configuration.
+
+        Raises:
+            ValueError: With `ranks`, a gate is not open, or the adapter is one of DoRA, of experts or of convolutions.
         """
         adapter_name = self._one_adapter(adapter_name)
+        if ranks and any(layer.gates[adapter_name].state != "open" for *_, layer in self._gated_layers(adapter_name)):
+            raise ValueError(
+                f"`ranks={ranks!r}` needs open gates, and adapter {adapter_name!r} has others. Call `fold_gates()`, "
+                "or write it without `ranks` to leave out closed units."
+            )
         try:
             self.model.get_input_embeddings()
             embeddings: Any = "auto"

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
 from ..choices import Format
 from ..export.recipes import write_recipe
 from ..files import whole_file
@@ -56,7 +58,10 @@ def convert(
     else:
         units = importance.select(**(selection or {}))
     if format == "peft":
-        path = output_dir / "adapter_config.json"
+        path = output_dir / CONFIG_NAME
+        for weights in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+            if (output_dir / weights).exists():
+                raise ValueError(f"{output_dir} holds a trained adapter ({weights}). Choose another `output_dir`.")
         config = importance.to_lora_config(units=units, model=model, **lora)
         with whole_file(path) as temporary:
             config.save_pretrained(str(temporary.parent))

@@ -124,12 +124,13 @@ def prune(
     if output_dir is not None:
         check_pruned_output(output_dir)
     settings["seed"] = trainer.args.seed if seed is None else seed
+    settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy's
     with measuring(trainer, ila, seed, FACTORS) as measurement:
-        search = Search(trainer, measurement, granularity)
+        search = Search(trainer, ila, measurement, granularity)
         found = search.run(top_p, min_kept, steps, rounds, gate_steps, gate_learning_rate)
-    pruning = summarised(ila, found, settings)
-    if output_dir is not None and trainer.is_world_process_zero():
-        _save(ila, pruning, Path(output_dir), "uniform" if uniform_rank else "mixed")
+        pruning = summarised(ila, found, settings)
+        if output_dir is not None and trainer.is_world_process_zero():  # within: what cannot be written is not lost
+            _save(ila, pruning, Path(output_dir), "uniform" if uniform_rank else "mixed")
     return pruning
 
 
@@ -209,6 +210,8 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
         except ImportError as error:
             logger.warning(f"The pictures are left out. {error}")
         add_section(temporary, "Pruning", _card(pruning, temporary))
+        for stale in {"ranks.png", "kept.png"}.difference(path.name for path in temporary.iterdir()):
+            (directory / stale).unlink(missing_ok=True)
 
 
 def draw(pruning: Pruning, directory: Path) -> None:

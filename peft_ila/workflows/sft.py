@@ -58,7 +58,9 @@ def sft_trainer(
     eval_dataset = None
     if training_args.eval_strategy != "no":
         split = "train" if eval_dataset_name and is_file(eval_dataset_name) else script_args.dataset_test_split
-        eval_dataset = load_dataset(eval_dataset_name or dataset, script_args.dataset_config, split)
+        held_out = eval_dataset_name or dataset
+        eval_config = script_args.dataset_config if held_out == dataset else None  # another data set has not the same
+        eval_dataset = load_dataset(held_out, eval_config, split)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -230,8 +232,8 @@ def _gated_config(adapter: Path, granularity: Granularity | None = None) -> ILAC
         )
     elif config.gate_mode == "hard":
         raise ValueError(
-            f"The adapter {adapter} is masked. To rank the units that its mask keeps open, run `peft-ila export "
-            f"{adapter} --output_dir PLAIN` and pass `--adapter PLAIN`."
+            f"The adapter {adapter} is masked. Run `peft-ila export {adapter} --output_dir PLAIN`, which leaves out "
+            "what the mask closes, and pass PLAIN instead."
         )
     config.init_lora_weights = True  # the weights are loaded
     return config

@@ -83,8 +83,9 @@ def _lora_of_selection(
     importance: LayerImportance, training_args: Any, model_args: Any, tune_args: TuneArguments
 ) -> Any:
     """The [`~peft.LoraConfig`] of the selection, checked on the architecture."""
-    if model_args.lora_target_modules:
-        raise ValueError("`--importance` decides the targets: leave out `--lora_target_modules`.")
+    for name in ("lora_target_modules", "lora_target_parameters"):
+        if getattr(model_args, name, None):
+            raise ValueError(f"`--importance` decides the targets: leave out `--{name}`.")
     options = lora_config(model_args).to_dict()
     for decided in ("peft_type", *DECIDED_BY_SELECTION):
         del options[decided]

@@ -74,6 +74,18 @@ def test_only_an_adapter_of_the_ranks_in_its_configuration_is_exported(tmp_path,
             export_adapter(tmp_path, tmp_path / "again")
 
 
+def test_embeddings_that_are_closed_keep_their_new_rows(tmp_path, input_ids):
+    torch.manual_seed(0)
+    model = resized()
+    model.get_input_embeddings().weight.data[64:].normal_()
+    model = get_peft_model(model, ILAConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False))
+    model.apply_mask(["model.layers.0"])
+    model.to_lora(tmp_path)
+    plain = PeftModel.from_pretrained(resized(), tmp_path).eval()
+    ids = torch.cat([input_ids, torch.tensor([[64, 69]]).expand(len(input_ids), 2)], 1)
+    torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-6)
+
+
 def test_without_a_module_the_exported_adapter_computes_the_same(tmp_path, input_ids):
     """The file does not tell a damaged adapter from one of a model whose layers differ. PEFT warns of both files."""
     torch.manual_seed(0)

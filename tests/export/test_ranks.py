@@ -123,6 +123,22 @@ def test_a_pruned_adapter_is_the_gated_model_and_loads_as_plain_lora(tmp_path, i
 
 
 @pytest.mark.support("Pruning", "`Conv1D`")
+@pytest.mark.parametrize("mode", ["hard", "soft", "joint"])
+def test_gates_that_are_not_open_are_never_dropped(tmp_path, input_ids, mode):
+    model = gated(tiny_llama())
+    if mode == "hard":
+        model.apply_mask(list(model.gates())[:4])
+    else:
+        model.set_gate_mode(mode)
+    with pytest.raises(ValueError, match="`ranks='uniform'` needs open gates"):
+        model.to_lora(tmp_path, ranks="uniform")
+    if mode != "hard":
+        expected = model(input_ids).logits
+        model.fold_gates()
+        model.to_lora(tmp_path, ranks="uniform")
+        assert_same(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()(input_ids).logits, expected)
+
+
 def test_conv1d(tmp_path):
     ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))
     model = gated(build("gpt2"), target_modules=["c_attn", "c_proj"])
@@ -195,11 +211,12 @@ def test_singular_directions_never_make_the_product():
         pytest.param("convolution", {"target_modules": ["0"]}, r"a convolution \(0\)", marks=refused("convolutions")),
     ],
 )
-def test_what_has_no_directions_of_its_own_is_refused(model, options, reason):
+def test_what_has_no_directions_of_its_own_is_refused(tmp_path, model, options, reason):
     base = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)) if model == "convolution" else build(model)
     kind = {"task_type": None} if model == "convolution" else {}
     model = gated(base, **options, **kind)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError, match=f"This adapter cannot be pruned: it is of {reason}"):
-        Directions(model.base_model)
+    for use in (lambda: Directions(model.base_model), lambda: model.to_lora(tmp_path, ranks="mixed")):
+        with pytest.raises(ValueError, match=f"This adapter cannot be pruned: it is of {reason}"):
+            use()
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before))

@@ -133,6 +133,18 @@ def test_shards_and_a_missing_prefix(checkpoints):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_embeddings_with_more_tokens_are_not_compared(checkpoints):
+    tuned = type(tiny_llama()).from_pretrained(checkpoints / "tuned")
+    tuned.resize_token_embeddings(70)
+    tuned.save_pretrained(checkpoints / "longer")
+    config = LoraConfig(target_modules="all-linear")
+    report = extract_lora(str(checkpoints / "base"), str(checkpoints / "longer"), config, checkpoints / "x")
+    assert report["not_compared"] == ["lm_head.weight", "model.embed_tokens.weight"]
+    extract_lora(str(checkpoints / "base"), str(checkpoints / "tuned"), config, checkpoints / "y")
+    one, other = (load_file(checkpoints / name / "adapter_model.safetensors") for name in "xy")
+    assert all(torch.equal(one[key], other[key]) for key in one | other)
+
+
 def test_transposed_weights(tmp_path, input_ids):
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64)).eval()

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
@@ -11,6 +12,7 @@ from peft import PeftModel
 from trainers import ila, lora_weights, sft_trainer
 from trl import DPOConfig, DPOTrainer
 
+import peft_ila.workflows.prune
 from peft_ila import ILAModel, LayerImportance, learn_gates
 from peft_ila.search.directions import Directions
 from peft_ila.search.measurement import FACTORS, measuring
@@ -28,9 +30,10 @@ def trained(tmp_path_factory, tokenizer, dialogues):
     return directory / "lora"
 
 
-def trainer_on(trained, tmp_path, tokenizer, dialogues, held_out=True, **kwargs):
-    model = ILAModel.from_lora(PeftModel.from_pretrained(tiny_llama(), trained, is_trainable=True), **kwargs)
-    options = {"model": model, "per_device_eval_batch_size": 1, "gradient_checkpointing": False}
+def trainer_on(trained, tmp_path, tokenizer, dialogues, held_out=True, granularity="layer", **kwargs):
+    lora = PeftModel.from_pretrained(tiny_llama(), trained, is_trainable=True)
+    model = ILAModel.from_lora(lora, granularity=granularity)
+    options = {"model": model, "per_device_eval_batch_size": 1, "gradient_checkpointing": False, **kwargs}
     trainer = sft_trainer(tmp_path / "run", tokenizer, dialogues[:40], **options)
     if held_out:
         trainer.eval_dataset = sft_trainer(tmp_path / "run", tokenizer, dialogues[40:], model=model).train_dataset
@@ -142,11 +145,20 @@ def test_held_out_data_decide():
     assert held_out.smallest(0.4) == 0.1 and held_out.smallest(0.9999) == 1.0
     with pytest.raises(ValueError, match="does not lower the held-out loss"):
         HeldOut(shares[1.0], {1.0: base})
+    nan = losses(math.nan)  # of a batch without labels
+    padded = HeldOut(torch.cat([nan, base]), {share: torch.cat([nan, own]) for share, own in shares.items()})
+    assert padded.curve() == held_out.curve() and padded.smallest(None) == 0.5
+    with pytest.raises(ValueError, match="No batch of the held-out data gives a finite loss"):
+        HeldOut(nan, {1.0: nan})
 
 
 def test_without_held_out_data_a_quarter_is_kept_and_said_to_be_unchecked(trained, tmp_path, tokenizer, dialogues):
     trainer = trainer_on(trained, tmp_path, tokenizer, dialogues, held_out=False)
-    pruning = prune(trainer, tmp_path / "small", steps=4, gate_steps=0)
+    (tmp_path / "small").mkdir()
+    for name in ("adapter_config.json", "pruning.json", "kept.png", "notes.txt"):
+        (tmp_path / "small" / name).write_text("earlier")
+    pruning = prune(trainer, tmp_path / "small", steps=np.int64(4), gate_steps=0)
+    assert not (tmp_path / "small" / "kept.png").exists() and (tmp_path / "small" / "notes.txt").exists()
     assert pruning.share == pytest.approx(0.25, abs=0.02) and pruning.curve == [] and pruning.result is None
     assert "nothing was checked" in (tmp_path / "small" / "README.md").read_text()
 
@@ -177,6 +189,37 @@ def test_dpo(trained, tmp_path, tokenizer, dialogues):
     assert pruning.curve[-1].loss == pytest.approx(math.log(2), abs=1e-3)  # TRL's reference is the adapter as it was
     assert pruning.base_loss > 0.7
     assert pruning.result.gain > 0.5
+
+
+def test_data_that_cannot_be_measured_on(trained, tmp_path, tokenizer, dialogues, monkeypatch):
+    trainer = trainer_on(trained, tmp_path, tokenizer, dialogues)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "prediction_step", lambda *args, **kwargs: (None, None, None))
+        with pytest.raises(ValueError, match=r"no loss on the held-out data, whose batches have \[.*'labels'"):
+            prune(trainer, steps=2)
+    trainer.args.dataloader_drop_last = True
+    trainer.args.per_device_eval_batch_size = 100
+    with pytest.raises(ValueError, match="The held-out data give no batch"):
+        prune(trainer, steps=2)
+    trainer.train_dataset = trainer.train_dataset.select(range(4))
+    with pytest.raises(ValueError, match="The training data have no batch left"):
+        prune(trainer, steps=2)
+
+
+def test_several_gpus_in_one_process_are_refused(trained, tmp_path, tokenizer, dialogues):
+    trainer = trainer_on(trained, tmp_path, tokenizer, dialogues)
+    trainer.args._n_gpu = 2
+    for search in (prune, learn_gates):
+        with pytest.raises(ValueError, match="splits each batch over 2 GPUs"):
+            search(trainer)
+
+
+def test_checkpointing_is_on_in_every_search(trained, tmp_path, tokenizer, dialogues):
+    trainer = trainer_on(trained, tmp_path, tokenizer, dialogues, gradient_checkpointing=True)
+    trainer.evaluate()  # prepares the model
+    for _ in range(2):
+        with measuring(trainer, trainer.model.base_model, 0, FACTORS):
+            assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
 
 
 @pytest.mark.parametrize(
@@ -210,14 +253,15 @@ def test_settings_that_are_refused(trained, tmp_path, tokenizer, dialogues):
             prune(trainer, **settings)
 
 
-def test_after_an_error_the_adapter_is_as_before(trained, tmp_path, tokenizer, dialogues, monkeypatch):
+@pytest.mark.parametrize("place", [(Directions, "learn_gates"), (peft_ila.workflows.prune, "draw")])
+def test_after_an_error_the_adapter_is_as_before(trained, tmp_path, tokenizer, dialogues, monkeypatch, place):
     trainer = trainer_on(trained, tmp_path, tokenizer, dialogues)
     before = lora_weights(trainer.model)
 
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Directions, "learn_gates", fail)
+    monkeypatch.setattr(*place, fail)
     with pytest.raises(KeyboardInterrupt):
         prune(trainer, tmp_path / "small", top_p=0.5, steps=4)
     assert all(torch.equal(weight, before[name]) for name, weight in lora_weights(trainer.model).items())

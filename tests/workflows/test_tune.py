@@ -196,6 +196,12 @@ def test_what_is_of_no_use_in_full_is_found_before_any_work(workspace, tmp_path,
     assert files(tmp_path) == before and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["lora_target_modules", "lora_target_parameters"])
+def test_the_ranking_decides_the_targets(workspace, tmp_path, name):
+    message = error_of(workspace, "tune", tmp_path / "out", "--top_k", "1", f"--{name}", "q_proj")
+    assert f"decides the targets: leave out `--{name}`" in message
+
+
 def test_a_ranking_of_another_architecture(workspace, tmp_path):
     LayerImportance(["transformer.h.0"], [1.0]).save(tmp_path / "other.json")
     options = ["--full", "--top_k", "1", "--importance", str(tmp_path / "other.json")]
