@@ -30,7 +30,7 @@ from benchmarks.study.problem import RANK, adapted_modules
 from peft_ila import LayerImportance
 
 PROMPT = 256  # tokens
-ROUNDS = 7
+ROUNDS = 15
 
 
 def parts() -> dict[str, Any]:
