@@ -40,7 +40,7 @@ TEXTS = ("text_wikitext2", "text_c4")
 RATES = {"smollm2": 2e-3, "gemma": 1e-3}  # the study's best for LoRA with r = 8 on all modules
 FACTORS = (0.7, 0.85, 1.15, 1.3)
 CHECKPOINTS = (20, 30, 40, 50)  # steps
-QUESTIONS = 300  # of each task
+QUESTIONS = 200  # of each task
 
 Losses = Callable[[], dict[str, Any]]
 Arms = Iterator[tuple[str, float, Losses]]  # a name, the share of the adapter's parameters, and how to measure it
@@ -237,7 +237,20 @@ PHASES: dict[str, Callable[[Run], Arms]] = (
     }
     | {
         f"rank {rank}, rate x{times:g}": functools.partial(Run.other_rank, rank=rank, times=times)
-        for rank, times in ((1, 2), (1, 1), (1, 4), (8, 2), (16, 1), (16, 0.5), (64, 1), (64, 0.5), (2, 1), (4, 1))
+        for rank, times in (
+            (1, 2),
+            (1, 1),
+            (1, 4),
+            (8, 2),
+            (16, 1),
+            (16, 0.5),
+            (64, 1),
+            (64, 0.5),
+            (2, 1),
+            (4, 1),
+            (2, 2),
+            (4, 2),
+        )
     }
     | {
         f"{method}, rank 1, rate x{times:g}": functools.partial(Run.adaptive, method=method, rank=1, times=times)
