@@ -318,14 +318,11 @@ def draw_prices(figures: Figures, path: Path) -> None:
     costs = json.loads(COST.read_text())["steps"]
     points = {name: gain for name, gain in prices(figures).items() if gain}
     figure = new_figure(path)
-    figure.set_size_inches(8, 3.2)
+    figure.set_size_inches(9.5, 3.2)
     for axes, what, label in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), ("activations", "time")):
-        for name, gain in points.items():
-            axes.errorbar(costs[name][what], gain.mean, gain.error or 0, fmt="o", capsize=2, color="C0")
-            place: dict[str, Any] = {"xytext": (-6, -3), "ha": "right"}
-            if name in ("all", "rank 1"):  # they lie beside each other
-                place = {"xytext": (0, 9 if name == "all" else -14), "ha": "center"}
-            axes.annotate(name, (costs[name][what], gain.mean), textcoords="offset points", fontsize=7, **place)
+        for (name, gain), marker in zip(points.items(), "o*sv^DP"):
+            style = {"fmt": marker, "capsize": 2, "label": PARTS[name]}
+            axes.errorbar(costs[name][what], gain.mean, gain.error or 0, **style)
         front = [
             (costs[name][what], gain.mean)
             for name, gain in points.items()
@@ -336,6 +333,7 @@ def draw_prices(figures: Figures, path: Path) -> None:
         axes.margins(y=0.15)
         axes.set_xlabel(f"{label} of a step, compared with LoRA on all modules", fontsize=8)
     figure.axes[0].set_ylabel("held-out gain, of LoRA on all", fontsize=8)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     write(figure, path)
 
 
