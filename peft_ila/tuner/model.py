@@ -272,6 +272,7 @@ class ILAModel(LoraModel):
         if mode == "joint" or ("lora_B" in trained and self.is_trained(name)):
             weights += [weight for *_, a, b in self.factors(name) for weight in (a, b)]
         before = [(weight, weight.detach().clone()) for weight in weights]
+        trainable = [p for n, p in self.model.named_parameters() if ".lora_" not in n and p.requires_grad]
         try:
             if mode == "joint":
                 self._fold(name)
@@ -284,6 +285,8 @@ class ILAModel(LoraModel):
             raise
         finally:
             self._change(name, gate_mode=mode, inference_mode=config.inference_mode)
+            for parameter in trainable:  # also those of the base model that were set by hand
+                parameter.requires_grad_(True)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)

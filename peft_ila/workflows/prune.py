@@ -42,7 +42,8 @@ class Pruning:
         importance: The modules, ranked by the sums of their directions' attributions.
         curve: What each share keeps after one round, with gates of 1. Empty without held-out data.
         result: What the pruned adapter keeps. `None` without held-out data.
-        base_loss: The held-out loss without the adapter. `None` without held-out data.
+        base_loss: The held-out loss without the deltas, but with `modules_to_save` and biases. `None` without held-out
+            data.
         settings: The settings of [`prune`].
     """
 

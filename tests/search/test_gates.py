@@ -397,15 +397,18 @@ def test_the_trainers_data_loader_is_given_back(tmp_path, tokenizer, dialogues):
     assert trainer.accelerator.gradient_state.dataloader_references == before
 
 
-def test_modules_to_save_and_biases_do_not_move(tmp_path, tokenizer, dialogues):
+def test_what_else_trains_does_not_move_and_trains_again(tmp_path, tokenizer, dialogues):
     model = ila(modules_to_save=["lm_head"])
+    model.get_parameter("base_model.model.model.norm.weight").requires_grad_(True)  # by hand
     trainer = plain_trainer(tmp_path, tokenizer, dialogues, model=model)
     trainer.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_gate" not in name}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     learn_gates(trainer, steps=4)
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value)
-    assert any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert any("modules_to_save" in name for name in trainable) and any("norm" in name for name in trainable)
 
 
 def test_an_adapter_loaded_for_inference_can_be_ranked(tmp_path, tokenizer, dialogues):

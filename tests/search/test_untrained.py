@@ -117,7 +117,7 @@ def test_settles_and_says_how_sure_it_is(tmp_path, tokenizer, dialogues):
 def test_errors_both_ways(tmp_path, tokenizer, dialogues):
     trainer = sft_trainer(tmp_path, tokenizer, dialogues, max_steps=4)
     for method in ("attribution", "descent"):
-        with pytest.raises(ValueError, match="no delta to measure. Fine-tune first. .*\"untrained\""):
+        with pytest.raises(ValueError, match='no delta to measure. Fine-tune first. .*"untrained"'):
             learn_gates(trainer, method=method)
     trainer.train()
     weights = lora_weights(trainer.model)
