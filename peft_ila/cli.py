@@ -91,7 +91,7 @@ def rank(
 
 
 # settings of this run, or decided by the ranking, that `tune` must not get; `hub_token` is a secret
-_NOT_PASSED_ON = "config|json|output_dir|resume_from_checkpoint|run_name|push_to_hub|hub_.*|lora_target_modules"
+_NOT_PASSED_ON = "config|json|output_dir|resume_from_checkpoint|run_name|push_to_hub|hub_.*|lora_target_.*"
 
 
 def _passed_on(settings: dict[str, Any]) -> list[str]:

@@ -279,7 +279,7 @@ def test_convert(ranked, tmp_path, capsys):
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter_config.json"]
 
 
-def test_no_trained_adapter_is_overwritten(ranked, tmp_path, capsys):
+def test_neither_convert_nor_export_replaces_its_source(ranked, tmp_path, capsys):
     shutil.copytree(ranked / "adapter", tmp_path / "adapter")
     output = ["--output_dir", str(tmp_path / "adapter")]
     before = {path: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}

@@ -313,8 +313,8 @@ def test_tune_is_told_what_rank_was(workspace, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").write_text("lora_r: 8\nlr_scheduler_kwargs: {num_cycles: 2}\ngate_steps: 9\n")
     own = (
         f"--config {tmp_path / 'config.yaml'} --output_dir {tmp_path / 'out'} --method descent --budget 0.5 "
-        "--granularity module --lora_target_modules q_proj --run_name R --push_to_hub --hub_token SECRET "
-        "--hub_model_id me/M --resume_from_checkpoint True"
+        "--granularity module --lora_target_modules q_proj --lora_target_parameters experts.up_proj --run_name R "
+        "--push_to_hub --hub_token SECRET --hub_model_id me/M --resume_from_checkpoint True"
     )
     main(["rank", *flags.split(), *own.split()])
     output = capsys.readouterr().out

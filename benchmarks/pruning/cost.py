@@ -50,7 +50,7 @@ def parts() -> dict[str, Any]:
     models = {name: get_peft_model(load("fp32"), config) for name, config in configs.items()}
     for name, own in (
         ("all weights", units["all"]),
-        ("best 75 % of the weights", modules_within(0.75 * everything, scores, sizes)),
+        ("best weights", modules_within(0.75 * everything, scores, sizes)),
     ):
         models[name] = load("fp32").requires_grad_(False)
         for unit in own:

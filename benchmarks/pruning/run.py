@@ -111,7 +111,7 @@ class Run:
                 yield from self.chosen(own, f"attribution, {batches} batches", by, (0.05,))
 
     def more_batches(self) -> Arms:
-        """Attribution on twice as many."""
+        """Attribution on twice as many; where the slopes are kept already, they begin with the same ones."""
         with self.adapter() as own:
             by = functools.partial(own.measured, batches=32)
             yield from self.chosen(own, "attribution, 32 batches", by, (0.05,))

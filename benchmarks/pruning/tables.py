@@ -55,8 +55,8 @@ PARTS = {
     "best modules": "LoRA on the best modules, 30 %",
     "last layers": "LoRA on the last layers, 30 %",
     "first layers": "LoRA on the first layers, 30 %",
-    "all weights": "all weights (full fine-tuning)",
-    "best 75 % of the weights": "the best 75 % of the weights, the rest frozen",
+    "all weights": "all weights of the linear modules",
+    "best weights": "81 % of them, the best modules; the rest frozen",
 }
 KEPT = ("rounds", EIGHTH)
 QUARTER = ("attribution", 0.25)  # measured where all of the curve is
@@ -404,7 +404,7 @@ def prices(figures: Figures) -> dict[str, Estimate | None]:
     arms = (("rank 1", EIGHTH), ("best modules", 0.3), ("last layers", 0.3), ("first layers", 0.3))
     found = {name: estimate(figures.tuned(name, share), figures.runs) for name, share in arms}
     study = Study.load(STUDY)
-    for name, group in (("all weights", "weights 100"), ("best 75 % of the weights", "weights 75")):
+    for name, group in (("all weights", "weights 100"), ("best weights", "weights 75")):
         found[name] = estimate(functools.partial(study.gained, group, "full search"))
     return {"all": figures.estimate(WHOLE)} | found
 

@@ -15,7 +15,7 @@ def accuracies(model: PreTrainedModel, directory: Path, data: Path, limit: int |
     The model's accuracy on each task, without examples in the prompt. `acc_norm` allows for the answers' lengths.
 
     Args:
-        model: A model without adapters, or with them injected. It ends in training mode.
+        model: A model without adapters, or with them injected.
         directory: Where its tokenizer is.
         data: The directory of `eval_hellaswag.jsonl`, `eval_arc_easy.jsonl` and `eval_piqa.jsonl`.
         limit: Only as many questions of each.
@@ -24,14 +24,14 @@ def accuracies(model: PreTrainedModel, directory: Path, data: Path, limit: int |
     from lm_eval import simple_evaluate  # for this only: pip install lm-eval
     from lm_eval.models.huggingface import HFLM
 
-    attention = model.config._attn_implementation
+    attention, training = model.config._attn_implementation, model.training
     model.eval()
     model.set_attn_implementation("sdpa")  # lm-eval pads
     tokenizer = AutoTokenizer.from_pretrained(directory)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, max_length=512)
     found = simple_evaluate(wrapped, tasks=_tasks(data), limit=limit, bootstrap_iters=0, log_samples=False)
     model.set_attn_implementation(attention)
-    model.train()
+    model.train(training)
     return {
         f"{task} {metric}": round(float(own[f"{metric},none"]), 5)
         for task, own in found["results"].items()

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ..export.ranks import check_reducible
 from ..tuner.model import ILAModel
@@ -33,9 +32,6 @@ class Directions:
         (name,) = ila.active_adapters
         self._factors = list(ila.factors())
         check_reducible(ila.peft_config[name], ((module, b) for module, *_, b in self._factors))
-        for module, *_, b in self._factors:
-            if isinstance(b, DTensor):
-                raise ValueError(f"{module!r} is sharded by FSDP2. Prune in one process or under DDP.")
         self._b: list[torch.Tensor] = []
         values, sizes = [], []
         for _, scaling, a, b in self._factors:
@@ -75,8 +71,8 @@ class Directions:
         slopes = [self.slope(measurement, step, gates) for step in steps]
         if not slopes:
             raise ValueError(
-                "The training data have no batch left to measure on. Lower `steps` or `rounds`, or check that the "
-                "data fill a batch, have labels and can be read again."
+                "The training data have no batch left to measure on. Check that they fill a batch and have labels; a "
+                "stream that cannot be read again must be longer."
             )
         return -torch.stack(slopes).mean(0)
 

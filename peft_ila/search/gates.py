@@ -221,8 +221,9 @@ def rankable(trainer: Trainer) -> ILAModel:
     check_engine(trainer.accelerator)
     if trainer.args.n_gpu > 1:
         raise ValueError(
-            f"The trainer splits each batch over {trainer.args.n_gpu} GPUs by `DataParallel`. Set "
-            "`CUDA_VISIBLE_DEVICES=0`, or start one process per GPU by `accelerate launch`."
+            f"The trainer splits each batch over {trainer.args.n_gpu} GPUs by `DataParallel`. Save the adapter by "
+            "`trainer.save_model(path)`. Then set `CUDA_VISIBLE_DEVICES=0`, or use `accelerate launch`, and run "
+            "`peft-ila rank --adapter path` or `peft-ila prune path`."
         )
     model = trainer.accelerator.unwrap_model(trainer.model)
     ila = getattr(model, "base_model", None)

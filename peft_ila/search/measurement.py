@@ -272,7 +272,7 @@ def check_engine(accelerator: Any) -> None:
     else:
         return
     raise ValueError(
-        f"`learn_gates` and `prune` do not run under {engine}. Use DDP or FSDP2, or save the adapter by "
+        f"`learn_gates` and `prune` do not run under {engine}. Use DDP (or FSDP2 to rank), or save the adapter by "
         "`trainer.save_model(path)` and run `peft-ila rank --adapter path` or `peft-ila prune path`."
     )
 

@@ -54,9 +54,15 @@ class Search:
         self._sizes = self._by_unit(self._directions.sizes)
 
     def run(
-        self, top_p: float | None, min_kept: float | None, steps: int, rounds: int, gate_steps: int, rate: float
+        self,
+        top_p: float | None,
+        min_kept: float | None,
+        steps: int,
+        rounds: int,
+        gate_steps: int,
+        gate_learning_rate: float,
     ) -> Found:
-        """See [`prune`]; `rate` is the gates' learning rate."""
+        """See [`prune`]."""
         directions = self._directions
         total = steps * (rounds if (top_p or 0) < 1 else 1) + gate_steps
         bar = tqdm(self._measurement.steps(), "Pruning", total, disable=self._hides_bar)
@@ -82,7 +88,7 @@ class Search:
         refined = (kept >= 0).float()
         candidates = [] if torch.equal(refined, gates) else [refined]  # equal ones are not evaluated twice
         if gate_steps:
-            candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, rate))
+            candidates.append(directions.learn_gates(self._measurement, data, kept, gate_steps, gate_learning_rate))
         for candidate in candidates:
             after = held_out.point(share, self._loss(candidate)) if held_out else None
             if result is None or after is None or after.loss <= result.loss:

@@ -43,6 +43,9 @@ def convert(
     Returns:
         The file and the selected units.
     """
+    for weights in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if format == "peft" and (output_dir / weights).exists():
+            raise ValueError(f"{output_dir} holds a trained adapter ({weights}). Choose another `output_dir`.")
     if model_name_or_path is None:
         model = _ranked_config(importance)
     else:
@@ -59,9 +62,6 @@ def convert(
         units = importance.select(**(selection or {}))
     if format == "peft":
         path = output_dir / CONFIG_NAME
-        for weights in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-            if (output_dir / weights).exists():
-                raise ValueError(f"{output_dir} holds a trained adapter ({weights}). Choose another `output_dir`.")
         config = importance.to_lora_config(units=units, model=model, **lora)
         with whole_file(path) as temporary:
             config.save_pretrained(str(temporary.parent))

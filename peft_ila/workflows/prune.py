@@ -25,7 +25,8 @@ from ..tuner.model import ILAModel
 logger = logging.getLogger(__name__)
 
 RESULT = "pruning.json"
-FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULT, "importance.json", "ranks.png", "kept.png", "README.md")
+PICTURES = {"ranks.png": "Kept rank of each module", "kept.png": "Kept gain by share of the parameters"}
+FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RESULT, "importance.json", *PICTURES, "README.md")
 
 
 @dataclass
@@ -111,11 +112,17 @@ def prune(
         OSError: A file cannot be written.
         TypeError: The trainer's model is not an ILA model.
         ValueError: A setting is out of range; the adapter is untrained, masked or merged, one of DoRA, of experts or
-            of convolutions, or does not lower the loss; or `output_dir` holds another adapter.
+            of convolutions, is sharded by FSDP2, or does not lower the loss; or `output_dir` holds another adapter.
     """
     settings: dict[str, Any] = {"top_p": top_p, "min_kept": min_kept, "granularity": granularity, "steps": steps}
     settings |= {"rounds": rounds, "gate_steps": gate_steps, "gate_learning_rate": gate_learning_rate}
+    settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy's
     check_prune_settings(**settings)
+    if trainer.accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP2 shards the directions of an adapter. Save it by `trainer.save_model(path)`, and prune it in one "
+            "process or under DDP."
+        )
     ila = rankable(trainer)
     check_trained(ila.is_trained(), "attribution")
     if min_kept is not None and trainer.eval_dataset is None:
@@ -124,11 +131,10 @@ def prune(
         raise ValueError("The trainer's `eval_dataset` is a dict of data sets; give it one of them to prune by.")
     if output_dir is not None:
         check_pruned_output(output_dir)
-    settings["seed"] = trainer.args.seed if seed is None else seed
-    settings = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy's
+    options = dict(settings)
+    settings["seed"] = trainer.args.seed if seed is None else int(seed)
     with measuring(trainer, ila, seed, FACTORS) as measurement:
-        search = Search(trainer, ila, measurement, granularity)
-        found = search.run(top_p, min_kept, steps, rounds, gate_steps, gate_learning_rate)
+        found = Search(trainer, ila, measurement, options.pop("granularity")).run(**options)
         pruning = summarised(ila, found, settings)
         if output_dir is not None and trainer.is_world_process_zero():  # within: what cannot be written is not lost
             _save(ila, pruning, Path(output_dir), "uniform" if uniform_rank else "mixed")
@@ -211,8 +217,9 @@ def _save(ila: ILAModel, pruning: Pruning, directory: Path, ranks: Ranks) -> Non
         except ImportError as error:
             logger.warning(f"The pictures are left out. {error}")
         add_section(temporary, "Pruning", _card(pruning, temporary))
-        for stale in {"ranks.png", "kept.png"}.difference(path.name for path in temporary.iterdir()):
-            (directory / stale).unlink(missing_ok=True)
+        stale = [name for name in PICTURES if not (temporary / name).exists()]
+    for name in stale:  # of an earlier call
+        (directory / name).unlink(missing_ok=True)
 
 
 def draw(pruning: Pruning, directory: Path) -> None:
@@ -260,8 +267,7 @@ def _summary(pruning: Pruning) -> str:
 
 def _card(pruning: Pruning, directory: Path) -> str:
     lines = [f"{_summary(pruning)} By [peft-ila](https://huggingface.co/papers/2410.17875); figures: `{RESULT}`.", ""]
-    pictures = {"ranks.png": "Kept rank of each module", "kept.png": "Kept gain by share of the parameters"}
-    for name, text in pictures.items():
+    for name, text in PICTURES.items():
         if (directory / name).exists():
             lines += [f"![{text}]({name})", ""]
     if pruning.curve:

@@ -58,9 +58,7 @@ def sft_trainer(
     eval_dataset = None
     if training_args.eval_strategy != "no":
         split = "train" if eval_dataset_name and is_file(eval_dataset_name) else script_args.dataset_test_split
-        held_out = eval_dataset_name or dataset
-        eval_config = script_args.dataset_config if held_out == dataset else None  # another data set has not the same
-        eval_dataset = load_dataset(held_out, eval_config, split)
+        eval_dataset = load_dataset(eval_dataset_name or dataset, script_args.dataset_config, split)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -122,7 +122,6 @@ def test_a_pruned_adapter_is_the_gated_model_and_loads_as_plain_lora(tmp_path, i
     assert ranks_of == (left if ranks == "mixed" else dict.fromkeys(left, max(left.values())))
 
 
-@pytest.mark.support("Pruning", "`Conv1D`")
 @pytest.mark.parametrize("mode", ["hard", "soft", "joint"])
 def test_gates_that_are_not_open_are_never_dropped(tmp_path, input_ids, mode):
     model = gated(tiny_llama())
@@ -139,6 +138,7 @@ def test_gates_that_are_not_open_are_never_dropped(tmp_path, input_ids, mode):
         assert_same(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()(input_ids).logits, expected)
 
 
+@pytest.mark.support("Pruning", "`Conv1D`")
 def test_conv1d(tmp_path):
     ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))
     model = gated(build("gpt2"), target_modules=["c_attn", "c_proj"])

@@ -14,7 +14,7 @@ from conftest import tiny_llama
 from peft import PeftModel
 from trainers import write_model_and_data
 
-from peft_ila import LayerImportance, learn_gates
+from peft_ila import LayerImportance, learn_gates, prune
 from peft_ila.cli import main
 
 ENGINES = Path(__file__).parents[2] / "benchmarks" / "engines"
@@ -132,3 +132,8 @@ def test_engines_without_stage_2(kind, is_fsdp2, message):
     accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=is_fsdp2)
     with pytest.raises(ValueError, match=message):
         learn_gates(SimpleNamespace(accelerator=accelerator))
+
+
+def test_sharded_adapters_are_not_pruned():
+    with pytest.raises(ValueError, match="prune it in one process or under DDP"):
+        prune(SimpleNamespace(accelerator=SimpleNamespace(is_fsdp2=True)))

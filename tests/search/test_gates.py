@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
@@ -33,7 +34,7 @@ def test_both_stages(tmp_path, tokenizer, dialogues, input_ids, make, granularit
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     logs, step = len(trainer.state.log_history), trainer.state.global_step
 
-    importance = learn_gates(trainer, steps=12)
+    importance = learn_gates(trainer, steps=np.int64(12))
 
     assert isinstance(importance, LayerImportance)
     assert len(importance.units) == (3 if granularity == "layer" else 21)

@@ -75,7 +75,7 @@ def test_pruned_adapter(trained, tmp_path, tokenizer, dialogues, input_ids):
     whole = trainer.evaluate()["eval_loss"]
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
 
-    pruning = prune(trainer, tmp_path / "small", top_p=0.2, steps=4, gate_steps=8)
+    pruning = prune(trainer, tmp_path / "small", top_p=np.float64(0.2), steps=np.int64(4), gate_steps=8)
 
     assert 0.1 < pruning.share <= 0.2
     assert [point.share for point in pruning.curve] == list(SHARES)
@@ -157,7 +157,7 @@ def test_without_held_out_data_a_quarter_is_kept_and_said_to_be_unchecked(traine
     (tmp_path / "small").mkdir()
     for name in ("adapter_config.json", "pruning.json", "kept.png", "notes.txt"):
         (tmp_path / "small" / name).write_text("earlier")
-    pruning = prune(trainer, tmp_path / "small", steps=np.int64(4), gate_steps=0)
+    pruning = prune(trainer, tmp_path / "small", steps=4, gate_steps=0)
     assert not (tmp_path / "small" / "kept.png").exists() and (tmp_path / "small" / "notes.txt").exists()
     assert pruning.share == pytest.approx(0.25, abs=0.02) and pruning.curve == [] and pruning.result is None
     assert "nothing was checked" in (tmp_path / "small" / "README.md").read_text()
@@ -197,6 +197,12 @@ def test_data_that_cannot_be_measured_on(trained, tmp_path, tokenizer, dialogues
         patched.setattr(trainer, "prediction_step", lambda *args, **kwargs: (None, None, None))
         with pytest.raises(ValueError, match=r"no loss on the held-out data, whose batches have \[.*'labels'"):
             prune(trainer, steps=2)
+    with monkeypatch.context() as patched:
+        batch = {"names": ["a", "b"], "input_ids": torch.ones(2, 4)}
+        patched.setattr(trainer, "get_eval_dataloader", lambda: [batch])
+        patched.setattr(trainer, "prediction_step", lambda *args, **kwargs: (torch.tensor(3.0), None, None))
+        with measuring(trainer, trainer.model.base_model) as measurement:
+            assert measurement.evaluate().tolist() == [[3, 2]]
     trainer.args.dataloader_drop_last = True
     trainer.args.per_device_eval_batch_size = 100
     with pytest.raises(ValueError, match="The held-out data give no batch"):
