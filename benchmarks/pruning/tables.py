@@ -283,19 +283,16 @@ def draw(models: list[Figures], directory: Path) -> None:
         x, y = [x for x, _ in points], [own.mean for _, own in points]
         axes.errorbar(x, y, [own.error or 0 for _, own in points], label=label.replace("`", ""), capsize=2, **style)
     drawn_runs = figures.having(QUARTER)
-    lower = [
-        (rank / figures.rank, estimate(figures.tuned(f"rank {rank}", rank / figures.rank), drawn_runs))
-        for rank in (1, 2, 4)
-    ]
-    points = [(100 * share, own) for share, own in lower if own]
+    lower = {rank: estimate(figures.tuned(f"rank {rank}", rank / figures.rank), drawn_runs) for rank in (1, 2, 4)}
+    stars = {rank: own for rank, own in lower.items() if own}
     axes.errorbar(
-        [x for x, _ in points],
-        [own.mean for _, own in points],
-        [own.error or 0 for _, own in points],
+        [100 * rank / figures.rank for rank in stars],
+        [own.mean for own in stars.values()],
+        [own.error or 0 for own in stars.values()],
         fmt="k*",
         markersize=11,
         markerfacecolor="none",
-        label="LoRA trained at rank 1, 2 and 4",
+        label=f"LoRA trained at rank {', '.join(f'{rank} ({own.runs} sets)' for rank, own in stars.items())}",
     )
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
