@@ -397,8 +397,6 @@ class LayerImportance:
             self.save_card(directory)
             return upload(directory, repo_id, **kwargs)
 
-    push_to_hub = push_model_to_hub  # the documented old name
-
     def to_lora_config(
         self,
         top_p: float | None = None,

@@ -22,7 +22,7 @@ class Attribution:
     second: from B = 0, Adam moves each entry of B by its learning rate against the sign of its gradient.
     """
 
-    def __init__(self, units: int, steps: int, min_agreement: float | None = None, untrained: bool = False) -> None:
+    def __init__(self, units: int, steps: int, min_agreement: float | None, untrained: bool) -> None:
         self._steps = steps
         self._min_agreement = min_agreement
         self._untrained = untrained
