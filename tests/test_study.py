@@ -182,7 +182,7 @@ def test_the_tables_are_those_of_the_figures():
         (
             pruning_tables,
             pruning_figures.Figures,
-            ("pruning", "pruning_gemma", "pruning_r64"),
+            ("pruning", "pruning_gemma", "pruning_r16", "pruning_r64"),
             (
                 "README.md",
                 "docs/choosing.md",

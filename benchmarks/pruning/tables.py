@@ -1,7 +1,7 @@
 """
 Write the tables and pictures of pruning into the pages that have marks for them.
 
-    python -m benchmarks.pruning.tables benchmarks/results/pruning benchmarks/results/pruning_{gemma,r64} \
+    python -m benchmarks.pruning.tables benchmarks/results/pruning benchmarks/results/pruning_{gemma,r16,r64} \
         --into README.md docs/choosing.md docs/reproduction.md docs/appendix/pruning.md \
         docs/appendix/cost.md --pictures docs
 """
