@@ -34,6 +34,7 @@ COST, STUDY = Path("benchmarks/results/pruning_cost.json"), Path("benchmarks/res
 WHOLE, TWENTIETH, EIGHTH = ("whole", 1.0), 0.05, 0.125
 PRUNED = "rounds, gates"  # what `peft-ila prune` does
 LABELS = {
+    "base": "no adapter",
     PRUNED: "attribution, three rounds, learned gates (`peft-ila prune`)",
     "rounds": "attribution, three rounds, gates of 1",
     "attribution": "attribution, one round, gates of 1",
