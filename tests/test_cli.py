@@ -407,7 +407,7 @@ def test_a_masked_adapter_is_ranked_by_its_open_units(workspace, ranked, tmp_pat
     model.save_pretrained(tmp_path / "masked")
     masked = ["--adapter", str(tmp_path / "masked"), "--output_dir", str(tmp_path / "out")]
     error = error_of(["rank", *data(workspace), *masked, *TRAINING], capsys)
-    (command,) = re.findall(r"is masked.* Run `peft-ila (export .*)`, which leaves out", error)
+    (command,) = re.findall(r"is masked.* Run `peft-ila (export .*)`, which .*, and pass PLAIN instead", error)
     main(command.replace("PLAIN", str(tmp_path / "plain")).split())
     rank(workspace, tmp_path / "out", "--adapter", str(tmp_path / "plain"))
     assert LayerImportance.load(tmp_path / "out" / "importance.json").units == ["model.layers.0", "model.layers.2"]

@@ -57,7 +57,7 @@ PARTS = {
     "last layers": "LoRA on the last layers, 30 %",
     "first layers": "LoRA on the first layers, 30 %",
     "all weights": "all weights of the linear modules",
-    "best weights": "81 % of them, the best modules; the rest frozen",
+    "best weights": "those of the best modules, the rest frozen",
 }
 KEPT = ("rounds", EIGHTH)
 QUARTER = ("attribution", 0.25)  # measured where all of the curve is

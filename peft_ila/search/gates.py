@@ -218,13 +218,7 @@ def check_trained(trained: bool, method: Method) -> None:
 
 def rankable(trainer: Trainer) -> ILAModel:
     """The trainer's model, if [`learn_gates`] can rank it; for callers with other work to do first."""
-    check_engine(trainer.accelerator)
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"The trainer splits each batch over {trainer.args.n_gpu} GPUs by `DataParallel`. Save the adapter by "
-            "`trainer.save_model(path)`. Then set `CUDA_VISIBLE_DEVICES=0`, or use `accelerate launch`, and run "
-            "`peft-ila rank --adapter path` or `peft-ila prune path`."
-        )
+    check_engine(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     ila = getattr(model, "base_model", None)
     if not isinstance(ila, ILAModel):

@@ -263,17 +263,21 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = was
 
 
-def check_engine(accelerator: Any) -> None:
+def check_engine(trainer: Any) -> None:
     """Refuse engines whose training steps cannot be measured."""
+    accelerator = trainer.accelerator
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = "DeepSpeed"  # its engine takes the optimiser's step inside `backward`
     elif accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         engine = "FSDP1"  # it fixes which parameters need gradients when it wraps the model
+    elif trainer.args.n_gpu > 1:
+        engine = f"`DataParallel`, which splits each batch over {trainer.args.n_gpu} GPUs"
     else:
         return
     raise ValueError(
-        f"`learn_gates` and `prune` do not run under {engine}. Use DDP (or FSDP2 to rank), or save the adapter by "
-        "`trainer.save_model(path)` and run `peft-ila rank --adapter path` or `peft-ila prune path`."
+        f"`learn_gates` and `prune` do not run under {engine}. Use one GPU (`CUDA_VISIBLE_DEVICES=0`), DDP, or "
+        "FSDP2 to rank. To keep a trained adapter, save it by `trainer.save_model(path)` and run `peft-ila rank "
+        "--adapter path` or `peft-ila prune path`."
     )
 
 

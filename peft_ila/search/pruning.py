@@ -137,9 +137,10 @@ class HeldOut:
         self._usable = base[:, 0].isfinite()  # a mean over no labels is NaN
         if not self._usable.any():
             raise ValueError("No batch of the held-out data gives a finite loss. Check that they have labels.")
-        self._weight = base[self._usable, 1].double() / base[self._usable, 1].double().sum()
+        base = base[self._usable]
+        self._weight = base[:, 1].double() / base[:, 1].double().sum()
         self._losses = {share: own[self._usable] for share, own in losses.items()}
-        self.base, self._whole = self._mean(base[self._usable]), self._mean(self._losses[1.0])
+        self.base, self._whole = self._mean(base), self._mean(self._losses[1.0])
         if not self._whole < self.base:
             raise ValueError(
                 f"The adapter does not lower the held-out loss ({self.base:.4f} without it, {self._whole:.4f} with "
