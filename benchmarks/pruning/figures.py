@@ -73,10 +73,8 @@ class Figures:
         row = self.rows.get((*arm, *run))
         return None if row is None else row["ranks"]
 
-    def pairs(self) -> tuple[list[tuple[Run, Run]], ...]:
-        """Pairs of runs: two seeds of a set, two sets with one seed, and those of the latter whose sets have two."""
+    def pairs(self) -> tuple[list[tuple[Run, Run]], list[tuple[Run, Run]]]:
+        """Pairs of runs: two seeds of a set, and two sets with one seed."""
         pairs = list(itertools.combinations(self.runs, 2))
         seeds = [(one, other) for one, other in pairs if one[0] == other[0]]
-        sets = [(one, other) for one, other in pairs if one[0] != other[0] and one[1] == other[1]]
-        repeated = {one[0] for one, _ in seeds}
-        return seeds, sets, [pair for pair in sets if all(data in repeated for data, _ in pair)]
+        return seeds, [(one, other) for one, other in pairs if one[0] != other[0] and one[1] == other[1]]

@@ -222,10 +222,9 @@ def structure(models: list[Figures]) -> None:
     """Do the kept directions lie in the same modules?"""
     figures = models[0]
     rows: list[list[Any]] = []
-    seeds, sets, repeated = figures.pairs()
+    seeds, sets = figures.pairs()
     for arm, pairs, label in (
         (KEPT, seeds, "with another seed"),
-        (KEPT, repeated, "on another of the sets with two seeds"),
         (KEPT, sets, "on another set"),
         (QUARTER, sets, "on another set"),
     ):
@@ -354,7 +353,7 @@ def choice(models: list[Figures]) -> None:
         return f"{cost[name]['bytes']:.2f} of the activations and {cost[name]['time']:.2f} of the time"
 
     gained = prices(figures)
-    seeds, _, sets = (statistics.mean(agreement(figures, KEPT, pairs)) for pairs in figures.pairs())
+    seeds, sets = (statistics.mean(agreement(figures, KEPT, pairs)) for pairs in figures.pairs())
     rows = [
         [
             "**a trained LoRA adapter**",
